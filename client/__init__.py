@@ -1,0 +1,1 @@
+"""One hospital: policy, ledger, cohort, private training, Flower client app. Patients' data never leave this room."""

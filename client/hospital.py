@@ -1,0 +1,46 @@
+"""A real hospital, as its site.toml describes it: its cohort, its policy, its durable ledger and its secret key."""
+
+import os
+from pathlib import Path
+
+from client.policy import SiteFile
+from client.site import Site, SiteSettings
+from shared.files import storage_errors
+from shared.task import Task
+
+
+def open_site(path: Path, file: SiteFile, task: Task) -> Site:
+    """A hospital as its site file describes it. Its cohort is opened only when a study has passed policy and ledger."""
+    folder = path.parent
+    state = folder / file.state
+    cohort_path = folder / file.cohort.path
+    declared = file.cohort
+    settings = SiteSettings(
+        name=file.name,
+        declared_size=declared.declared_size,
+        declared_num_patients=declared.declared_size + declared.declared_test_size,
+        declared_num_test=declared.declared_test_size,
+        ledger_path=state / "ledger.sqlite",
+        split_key=site_key(state),
+        policy=file.policy,
+        cohort_id=f"{file.name}/{task.name}",
+    )
+    return Site(settings, task, lambda: task.load_cohort(cohort_path, dict(declared.options)))
+
+
+def site_key(state: Path) -> bytes:
+    """The site's secret key for patient hashes and splits: made once, 32 bytes, mode 0600.
+
+    Raises:
+        StorageError: the state folder cannot be written.
+    """
+    path = state / "patient-hash.key"
+    with storage_errors(path, "make or read the site's key"):
+        state.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+        return path.read_bytes()

@@ -1,0 +1,217 @@
+"""A site's durable account of the privacy spent on a cohort, over all studies: reserve before the first gradient, commit after.
+
+SQLite, one file per site and cohort. A reservation is durable before training starts; a commit may only lower it to the steps really
+taken, so a crash in between leaves the full charge standing: never an under-count. The ledger keeps events, never only an epsilon.
+
+A release is identified by what determines it: run, fold, round, the parameters received and the noise key. The same release asked for
+again (a resumed simulation with seeded noise) is the same bits and no new charge; with noise from the operating system the key is new
+and so is the charge.
+"""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from shared.errors import BudgetExhaustedError, LedgerError, StorageError
+from shared.privacy import PrivacyEvent, epsilon_of
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS genesis (cohort TEXT NOT NULL, relation TEXT NOT NULL, created TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS spend (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, release TEXT NOT NULL UNIQUE, run TEXT NOT NULL, study TEXT NOT NULL,
+    fold INTEGER NOT NULL, round INTEGER NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL,
+    steps INTEGER NOT NULL, state TEXT NOT NULL CHECK (state IN ('reserved', 'committed')), time TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS patient (hash BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+RELATION = "add or remove one {unit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spend:
+    """One row: what a round at this site costs. `state` "reserved" is a full charge that was not lowered."""
+
+    release: str
+    run: str
+    study: str
+    fold: int
+    round: int
+    event: PrivacyEvent
+    state: str = "reserved"
+    time: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a cohort may spend over all studies."""
+
+    epsilon: float
+    delta: float
+
+
+class Ledger:
+    """The account of one cohort. Safe for several processes: every reservation is one exclusive transaction.
+
+    Args:
+        path: the SQLite file; created if absent.
+        cohort: the cohort's id; a ledger of another cohort is refused.
+        unit: "patient" or "record"; a ledger keeps one neighbouring relation.
+        durable: False only for a simulation's ledger, which ends with its run (no fsync; a killed process still loses nothing).
+
+    Raises:
+        LedgerError: the file is damaged or belongs to another cohort or unit.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, *, cohort: str, unit: str, durable: bool = True) -> None:
+        self._path = path
+        with self._storage():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+            self._database.executescript(_TABLES)
+            with self._transaction():
+                self._check_genesis(cohort, RELATION.format(unit=unit))
+
+    @classmethod
+    def read(cls, path: Path) -> "Ledger":
+        """An existing ledger, opened for reading only.
+
+        Raises:
+            LedgerError, StorageError: it is damaged or cannot be read.
+        """
+        ledger = cls.__new__(cls)
+        ledger._path = path
+        with ledger._storage():
+            ledger._database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30, isolation_level=None)
+        return ledger
+
+    def _check_genesis(self, cohort: str, relation: str) -> None:
+        row = self._database.execute("SELECT cohort, relation FROM genesis").fetchone()
+        if row is None:
+            self._database.execute("INSERT INTO genesis VALUES (?, ?, ?)", (cohort, relation, _now()))
+        elif row != (cohort, relation):
+            raise LedgerError(
+                f"{self._path}: expected the ledger of cohort {cohort!r} ({relation}), got that of {row[0]!r} ({row[1]})",
+                "point state at the folder of this cohort; a ledger is never reused",
+            )
+
+    def check_room(self, event: PrivacyEvent, limit: Limit) -> None:
+        """Return where `event`, on top of everything charged, stays within `limit`.
+
+        Raises:
+            BudgetExhaustedError: it does not; it says what is spent, asked and allowed.
+        """
+        spent = [spend.event for spend in self.spends()]
+        after = epsilon_of([*spent, event], limit.delta)
+        if after > limit.epsilon * (1 + 1e-9):
+            before = epsilon_of(spent, limit.delta)
+            raise BudgetExhaustedError(
+                f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort; spent {before:.3g}, with this {after:.3g}",
+                "ask for less (epsilon, rounds), or let the hospital raise its limit",
+            )
+
+    def reserve(self, spend: Spend, limit: Limit, *, planned: PrivacyEvent) -> None:
+        """Charge `spend` in full, durably, if there is room. The same release again is no new charge.
+
+        Args:
+            planned: the whole study's event. While a run stays within it, one look at plan and ledger settles all of its rounds.
+
+        Raises:
+            BudgetExhaustedError: there is no room; nothing is written.
+        """
+        with self._storage(), self._transaction():
+            known = self._database.execute("SELECT 1 FROM spend WHERE release = ?", (spend.release,)).fetchone()
+            if known is None:
+                self._check_spend(spend, limit, planned)
+                self._insert(spend)
+
+    def _check_spend(self, spend: Spend, limit: Limit, planned: PrivacyEvent) -> None:
+        charged = self.spends()
+        own_steps = sum(other.event.steps for other in charged if other.run == spend.run) + spend.event.steps
+        others = [other.event for other in charged if other.run != spend.run]
+        same_mechanism = (planned.noise_multiplier, planned.sample_rate) == (spend.event.noise_multiplier, spend.event.sample_rate)
+        if same_mechanism and own_steps <= planned.steps and epsilon_of([*others, planned], limit.delta) <= limit.epsilon:
+            return
+        self.check_room(spend.event, limit)
+
+    def _insert(self, spend: Spend) -> None:
+        event = spend.event
+        row = (spend.release, spend.run, spend.study, spend.fold, spend.round, event.noise_multiplier, event.sample_rate, event.steps, _now())
+        self._database.execute(
+            "INSERT INTO spend (release, run, study, fold, round, noise_multiplier, sample_rate, steps, state, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'reserved', ?)",
+            row,
+        )
+
+    def commit(self, release: str, *, steps: int) -> None:
+        """Lower the charge of a reserved release to the steps really taken.
+
+        Raises:
+            LedgerError: there is no such reservation, or it was for fewer steps.
+        """
+        with self._storage(), self._transaction():
+            row = self._database.execute("SELECT steps FROM spend WHERE release = ?", (release,)).fetchone()
+            if row is None or steps > row[0]:
+                raise LedgerError(f"{self._path}: expected a reservation of at least {steps} steps, got {row[0] if row else 'none'}", "report this")
+            self._database.execute("UPDATE spend SET steps = ?, state = 'committed' WHERE release = ?", (steps, release))
+
+    def spends(self) -> list[Spend]:
+        """Every charge, oldest first."""
+        with self._storage():
+            rows = self._database.execute(
+                "SELECT release, run, study, fold, round, noise_multiplier, sample_rate, steps, state, time FROM spend ORDER BY sequence"
+            ).fetchall()
+        return [
+            Spend(
+                release=release, run=run, study=study, fold=fold, round=number, state=state, time=time,
+                event=PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps),
+            )
+            for release, run, study, fold, number, noise, rate, steps, state, time in rows
+        ]  # fmt: skip
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon at `delta` of everything charged."""
+        return epsilon_of([spend.event for spend in self.spends()], delta)
+
+    def bind_patients(self, hashes: list[bytes]) -> None:
+        """Remember the keyed hashes of the cohort's patients."""
+        with self._storage(), self._transaction():
+            self._database.executemany("INSERT OR IGNORE INTO patient VALUES (?)", [(value,) for value in hashes])
+
+    def overlap(self, hashes: list[bytes]) -> bool:
+        """True when one of these patients is known to this ledger."""
+        with self._storage():
+            return any(self._database.execute("SELECT 1 FROM patient WHERE hash = ?", (value,)).fetchone() for value in hashes)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._database.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self._path}: {error.strerror}", "check free space and permissions of the state folder") from error
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"{self._path}: the ledger could not be written: {error}", "check free space and permissions of the state folder") from error
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(f"{self._path}: the ledger is damaged: {error}", "restore it from backup; without it no study can start") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,63 @@
+"""One round of training at a site without privacy: shuffled passes, or a number of steps, over the training records."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from client.optimizers import ProximalTerm, local_optimizer
+from client.sampling import shuffled_batches
+from shared.cohort import Cohort, IntArray
+from shared.study import Study
+from shared.task import Task
+
+
+@contextlib.contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Dropout and the like draw from torch's own generator (32-bit seeds): seeded inside, restored after. Never used for privacy noise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**32)
+        yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalRound:
+    """What one round at one site is about: the study, the task and which round it is."""
+
+    study: Study
+    task: Task
+    round_number: int
+
+
+def train_round(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.random.Generator) -> int:
+    """Train `model` in place on every record of `cohort`; the number of steps taken comes back. No promise about privacy."""
+    batches = round_batches(cohort.num_records, local.study, rng)
+    optimizer = local_optimizer(local.study, model.parameters(), local.round_number)
+    proximal = ProximalTerm(local.study, list(model.parameters()))
+    model.train()
+    for batch in batches:
+        optimizer.zero_grad()
+        record_losses(model, cohort, batch, local.task).mean().backward()  # type: ignore[no-untyped-call]  # torch
+        proximal.add_to_gradients()
+        optimizer.step()
+    return len(batches)
+
+
+def round_batches(num_records: int, study: Study, rng: np.random.Generator) -> list[IntArray]:
+    """The batches of a round: `local_epochs` passes, or the first `local_steps` batches of as many passes as that needs."""
+    training = study.training
+    if training.local_steps is None:
+        return [batch for _ in range(training.local_epochs) for batch in shuffled_batches(num_records, training.batch_size, rng)]
+    batches: list[IntArray] = []
+    while num_records and len(batches) < training.local_steps:
+        batches += shuffled_batches(num_records, training.batch_size, rng)
+    return batches[: training.local_steps]
+
+
+def record_losses(model: nn.Module, cohort: Cohort, records: IntArray, task: Task) -> torch.Tensor:
+    """The loss of each of these records, `(len(records),)`."""
+    outputs = model(*(torch.from_numpy(values[records]) for values in cohort.inputs))
+    return task.loss(outputs, torch.from_numpy(cohort.labels[records]))

@@ -1,0 +1,272 @@
+"""One hospital. Every request of a coordinator ends here: policy first, then ledger, then the cohort, then an answer or a refusal.
+
+The same code answers for a virtual site of a simulation and for a real one; they differ in what `SiteSettings` allows and where noise
+comes from. A refusal is an ordinary answer; an exception's own text never leaves.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.cross_check import epsilon_prv
+from client.ledger import Ledger, Limit, Spend
+from client.local_training import LocalRound, torch_seeded, train_round
+from client.noise import GaussianNoise
+from client.policy import Policy
+from client.private_training import Randomness, train_round_private
+from shared.cohort import Cohort, patient_hash, test_patients
+from shared.errors import ConfigurationError, DataError, ProtocolError
+from shared.messages import Enrolled, EnrolTask, Evaluated, EvaluateTask, Statistics, Trained, TrainTask
+from shared.models import Parameters, Template, get_parameters, initial_parameters, predict_in_batches, set_parameters, template_of
+from shared.plan import SitePlan, plan_site
+from shared.privacy import PrivacyEvent, epsilon_of
+from shared.results import SitePrivacy
+from shared.seeding import derive_key, generator
+from shared.study import Study
+from shared.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteSettings:
+    """What a site is, without its patients.
+
+    Attributes:
+        declared_size: training patients, as declared; a simulation declares exact numbers.
+        policy: None only for a virtual site, which has nobody to protect.
+        ledger_path: file of the ledger of this cohort.
+        split_key: keys the hash that fixes each patient's split.
+        limit: None: the study's own budget (virtual sites, whose ledger is born and ends with the run).
+    """
+
+    name: str
+    declared_size: int
+    declared_num_patients: int
+    declared_num_test: int
+    ledger_path: Path
+    split_key: bytes
+    policy: Policy | None = None
+    cohort_id: str = "virtual"
+
+    @property
+    def virtual(self) -> bool:
+        """True for a site of a simulation without a site file: its noise may be seeded, its counts are exact."""
+        return self.policy is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A study that this site has agreed to."""
+
+    run: str
+    study: Study
+    study_hash: str
+    plan: SitePlan
+    template: Template
+
+
+class Site:
+    """A hospital's side of every message.
+
+    Args:
+        open_cohort: loads the patients; called once, only after policy and ledger have agreed.
+        task: the site's own, installed code; a coordinator's must have the same fingerprint.
+    """
+
+    def __init__(self, settings: SiteSettings, task: Task, open_cohort: Callable[[], Cohort]) -> None:
+        self.settings = settings
+        self._task = task
+        self._open_cohort = open_cohort
+        self._cohort: Cohort | None = None
+        self._split: dict[tuple[int, int], tuple[Cohort, Cohort]] = {}
+        self._ledger: Ledger | None = None
+        self._admission: Admission | None = None
+
+    def enrol(self, task: EnrolTask) -> Enrolled:
+        """Agree to a study, or refuse it: policy, then budget, then a look at the cohort.
+
+        Raises:
+            ConfigurationError, PolicyRefusedError, BudgetExhaustedError, DataError, LedgerError: the refusal.
+        """
+        study = Study.from_table(task.study, source="study")
+        if task.task_fingerprint != self._task.fingerprint():
+            raise ConfigurationError("task: expected the same code at both sides, got another fingerprint", "install the same version at both sides")
+        plan = plan_site(study, self.settings.declared_size)
+        if self.settings.policy is not None:
+            self.settings.policy.check(study, self._task, plan)
+        if plan.private and not self._already_charged(task.run, plan):
+            self.ledger_for(plan).check_room(plan.study_event(), self._limit(plan))
+        template = template_of(initial_parameters(self._task.model(), 0))
+        self._admission = Admission(run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, template=template)
+        self.cohort()
+        return Enrolled(
+            name=self.settings.name,
+            declared_size=self.settings.declared_size,
+            declared_num_patients=self.settings.declared_num_patients,
+            declared_num_test=self.settings.declared_num_test,
+        )
+
+    def train(self, task: TrainTask, parameters: Parameters) -> tuple[Trained, Parameters, Statistics | None]:
+        """Evaluate the parameters received, then train on them: the reply, the update (trained minus received), the statistics.
+
+        Raises:
+            ProtocolError: the study was not agreed to here.
+            BudgetExhaustedError: the ledger has no room; nothing was trained.
+        """
+        admission = self._admitted(task)
+        train_part, test_part = self._parts(admission.study, task.fold)
+        statistics = self._statistics(test_part, parameters)
+        updated = self._train_part(task, admission, train_part, parameters)
+        update = {name: np.asarray(updated[name] - parameters[name]) for name in parameters}
+        reply = Trained(name=self.settings.name, round=task.round, fold=task.fold, privacy=self._spent(admission))
+        return reply, update, statistics
+
+    def evaluate(self, task: EvaluateTask, parameters: Parameters) -> tuple[Evaluated, Statistics | None]:
+        """The statistics of these parameters on the fold's test patients."""
+        admission = self._admitted(task)
+        _, test_part = self._parts(admission.study, task.fold)
+        reply = Evaluated(name=self.settings.name, round=task.round, fold=task.fold, privacy=self._spent(admission, cross_check=True))
+        return reply, self._statistics(test_part, parameters)
+
+    @property
+    def template(self) -> Template:
+        """Names, shapes and dtypes of the parameters that this site accepts.
+
+        Raises:
+            ProtocolError: no study was agreed to.
+        """
+        if self._admission is None:
+            raise ProtocolError("expected a study that this site has agreed to, got one it has not")
+        return self._admission.template
+
+    def close(self) -> None:
+        """Release the ledger."""
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def cohort(self) -> Cohort:
+        """The site's patients, opened once; a real site's ledger is bound to them.
+
+        Raises:
+            DataError: the data do not fit the schema, or hold no training patient.
+        """
+        if self._cohort is None:
+            cohort = self._open_cohort()
+            if cohort.num_patients == 0:
+                raise DataError(f"site {self.settings.name}: expected patients, got none", "check the cohort's path")
+            if not self.settings.virtual and self._ledger is not None:
+                self._ledger.bind_patients([patient_hash(self.settings.split_key, name) for name in cohort.patient_ids])
+            self._cohort = cohort
+        return self._cohort
+
+    def ledger_for(self, plan: SitePlan) -> Ledger:
+        """The cohort's ledger, opened once."""
+        if self._ledger is None:
+            self._ledger = Ledger(self.settings.ledger_path, cohort=self.settings.cohort_id, unit=plan.unit, durable=not self.settings.virtual)
+        return self._ledger
+
+    def _admitted(self, task: TrainTask | EvaluateTask) -> Admission:
+        admission = self._admission
+        if admission is None or (task.run, task.study_hash) != (admission.run, admission.study_hash):
+            raise ProtocolError("expected a study that this site has agreed to, got one it has not")
+        study = admission.study
+        if not (1 <= task.round <= study.rounds.count + 1 and 1 <= task.fold <= study.evaluation.folds):
+            raise ProtocolError("expected a round and fold of the study, got another")
+        return admission
+
+    def _already_charged(self, run: str, plan: SitePlan) -> bool:
+        return any(spend.run == run for spend in self.ledger_for(plan).spends())
+
+    def _limit(self, plan: SitePlan) -> Limit:
+        assert plan.epsilon is not None and plan.delta is not None
+        policy = self.settings.policy
+        return Limit(epsilon=plan.epsilon, delta=plan.delta) if policy is None else Limit(epsilon=policy.max_epsilon, delta=policy.max_delta)
+
+    def _parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
+        cohort = self.cohort()
+        if (fold, study.evaluation.folds) not in self._split:
+            test = test_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds)
+            self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
+        return self._split[fold, study.evaluation.folds]
+
+    def _statistics(self, test_part: Cohort, parameters: Parameters) -> Statistics | None:
+        policy = self.settings.policy
+        statistics = evaluate_parameters(self._task, test_part, parameters)
+        if policy is None:
+            return statistics
+        released = {name: value for name, value in statistics.items() if policy.releases(self._task, name, num_test=test_part.num_patients)}
+        return released or None
+
+    def _train_part(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
+        model = self._task.model()
+        set_parameters(model, parameters)
+        local = LocalRound(study=admission.study, task=self._task, round_number=task.round)
+        path = ("train", self.settings.name, task.fold, task.round)
+        sampling = generator(admission.study.seed, *path) if self._seeded(admission) else np.random.default_rng()
+        with torch_seeded(int(sampling.integers(2**32))):
+            if admission.plan.private:
+                key = derive_key(admission.study.seed, "noise", *path) if self._seeded(admission) else GaussianNoise.fresh_key()
+                release = self._reserve(task, admission, parameters, key)
+                randomness = Randomness(sampling=sampling, noise=GaussianNoise(key))
+                steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=randomness)
+                self.ledger_for(admission.plan).commit(release, steps=steps)
+            else:
+                train_round(model, train_part, local, rng=sampling)
+        return get_parameters(model)
+
+    def _seeded(self, admission: Admission) -> bool:
+        return self.settings.virtual and admission.study.privacy.noise_source == "seeded"
+
+    def _reserve(self, task: TrainTask, admission: Admission, parameters: Parameters, key: bytes) -> str:
+        release = release_id(task, parameters, key)
+        spend = Spend(release=release, run=task.run, study=admission.study.name, fold=task.fold, round=task.round, event=admission.plan.round_event())
+        self.ledger_for(admission.plan).reserve(spend, self._limit(admission.plan), planned=admission.plan.study_event())
+        return release
+
+    def _spent(self, admission: Admission, *, cross_check: bool = False) -> SitePrivacy | None:
+        plan = admission.plan
+        if not plan.private:
+            return None
+        assert plan.noise_multiplier is not None and plan.delta is not None
+        steps = sum(spend.event.steps for spend in self.ledger_for(plan).spends() if spend.run == admission.run)
+        return site_privacy(plan, steps, cross_check=cross_check)
+
+
+def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivacy:
+    """What `steps` steps of this plan cost, by one accountant, and by the other where `cross_check`."""
+    assert plan.noise_multiplier is not None and plan.delta is not None
+    event = PrivacyEvent(noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, steps=steps)
+    return SitePrivacy(
+        epsilon=epsilon_of([event], plan.delta),
+        delta=plan.delta,
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        steps=steps,
+        epsilon_cross_check=epsilon_prv([event], plan.delta) if cross_check else None,
+    )
+
+
+def release_id(task: TrainTask, parameters: Parameters, key: bytes) -> str:
+    """SHA-256 (hex) of all that determines a round's release at a site."""
+    digest = hashlib.sha256(f"{task.run}\n{task.study_hash}\n{task.fold}\n{task.round}\n".encode() + hashlib.sha256(key).digest())
+    for name, value in parameters.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters) -> Statistics:
+    """Every statistic of the task for a model of these parameters on `test_part`; zeros where nobody is tested."""
+    statistics = {metric.statistic.name: metric.statistic for metric in task.metrics}
+    if test_part.num_records == 0:
+        return {name: np.zeros(statistic.shape) for name, statistic in statistics.items()}
+    model = task.model()
+    set_parameters(model, parameters)
+    predictions: NDArray[np.float64] = task.predict(predict_in_batches(model, test_part.inputs)).numpy().astype(np.float64)
+    return {name: statistic.summarise(predictions, test_part) for name, statistic in statistics.items()}

@@ -1,0 +1,1 @@
+"""The coordinator: strategies, aggregation, checkpoints, evaluation. It never sees a patient."""

@@ -1,0 +1,252 @@
+"""The coordinator's round loop: enrol, then select, train, aggregate, evaluate, checkpoint, until the last round of the last fold."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from server.evaluation import add_statistics, evaluate
+from server.run_folder import Checkpoint, RunFolder
+from server.strategies.strategy import Answer, FederatedStrategy, Member
+from shared.errors import BudgetExhaustedError, DataError, DeadlineMissedError, PolicyRefusedError, ProtocolError, QuorumLostError, WardroundError
+from shared.messages import MESSAGE, PARAMETERS, Content, Enrolled, EnrolTask, EvaluateTask, Refused, Statistics, TrainTask, decode, encode
+from shared.models import Parameters, initial_parameters
+from shared.results import RoundRecord, SitePrivacy, SiteRound
+from shared.study import Study
+from shared.task import Task, architecture_hash
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldResult:
+    """The final model of a fold and what the sites' test patients say of it."""
+
+    fold: int
+    parameters: Parameters
+    statistics: dict[str, Statistics]  # by site
+
+
+@dataclass(slots=True, kw_only=True)
+class History:
+    """What a run has come to."""
+
+    enrolled: dict[str, Enrolled] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    privacy: dict[str, SitePrivacy] = field(default_factory=dict)
+    folds: list[FoldResult] = field(default_factory=list)
+
+
+class Coordinator:
+    """Runs one study over whatever grid carries its messages, into a run's folder.
+
+    Args:
+        observe: called with every round's record as soon as it is on disk.
+    """
+
+    def __init__(self, study: Study, task: Task, folder: RunFolder, *, observe: Callable[[RoundRecord], None] = lambda record: None) -> None:
+        self._study = study
+        self._task = task
+        self._folder = folder
+        self._observe = observe
+        model = task.model()
+        self._architecture = architecture_hash(model)
+        trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self._strategy = FederatedStrategy(study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics)
+        self.history = History()
+
+    def run(self, grid: Grid) -> History:
+        """The whole study, from the last checkpoint in the run's folder where there is one.
+
+        Raises:
+            QuorumLostError, BudgetExhaustedError, PolicyRefusedError, DataError: too few sites can or will take part.
+            StorageError: the run's folder cannot be written.
+        """
+        self._enrol(grid)
+        start = self._resume()
+        self._reopen_folds(grid, start.fold)
+        for fold in range(start.fold, self._study.evaluation.folds + 1):
+            if fold > start.fold:
+                start = self._first_checkpoint(fold)
+            self._run_fold(grid, start)
+        return self.history
+
+    def _first_checkpoint(self, fold: int) -> Checkpoint:
+        return Checkpoint(fold=fold, round_number=0, parameters=initial_parameters(self._task.model(), self._study.seed), state={})
+
+    def _resume(self) -> Checkpoint:
+        checkpoint = self._folder.read_checkpoint()
+        if checkpoint is None:
+            self._folder.keep_rounds([])
+            return self._first_checkpoint(1)
+        done = [record for record in self._folder.rounds() if (record.fold, record.round) <= (checkpoint.fold, checkpoint.round_number)]
+        self._folder.keep_rounds(done)
+        return checkpoint
+
+    def _reopen_folds(self, grid: Grid, before: int) -> None:
+        """The folds that an earlier, interrupted execution finished: their models are read back and evaluated again."""
+        for fold in range(1, before):
+            self._strategy.fold = fold
+            parameters = self._folder.read_model(f"fold-{fold}", self._architecture)
+            self.history.folds.append(FoldResult(fold=fold, parameters=parameters, statistics=self._close_fold(grid, fold, parameters)))
+
+    def _enrol(self, grid: Grid) -> None:
+        content = EnrolTask(run=self._folder.name, study=self._study.to_table(), task_fingerprint=self._task.fingerprint())
+        record = encode(content)
+        messages = [Message(record, node_id, MessageType.QUERY) for node_id in sorted(grid.get_node_ids())]
+        members = []
+        for reply in grid.send_and_receive(messages, timeout=self._study.rounds.deadline_seconds):
+            enrolled = self._take_enrolment(reply)
+            if enrolled is not None:
+                weight = enrolled.declared_size if self._study.strategy.weights == "declared" else 1
+                members.append(Member(name=enrolled.name, node_id=reply.metadata.src_node_id, weight=max(1, weight)))
+        self._strategy.set_members(members)
+        logger.info("%d of %d sites enrolled", len(members), len(messages))
+        self._hold_quorum(len(members), self.history.refused, what="enrolment")
+
+    def _take_enrolment(self, reply: Message) -> Enrolled | None:
+        if reply.has_error():
+            self.history.refused[f"node {reply.metadata.src_node_id}"] = "E101 The site's app failed."
+            return None
+        try:
+            content: Content = decode(reply.content, Enrolled, Refused)
+        except ProtocolError as error:
+            self.history.refused[f"node {reply.metadata.src_node_id}"] = f"{error.code} {error.what}"
+            return None
+        if isinstance(content, Refused):
+            self.history.refused[content.name] = f"{content.code} {content.reason}"
+            return None
+        assert isinstance(content, Enrolled)
+        if content.name in self.history.enrolled or content.declared_size < 1:
+            self.history.refused[f"node {reply.metadata.src_node_id}"] = "E102 expected a name of its own and a declared size of at least 1"
+            return None
+        self.history.enrolled[content.name] = content
+        return content
+
+    def _run_fold(self, grid: Grid, start: Checkpoint) -> None:
+        self._strategy.fold, self._strategy.state = start.fold, start.state
+        parameters = start.parameters
+        for number in range(start.round_number + 1, self._study.rounds.count + 1):
+            parameters = self._run_round(grid, start.fold, number, parameters)
+        statistics = self._close_fold(grid, start.fold, parameters)
+        self.history.folds.append(FoldResult(fold=start.fold, parameters=parameters, statistics=statistics))
+        name = "final" if self._study.evaluation.folds == 1 else f"fold-{start.fold}"
+        header = {"study": self._study.name, "study_hash": self._study.fingerprint(), "task": self._task.name, "architecture": self._architecture}
+        self._folder.write_model(name, parameters, header)
+
+    def _run_round(self, grid: Grid, fold: int, number: int, parameters: Parameters) -> Parameters:
+        started = time.monotonic()
+        record = encode(TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold), parameters=parameters)
+        messages = self._strategy.configure_train(number, _arrays(record), _config(record), grid)
+        answers = self._collect(grid, messages)
+        self._hold_quorum(sum(answer.status == "ok" for answer in answers.values()), _reasons(answers), what=f"round {number}")
+        arrays, _ = self._strategy.aggregate_train(number, [])
+        assert arrays is not None
+        updated = {name: array.numpy() for name, array in arrays.items()}
+        self._take_privacy(answers)
+        line = self._round_record(fold, number, answers, time.monotonic() - started)
+        self._folder.append_round(line)
+        self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=updated, state=self._strategy.state))
+        self._observe(line)
+        return updated
+
+    def _take_privacy(self, answers: dict[str, Answer]) -> None:
+        self.history.privacy.update({name: answer.privacy for name, answer in answers.items() if answer.privacy is not None})
+
+    def _collect(self, grid: Grid, messages: list[Message]) -> dict[str, Answer]:
+        """The answers of all asked sites; those without one are "missing". With on_missing = "wait" they are asked again until the deadline."""
+        assert self._strategy.round is not None
+        current = self._strategy.round
+        deadline = time.monotonic() + self._study.rounds.deadline_seconds
+        attempts = MAX_ATTEMPTS if self._study.rounds.on_missing == "wait" else 1
+        for _ in range(attempts):
+            answered = {current.asked[name].node_id for name, answer in current.answers.items() if answer.status != "failed"}
+            unanswered = [message for message in messages if message.metadata.dst_node_id not in answered]
+            remaining = deadline - time.monotonic()
+            if not unanswered or remaining <= 0:
+                break
+            for name in [name for name, answer in current.answers.items() if answer.status == "failed"]:
+                del current.answers[name]
+            self._strategy.take_replies(grid.send_and_receive(unanswered, timeout=remaining))
+        late = Answer(name="", status="missing", reason=f"{DeadlineMissedError.code} {DeadlineMissedError.__doc__}")
+        return {name: current.answers.get(name, late) for name in current.asked}
+
+    def _hold_quorum(self, num_usable: int, reasons: dict[str, str], *, what: str) -> None:
+        """Return where the round counts.
+
+        Raises:
+            the error of the sites' own refusals where all refused alike (budget, policy, data), else QuorumLostError; it names them.
+        """
+        rounds = self._study.rounds
+        complete = not reasons
+        needed = 1 if rounds.require == "all" else rounds.require
+        if num_usable >= needed and (complete or rounds.on_missing == "proceed" or rounds.require != "all"):
+            return
+        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())) or "no site answered"
+        expected = "all sites" if rounds.require == "all" else f"{needed} sites"
+        kind: type[WardroundError] = QuorumLostError
+        for candidate in (BudgetExhaustedError, PolicyRefusedError, DataError):
+            if reasons and num_usable == 0 and all(reason.startswith(candidate.code[:2]) for reason in reasons.values()):
+                kind = candidate
+        raise kind(f"{what}: expected usable answers of {expected}, got {num_usable}: {told}", "mend the named sites and resume with --resume, or ask fewer with [rounds] require")
+
+    def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
+        refused = {name: Answer(name=name, status="refused", reason=reason) for name, reason in self.history.refused.items()}
+        everyone = {**{name: Answer(name=name, status="not asked") for name in self.history.enrolled}, **refused, **answers}
+        total = add_statistics(answer.statistics for _, answer in sorted(answers.items()))
+        evaluation = evaluate(
+            self._task, total, resamples=self._study.evaluation.bootstrap, seed=self._study.seed, path=("round", fold, number), only=self._task.primary_metric
+        )
+        return RoundRecord(
+            round=number,
+            fold=fold,
+            evaluated_round=number - 1,
+            sites=tuple(self._site_round(name, answer) for name, answer in sorted(everyone.items())),
+            metrics=evaluation.metrics,
+            metrics_ci95=evaluation.ci95,
+            seconds=seconds,
+        )
+
+    def _site_round(self, name: str, answer: Answer) -> SiteRound:
+        metrics = None
+        if answer.statistics is not None:
+            metrics = evaluate(self._task, answer.statistics, resamples=0, seed=0, path=()).metrics
+        enrolled = self.history.enrolled.get(name)
+        privacy = self.history.privacy.get(name)
+        return SiteRound(
+            name=name,
+            status=answer.status,
+            reason=answer.reason,
+            num_test=enrolled.declared_num_test if enrolled else None,
+            metrics=metrics,
+            epsilon=privacy.epsilon if privacy else None,
+        )
+
+    def _close_fold(self, grid: Grid, fold: int, parameters: Parameters) -> dict[str, Statistics]:
+        number = self._study.rounds.count
+        record = encode(EvaluateTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold), parameters=parameters)
+        messages = self._strategy.configure_evaluate(number, _arrays(record), _config(record), grid)
+        answers = self._collect(grid, messages)
+        self._take_privacy(answers)
+        return {name: answer.statistics for name, answer in sorted(answers.items()) if answer.statistics is not None}
+
+
+def _arrays(record: RecordDict) -> ArrayRecord:
+    arrays = record[PARAMETERS]
+    assert isinstance(arrays, ArrayRecord)
+    return arrays
+
+
+def _config(record: RecordDict) -> ConfigRecord:
+    config = record[MESSAGE]
+    assert isinstance(config, ConfigRecord)
+    return config
+
+
+def _reasons(answers: dict[str, Answer]) -> dict[str, str]:
+    return {name: answer.reason or answer.status for name, answer in answers.items() if answer.status != "ok"}

@@ -1,0 +1,46 @@
+"""What the coordinator learns from the sites' statistics: pooled metrics, per-site metrics with their n, intervals."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared.messages import Statistics
+from shared.metrics import Metric, bootstrap_interval, finish_metrics
+from shared.results import Interval, MetricValues
+from shared.seeding import Step, generator
+from shared.task import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Metrics finished from one sum, with 95 % intervals where the statistic counts patients."""
+
+    metrics: MetricValues
+    ci95: dict[str, Interval]
+
+
+def add_statistics(parts: Iterable[Statistics | None]) -> Statistics:
+    """The sum over sites, name by name; a site that released nothing adds nothing."""
+    total: Statistics = {}
+    for part in parts:
+        for name, value in (part or {}).items():
+            total[name] = total[name] + value if name in total else np.array(value)
+    return total
+
+
+def evaluate(task: Task, total: Statistics, *, resamples: int, seed: int, path: tuple[Step, ...], only: str | None = None) -> Evaluation:
+    """Every metric of `total`; intervals for all metrics, or for `only` one.
+
+    Args:
+        resamples: of the bootstrap; 0 for no interval.
+        path: what is evaluated, so that the bootstrap's draws depend on that alone.
+    """
+    chosen = [metric for metric in task.metrics if metric.statistic.name in total and only in (None, metric.name)]
+    ci95: dict[str, Interval] = {metric.name: _interval(metric, total, resamples, seed, path) for metric in chosen}
+    return Evaluation(metrics=finish_metrics(task.metrics, total), ci95=ci95)
+
+
+def _interval(metric: Metric, total: Statistics, resamples: int, seed: int, path: tuple[Step, ...]) -> Interval:
+    rng = generator(seed, "bootstrap", *path)
+    return bootstrap_interval(metric, total[metric.statistic.name], resamples=resamples, rng=rng)

@@ -1,0 +1,18 @@
+"""Which sites are asked in a round."""
+
+import math
+
+from shared.seeding import generator
+
+
+def sample_sites(names: list[str], *, fraction: float, seed: int, fold: int, round_number: int) -> list[str]:
+    """A uniform sample of ceil(fraction x sites) names, sorted; a function of its arguments alone.
+
+    With few hospitals this amplifies no privacy, and no accounting here counts on it.
+    """
+    ordered = sorted(names)
+    count = max(1, math.ceil(fraction * len(ordered) - 1e-9))
+    if count >= len(ordered):
+        return ordered
+    chosen = generator(seed, "sites", fold, round_number).choice(len(ordered), size=count, replace=False)
+    return sorted(ordered[index] for index in chosen)

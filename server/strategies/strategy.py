@@ -1,0 +1,178 @@
+"""The strategy over Flower's hooks, composed of three parts: a sampler, an exact aggregator, a server optimizer.
+
+Flower's own FedAvg trusts the sites' num-examples without bound, keeps every reply in memory and averages anything numeric. Here a
+reply is judged, added to a running sum and dropped; its weight is the size that the site declared when it enrolled.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from server.aggregation import ExactMean
+from server.sampler import sample_sites
+from server.strategies.fedadagrad import fedadagrad
+from server.strategies.fedadam import fedadam
+from server.strategies.fedavg import FedAvg
+from server.strategies.fedavgm import FedAvgM
+from server.strategies.fedyogi import fedyogi
+from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
+from shared import study as options
+from shared.errors import ProtocolError, SiteFailure
+from shared.messages import MESSAGE, PARAMETERS, Evaluated, Refused, Statistics, Trained, decode, decode_parameters, decode_statistics
+from shared.models import Parameters, Template
+from shared.results import SitePrivacy, Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An enrolled site: its node, and its weight in the mean."""
+
+    name: str
+    node_id: int
+    weight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one site's reply came to. An update is not kept here: it is in the running sum."""
+
+    name: str
+    status: Status
+    reason: str | None = None
+    statistics: Statistics | None = None
+    privacy: SitePrivacy | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """What is known of the round under way; made anew by `configure_train` and `configure_evaluate`."""
+
+    number: int
+    fold: int
+    parameters: Parameters
+    asked: dict[str, Member]
+    mean: ExactMean = field(default_factory=ExactMean)
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+def server_optimizer(strategy: options.Strategy) -> ServerOptimizer:
+    """The server's part of a study's strategy. FedProx is FedAvg here; its proximal term is in the sites' training."""
+    match strategy:
+        case options.FedAvgM():
+            return FedAvgM(strategy)
+        case options.FedAdagrad():
+            return fedadagrad(strategy)
+        case options.FedAdam():
+            return fedadam(strategy)
+        case options.FedYogi():
+            return fedyogi(strategy)
+        case _:
+            return FedAvg()
+
+
+class FederatedStrategy(Strategy):
+    """Flower's five hooks. The coordinator owns the loop that calls them.
+
+    Args:
+        strategy: the study's options.
+        seed: the study's seed; sampling depends on (seed, fold, round) alone.
+        trainable: names of the parameters that the server optimizer moves; other entries (buffers) take the plain mean.
+        statistics: declared names and shapes of evaluation statistics.
+    """
+
+    def __init__(self, strategy: options.Strategy, *, seed: int, trainable: frozenset[str], statistics: Mapping[str, tuple[int, ...]]) -> None:
+        self._options = strategy
+        self._optimizer = server_optimizer(strategy)
+        self._seed = seed
+        self._trainable = trainable
+        self._statistics = dict(statistics)
+        self._members: dict[str, Member] = {}
+        self.state: State = {}
+        self.fold = 1
+        self.round: Round | None = None
+
+    def set_members(self, members: Iterable[Member]) -> None:
+        """The sites that enrolled."""
+        self._members = {member.name: member for member in members}
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """One message for each sampled site, all sharing one record."""
+        names = sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+        return self._configure(server_round, arrays, config, MessageType.TRAIN, names)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
+        """One message for every site."""
+        return self._configure(server_round, arrays, config, MessageType.EVALUATE, sorted(self._members))
+
+    def _configure(self, number: int, arrays: ArrayRecord, config: ConfigRecord, message_type: str, names: list[str]) -> list[Message]:
+        asked = {name: self._members[name] for name in names}
+        parameters = {name: array.numpy() for name, array in arrays.items()}
+        self.round = Round(number=number, fold=self.fold, parameters=parameters, asked=asked)
+        record = RecordDict({MESSAGE: config, PARAMETERS: arrays})
+        return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
+
+    def take_replies(self, replies: Iterable[Message]) -> None:
+        """Judge each reply as it comes, add its update to the running sum, and forget it. A second reply of a site is dropped."""
+        current = self._current()
+        by_node = {member.node_id: member for member in current.asked.values()}
+        for reply in replies:
+            member = by_node.get(reply.metadata.src_node_id)
+            if member is not None and member.name not in current.answers:
+                current.answers[member.name] = self._judge(reply, member, current)
+
+    def _judge(self, reply: Message, member: Member, current: Round) -> Answer:
+        if reply.has_error():
+            return Answer(name=member.name, status="failed", reason=f"{SiteFailure.code} The site's app failed.")
+        try:
+            return self._accept(reply.content, member, current, training=reply.metadata.message_type == MessageType.TRAIN)
+        except ProtocolError as error:
+            return Answer(name=member.name, status="failed", reason=f"{error.code} {error.what}")
+
+    def _accept(self, record: RecordDict, member: Member, current: Round, *, training: bool) -> Answer:
+        content = decode(record, Trained if training else Evaluated, Refused)
+        if isinstance(content, Refused):
+            return Answer(name=member.name, status="refused", reason=f"{content.code} {content.reason}")
+        assert isinstance(content, Trained | Evaluated)
+        if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
+            raise ProtocolError("expected a reply for this site and round, got one for another")
+        statistics = decode_statistics(record, self._statistics)
+        if training:
+            current.mean.add(decode_parameters(record, self._template(current)), member.weight)
+        return Answer(name=member.name, status="ok", statistics=statistics, privacy=content.privacy)
+
+    @staticmethod
+    def _template(current: Round) -> Template:
+        return {name: (value.shape, str(value.dtype)) for name, value in current.parameters.items()}
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next model from the updates taken so far and in `replies`; None where there is none. Metrics come from `round.answers`."""
+        self.take_replies(replies)
+        current = self._current()
+        if current.mean.total_weight == 0:
+            return None, None
+        self.state, parameters = self._apply(current.mean.mean(), current.parameters)
+        return ArrayRecord({name: Array(value) for name, value in parameters.items()}), None
+
+    def _apply(self, mean: FloatArrays, parameters: Parameters) -> tuple[State, Parameters]:
+        state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable})
+        moved = {name: value.astype(np.float64) + change.get(name, mean[name]) for name, value in parameters.items()}
+        for name, value in moved.items():
+            if not np.isfinite(value).all():
+                raise ProtocolError(f"model: expected finite values after the server's step, got others in {name}")
+        return state, {name: value.astype(parameters[name].dtype) for name, value in moved.items()}
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Take the replies; their statistics are in `round.answers`."""
+        self.take_replies(replies)
+        return None
+
+    def summary(self) -> None:
+        """Nothing: the coordinator says what runs."""
+
+    def _current(self) -> Round:
+        assert self.round is not None, "configure_* comes before aggregate_*"
+        return self.round

@@ -1,0 +1,1 @@
+"""What both sides agree on: study and messages, tasks and models, schema, metrics, privacy arithmetic, seeding, errors."""

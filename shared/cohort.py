@@ -1,0 +1,108 @@
+"""A site's data for a task. A cohort has patients; a patient may have several records.
+
+Legend: N records, P patients.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEST_FRACTION = 0.3  # of the patients, by keyed hash, where a task publishes no split
+SIMULATION_SPLIT_KEY = b"wardround: the split of virtual patients is public"
+
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cohort:
+    """Records of patients as arrays. It prints no patient: its `repr` is its size alone.
+
+    Attributes:
+        inputs: one array per argument of the model, each `(N, ...)`.
+        labels: `(N, ...)`; its dtype is what the task's loss expects.
+        patient_of_record: `(N,)`, index into `patient_ids`.
+        patient_ids: `(P,)` identifiers as the hospital has them; they never leave the site.
+        attributes: per patient, `(P,)` text each: "site" (for partition "natural"), and columns for partition "column".
+        published_test: `(P,)`, True for test patients, where the task publishes its split; else None.
+        notes: what the loader did, in counts: records dropped, values imputed or clipped.
+        synthetic: True when no real patient is in it.
+    """
+
+    inputs: tuple[NDArray[np.generic], ...] = field(repr=False)
+    labels: NDArray[np.generic] = field(repr=False)
+    patient_of_record: IntArray = field(repr=False)
+    patient_ids: tuple[str, ...] = field(repr=False)
+    attributes: Mapping[str, NDArray[np.str_]] = field(default_factory=dict, repr=False)
+    published_test: BoolArray | None = field(default=None, repr=False)
+    notes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    synthetic: bool = False
+
+    def __repr__(self) -> str:
+        return f"Cohort({self.num_patients} patients, {self.num_records} records{', synthetic' if self.synthetic else ''})"
+
+    @property
+    def num_patients(self) -> int:
+        """P."""
+        return len(self.patient_ids)
+
+    @property
+    def num_records(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def select(self, chosen: BoolArray | IntArray) -> "Cohort":
+        """The cohort of the chosen patients, in the order in which they stand here.
+
+        Args:
+            chosen: a mask `(P,)`, or indices of patients.
+        """
+        mask = np.zeros(self.num_patients, dtype=np.bool_)
+        mask[chosen] = True
+        new_index = np.cumsum(mask) - 1
+        records = mask[self.patient_of_record]
+        return replace(
+            self,
+            inputs=tuple(values[records] for values in self.inputs),
+            labels=self.labels[records],
+            patient_of_record=new_index[self.patient_of_record[records]].astype(np.int64),
+            patient_ids=tuple(name for name, keep in zip(self.patient_ids, mask, strict=True) if keep),
+            attributes={name: values[mask] for name, values in self.attributes.items()},
+            published_test=None if self.published_test is None else self.published_test[mask],
+        )
+
+    def label_of_patient(self) -> NDArray[np.generic]:
+        """The label of each patient's first record, `(P, ...)`."""
+        first = np.full(self.num_patients, -1, dtype=np.int64)
+        first[self.patient_of_record[::-1]] = np.arange(self.num_records)[::-1]
+        return self.labels[first]
+
+    def record_weights(self) -> NDArray[np.float64]:
+        """`(N,)`: 1 / (records of the same patient), so that every patient counts 1."""
+        counts = np.bincount(self.patient_of_record, minlength=self.num_patients)
+        return 1.0 / counts[self.patient_of_record]
+
+
+def patient_hash(key: bytes, patient_id: str) -> bytes:
+    """Keyed hash (HMAC-SHA-256, 32 bytes) of a patient's id: stable for one key, unlinkable without it."""
+    return hmac.new(key, patient_id.encode(), hashlib.sha256).digest()
+
+
+def test_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
+    """`(P,)`, True for the patients tested on; a function of each patient's id and the site's key alone.
+
+    With one fold: the task's published split, or `TEST_FRACTION` by keyed hash. With more: a patient is tested in one fold.
+    """
+    if folds == 1 and cohort.published_test is not None:
+        return cohort.published_test
+    hashes = np.array([int.from_bytes(patient_hash(key, name)[:8], "big") for name in cohort.patient_ids], dtype=np.uint64)
+    if folds == 1:
+        return hashes < np.uint64(int(TEST_FRACTION * 2**64))
+    return (hashes % np.uint64(folds)) == np.uint64(fold - 1)
+
+
+test_patients.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest makes of its name

@@ -1,0 +1,108 @@
+"""Reading TOML into pydantic models, with errors that name file, key, expected, got and remedy."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from shared.errors import ConfigurationError
+
+Model = TypeVar("Model", bound=BaseModel)
+TomlTable = dict[str, object]
+
+
+class Settings(BaseModel):
+    """Base of everything read from a file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+def read_toml(path: Path) -> TomlTable:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigurationError: the file is missing, unreadable or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigurationError(f"{path}: expected a TOML file, found none", "check the path") from None
+    except IsADirectoryError:
+        raise ConfigurationError(f"{path}: expected a TOML file, got a folder", "name the file in it") from None
+    except PermissionError:
+        raise ConfigurationError(f"{path}: may not be read by this user", "change its permissions") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: not valid TOML: {error}", "correct that line") from None
+
+
+def validate(model: type[Model], data: Mapping[str, object], source: str) -> Model:
+    """`data` as a `model`; every complaint is one line `source: key: expected ..., got ...`.
+
+    Raises:
+        ConfigurationError: `data` does not fit.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(detail, model, source) for detail in error.errors()]
+        raise ConfigurationError("\n".join(lines), f"correct {'this key' if len(lines) == 1 else 'these keys'}") from None
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(part for part in location if not _is_union_branch(part)) or "(whole file)"
+    got = detail.get("input")
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            known = _known_keys(model, location[:-1])
+            return f"{source}: {key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
+        case "missing":
+            return f"{source}: {key}: expected a value, got none"
+        case "value_error":
+            return f"{source}: {key}: {context.get('error', detail['msg'])}"
+        case "literal_error" | "enum":
+            expected = context.get("expected", "another value")
+            return f"{source}: {key}: expected {expected}, got {got!r}"
+        case "union_tag_invalid":
+            return f"{source}: {key}.name: expected one of {context.get('expected_tags')}, got {context.get('tag')!r}"
+        case "finite_number":
+            return f"{source}: {key}: expected a finite number, got {got!r}"
+        case _:
+            expected = detail["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
+            expected = expected.replace("a valid dictionary", "a table").replace("a valid number", "a number")
+            return f"{source}: {key}: expected {expected}, got {_shorten(got)}"
+
+
+def _is_union_branch(part: str) -> bool:
+    """True for the parts of a pydantic location that name a branch of a union, not a key of the file."""
+    return part.startswith(("fed", "literal[", "constrained-")) and part != "federation"
+
+
+def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
+    current: object = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = current.model_fields[part].annotation
+        else:
+            for option in get_args(current):
+                field = getattr(option, "model_fields", {}).get("name")
+                if field is not None and get_args(field.annotation) == (part,):
+                    current = option
+    return sorted(getattr(current, "model_fields", {}))
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,147 @@
+"""One small hierarchy of errors. The first digit of a code is the process's exit code; codes are stable.
+
+A message says what was expected, what came and where; the remedy says what to do. Neither ever holds a patient's value.
+"""
+
+INTERRUPTED_EXIT_CODE = 130
+
+
+class WardroundError(Exception):
+    """Something from outside went wrong; `what` tells what, `remedy` what to do about it."""
+
+    code = "E100"
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.remedy = remedy
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of the command line, 1 to 8."""
+        return int(self.code[1])
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}" if self.remedy else self.what
+
+
+class SiteFailure(WardroundError):
+    """A site's own code failed; details stay in the site's log."""
+
+    code = "E101"
+
+
+class ProtocolError(WardroundError):
+    """A message does not have the declared names, shapes, dtypes or finite values."""
+
+    code = "E102"
+
+
+class StorageError(WardroundError):
+    """A file of ours could not be written or read (permissions, disk full, damaged)."""
+
+    code = "E103"
+
+
+class LedgerError(WardroundError):
+    """A ledger is damaged, or belongs to another site or cohort."""
+
+    code = "E104"
+
+
+class UsageError(WardroundError):
+    """The command line was used wrongly."""
+
+    code = "E200"
+
+
+class ConfigurationError(WardroundError):
+    """A study, site or task file says something that cannot be."""
+
+    code = "E300"
+
+
+class UnknownTaskError(ConfigurationError):
+    """No task of that name."""
+
+    code = "E301"
+
+
+class ModelRefusedError(ConfigurationError):
+    """The model cannot be trained with the privacy asked for."""
+
+    code = "E302"
+
+
+class PartitionError(ConfigurationError):
+    """The patients cannot be divided among the sites as asked."""
+
+    code = "E303"
+
+
+class ModelMismatchError(ConfigurationError):
+    """A saved model or checkpoint belongs to another study, task or architecture."""
+
+    code = "E304"
+
+
+class ConnectionFailedError(WardroundError):
+    """A host could not be reached, or TLS failed."""
+
+    code = "E400"
+
+
+class DataError(WardroundError):
+    """Data are missing, unreadable, or not what the task's schema declares."""
+
+    code = "E500"
+
+
+class DataMissingError(DataError):
+    """No data where data were expected."""
+
+    code = "E501"
+
+
+class DataAccessError(DataError):
+    """Data are there, but may not be read: a permission, not bad data."""
+
+    code = "E502"
+
+
+class SchemaError(DataError):
+    """Data were read but do not fit the schema."""
+
+    code = "E503"
+
+
+class PolicyRefusedError(WardroundError):
+    """The site's policy does not allow what the study asks."""
+
+    code = "E600"
+
+
+class BudgetExhaustedError(WardroundError):
+    """The ledger has no room left for what was asked."""
+
+    code = "E700"
+
+
+class QuorumLostError(WardroundError):
+    """Too few sites gave a usable answer in time."""
+
+    code = "E800"
+
+
+class DeadlineMissedError(QuorumLostError):
+    """A site's answer did not come before the deadline."""
+
+    code = "E801"
+
+
+def describe_exception(error: BaseException) -> tuple[str, str]:
+    """The code and a fixed sentence for `error` that is safe to send outward: never the exception's own text."""
+    if isinstance(error, WardroundError):
+        summary = (type(error).__doc__ or "").strip().split("\n")[0]
+        return error.code, summary
+    return SiteFailure.code, "The site's own code failed; its log says why."

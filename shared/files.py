@@ -1,0 +1,74 @@
+"""Writing that is all or nothing: temporary file in the same folder, fsync, rename, fsync of the folder."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.errors import StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path, action: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `StorageError` that names `path` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else type(error).__name__
+        raise StorageError(
+            f"{path}: could not {action}: {reason}", "check free space and permissions of that folder, or give another with --out"
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """`path` holds either all of `data` or what it held before, also after a crash or on a full disk.
+
+    Raises:
+        StorageError: the folder cannot be written to, or the disk is full.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    with storage_errors(path, "write"):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """`line` and a newline stand at the end of `path`, flushed.
+
+    Raises:
+        StorageError: the file cannot be written to; what a failed write left is cut off again.
+    """
+    with storage_errors(path, "append to"), open(path, "ab") as file:
+        start = file.tell()
+        try:
+            file.write(line.encode() + b"\n")
+            file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, start)
+            raise
+
+
+def json_text(value: object) -> str:
+    """Canonical JSON for files people read: two spaces, no NaN (a NaN is a bug and raises `ValueError`)."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

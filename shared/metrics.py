@@ -1,0 +1,246 @@
+"""Metrics as functions of additive statistics, so that sums over sites give the pooled value exactly.
+
+A site sends a fixed-shape sum to which each patient adds at most `sensitivity` (L2 norm; add/remove one patient); the server adds the
+sums and finishes. A mean of per-site AUROCs is not the AUROC of all patients; the AUROC of the summed histograms is.
+
+Legend: N records, B score bins, K classes, R resamples.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.cohort import Cohort
+
+FloatArray = NDArray[np.float64]
+
+NUM_BINS = 512  # half below and half above the threshold 0.5
+MAX_LOGIT = 12.0
+CALIBRATION_GROUPS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistic:
+    """A fixed-shape sum over patients.
+
+    Attributes:
+        summarise: (predictions, cohort) -> float64 of `shape`. A patient's records share a weight of 1.
+        sensitivity: largest L2 norm that one patient adds.
+        is_counts: True when every entry counts patients, so that resampling the entries is a bootstrap over patients.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    summarise: Callable[[FloatArray, Cohort], FloatArray]
+    sensitivity: float = 1.0
+    is_counts: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A number finished from a summed statistic; `finish` gives None where the sum does not determine it (one class only)."""
+
+    name: str
+    statistic: Statistic
+    finish: Callable[[FloatArray], float | None]
+    higher_is_better: bool = True
+
+
+def finish_metrics(metrics: Sequence[Metric], totals: dict[str, FloatArray]) -> dict[str, float | None]:
+    """Every metric whose statistic is among `totals`."""
+    return {metric.name: metric.finish(totals[metric.statistic.name]) for metric in metrics if metric.statistic.name in totals}
+
+
+def bootstrap_interval(metric: Metric, total: FloatArray, *, resamples: int, rng: np.random.Generator) -> tuple[float, float] | None:
+    """95 % percentile interval of a metric by resampling patients from a summed count statistic, or None.
+
+    Conditional on the number of patients of each class for a two-row histogram would be narrower; this resamples all patients, as a
+    bootstrap over a pooled file would (Efron 1979). None where the statistic does not count patients, or under two patients.
+    """
+    count = round(float(total.sum()))
+    if not metric.statistic.is_counts or count < 2 or resamples == 0:
+        return None
+    draws = rng.multinomial(count, (total / total.sum()).ravel(), size=resamples).reshape(resamples, *total.shape)
+    values = [value for draw in draws if (value := metric.finish(draw.astype(np.float64))) is not None]
+    if len(values) < resamples / 2:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# Two classes: a histogram of scores per class -----------------------------------------------------------------------------------
+
+
+def score_histogram(scores: FloatArray, cohort: Cohort) -> FloatArray:
+    """`(2, B)`: patients by class (row) and bin of their score, equal steps of logit in [-12, 12], an edge at score 0.5.
+
+    Args:
+        scores: `(N,)` probabilities of the positive class.
+    """
+    histogram = np.zeros((2, NUM_BINS))
+    positive = cohort.labels.astype(np.int64).reshape(-1)
+    np.add.at(histogram, (positive, bin_of_score(scores)), cohort.record_weights())
+    return histogram
+
+
+def bin_of_score(scores: FloatArray) -> NDArray[np.int64]:
+    """Bin of each score; scores of 0.5 and above are in the upper half, and a non-finite score counts as 0."""
+    finite = np.where(np.isfinite(scores), scores, 0.0).astype(np.float64)
+    clipped = np.clip(finite, 1e-12, 1 - 1e-12)
+    logit = np.log(clipped) - np.log1p(-clipped)
+    bins = np.floor((logit / MAX_LOGIT + 1) * NUM_BINS / 2).astype(np.int64)
+    bins = np.where(finite >= 0.5, np.maximum(bins, NUM_BINS // 2), np.minimum(bins, NUM_BINS // 2 - 1))
+    return np.asarray(np.clip(bins, 0, NUM_BINS - 1))
+
+
+def bin_scores() -> FloatArray:
+    """`(B,)`: the score at the middle of each bin."""
+    logit = (np.arange(NUM_BINS) + 0.5) / NUM_BINS * 2 * MAX_LOGIT - MAX_LOGIT
+    return np.asarray(1 / (1 + np.exp(-logit)))
+
+
+def roc_curve(histogram: FloatArray) -> tuple[FloatArray, FloatArray] | None:
+    """False and true positive rates `(B + 1,)` each, from the highest threshold down; None with one class only."""
+    negatives, positives = histogram
+    if positives.sum() <= 0 or negatives.sum() <= 0:
+        return None
+    false_rate = np.concatenate([[0.0], np.cumsum(negatives[::-1]) / negatives.sum()])
+    true_rate = np.concatenate([[0.0], np.cumsum(positives[::-1]) / positives.sum()])
+    return false_rate, true_rate
+
+
+def auroc(histogram: FloatArray) -> float | None:
+    """Area under the ROC curve; a tie within a bin counts one half (Mann-Whitney)."""
+    curve = roc_curve(histogram)
+    return None if curve is None else float(np.clip(np.trapezoid(curve[1], curve[0]), 0, 1))
+
+
+def average_precision(histogram: FloatArray) -> float | None:
+    """Area under the precision-recall curve as a step function (as scikit-learn's)."""
+    negatives, positives = histogram
+    if positives.sum() <= 0:
+        return None
+    true_positives = np.cumsum(positives[::-1])
+    predicted = true_positives + np.cumsum(negatives[::-1])
+    precision = np.divide(true_positives, predicted, out=np.zeros_like(predicted), where=predicted > 0)
+    return float((precision * positives[::-1]).sum() / positives.sum())
+
+
+def binary_accuracy(histogram: FloatArray) -> float | None:
+    """Share of patients on the right side of score 0.5."""
+    total = histogram.sum()
+    right = histogram[0, : NUM_BINS // 2].sum() + histogram[1, NUM_BINS // 2 :].sum()
+    return float(right / total) if total > 0 else None
+
+
+def brier_score(histogram: FloatArray) -> float | None:
+    """Mean squared error of the scores, each taken at the middle of its bin (error below 0.012)."""
+    total = histogram.sum()
+    score = bin_scores()
+    return float((histogram[0] * score**2 + histogram[1] * (1 - score) ** 2).sum() / total) if total > 0 else None
+
+
+def calibration_curve(histogram: FloatArray) -> list[tuple[float, float, float]]:
+    """(mean score, observed rate, patients) of each of ten equal groups of score that has patients."""
+    score = bin_scores()
+    group = np.minimum((score * CALIBRATION_GROUPS).astype(int), CALIBRATION_GROUPS - 1)
+    counts = histogram.sum(axis=0)
+    points = []
+    for index in range(CALIBRATION_GROUPS):
+        inside = group == index
+        count = counts[inside].sum()
+        if count > 0:
+            points.append((float((counts * score)[inside].sum() / count), float(histogram[1, inside].sum() / count), float(count)))
+    return points
+
+
+def calibration_error(histogram: FloatArray) -> float | None:
+    """Expected calibration error over ten equal groups of score."""
+    points = calibration_curve(histogram)
+    total = sum(count for _, _, count in points)
+    return sum(abs(score - rate) * count for score, rate, count in points) / total if total > 0 else None
+
+
+SCORE_HISTOGRAM = Statistic(name="score_histogram", shape=(2, NUM_BINS), summarise=score_histogram)
+BINARY_METRICS = (
+    Metric(name="auroc", statistic=SCORE_HISTOGRAM, finish=auroc),
+    Metric(name="accuracy", statistic=SCORE_HISTOGRAM, finish=binary_accuracy),
+    Metric(name="auprc", statistic=SCORE_HISTOGRAM, finish=average_precision),
+    Metric(name="brier", statistic=SCORE_HISTOGRAM, finish=brier_score, higher_is_better=False),
+    Metric(name="calibration_error", statistic=SCORE_HISTOGRAM, finish=calibration_error, higher_is_better=False),
+)
+
+
+# Several classes: a confusion matrix --------------------------------------------------------------------------------------------
+
+
+def confusion_metrics(num_classes: int) -> tuple[Metric, ...]:
+    """Accuracy and macro F1 over K classes, from a `(K, K)` confusion matrix (row: true class, column: highest score)."""
+
+    def summarise(scores: FloatArray, cohort: Cohort) -> FloatArray:
+        matrix = np.zeros((num_classes, num_classes))
+        predicted = np.nan_to_num(scores, nan=0.0).argmax(axis=1)
+        np.add.at(matrix, (cohort.labels.astype(np.int64).reshape(-1), predicted), cohort.record_weights())
+        return matrix
+
+    statistic = Statistic(name="confusion", shape=(num_classes, num_classes), summarise=summarise)
+    return (
+        Metric(name="accuracy", statistic=statistic, finish=confusion_accuracy),
+        Metric(name="macro_f1", statistic=statistic, finish=macro_f1),
+    )
+
+
+def confusion_accuracy(matrix: FloatArray) -> float | None:
+    """Share on the diagonal."""
+    return float(np.trace(matrix) / matrix.sum()) if matrix.sum() > 0 else None
+
+
+def macro_f1(matrix: FloatArray) -> float | None:
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
+    occurring = matrix.sum(axis=1) > 0
+    if not occurring.any():
+        return None
+    f1 = 2 * np.diag(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1e-12)
+    return float(f1[occurring].mean())
+
+
+# A number: clipped error sums ---------------------------------------------------------------------------------------------------
+
+
+def error_metrics(low: float, high: float) -> tuple[Metric, ...]:
+    """MAE, RMSE and R2 of a number with declared range [low, high], in its own unit.
+
+    Values are clipped to the range and scaled to [0, 1], so each entry of the sum (patients, absolute error, squared error, label,
+    squared label) moves by at most 1 and the L2 sensitivity is sqrt(5).
+    """
+    span = high - low
+
+    def summarise(predictions: FloatArray, cohort: Cohort) -> FloatArray:
+        predicted = (np.clip(np.nan_to_num(predictions.reshape(-1), nan=low), low, high) - low) / span
+        label = (np.clip(cohort.labels.astype(np.float64).reshape(-1), low, high) - low) / span
+        error = np.abs(predicted - label)
+        terms = np.stack([np.ones_like(label), error, error**2, label, label**2])
+        return np.asarray(terms @ cohort.record_weights())
+
+    statistic = Statistic(name="errors", shape=(5,), summarise=summarise, sensitivity=5**0.5, is_counts=False)
+    return (
+        Metric(name="mae", statistic=statistic, finish=lambda sums: _ratio(sums[1] * span, sums[0]), higher_is_better=False),
+        Metric(name="rmse", statistic=statistic, finish=lambda sums: _root(_ratio(sums[2], sums[0]), span), higher_is_better=False),
+        Metric(name="r2", statistic=statistic, finish=_r2),
+    )
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return float(numerator / denominator) if denominator > 0 else None
+
+
+def _root(value: float | None, scale: float) -> float | None:
+    return None if value is None else float(max(value, 0.0) ** 0.5 * scale)
+
+
+def _r2(sums: FloatArray) -> float | None:
+    count, _, squared_error, label, squared_label = sums
+    spread = squared_label - label**2 / count if count > 0 else 0.0
+    return float(1 - squared_error / spread) if spread > 1e-12 else None

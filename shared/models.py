@@ -1,0 +1,92 @@
+"""Models as both sides build them, and parameters as they cross the wire: a dict of NumPy arrays in the order of the state."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from shared.errors import ProtocolError
+from shared.seeding import derive
+
+Parameters = dict[str, NDArray[np.generic]]
+
+
+def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), dropout: float = 0.0) -> nn.Sequential:
+    """A multilayer perceptron with tanh, `(N, num_features) -> (N, num_outputs)`; no hidden layer is logistic regression.
+
+    Tanh keeps activations bounded, which suits clipped gradients (Papernot et al. 2021).
+    """
+    layers: list[nn.Module] = []
+    width = num_features
+    for size in hidden:
+        layers += [nn.Linear(width, size), nn.Tanh()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        width = size
+    return nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+
+def initial_parameters(model: nn.Module, seed: int) -> Parameters:
+    """Parameters of `model` after a seeded re-initialisation of every layer that can be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "initial parameters") % 2**32)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return get_parameters(model)
+
+
+def get_parameters(model: nn.Module) -> Parameters:
+    """Copies of the shared state: every floating-point parameter and buffer, by name."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in model.state_dict().items() if value.is_floating_point()}
+
+
+def set_parameters(model: nn.Module, parameters: Mapping[str, NDArray[np.generic]]) -> None:
+    """Load `parameters` into `model`; the arrays are copied.
+
+    Raises:
+        ProtocolError: names, shapes or types are not the model's.
+    """
+    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    check_parameters(parameters, {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()})
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+Template = dict[str, tuple[tuple[int, ...], str]]
+
+
+def template_of(parameters: Mapping[str, NDArray[np.generic]]) -> Template:
+    """Name -> (shape, dtype) of these arrays."""
+    return {name: (value.shape, str(value.dtype)) for name, value in parameters.items()}
+
+
+def check_parameters(parameters: Mapping[str, NDArray[np.generic]], template: Template) -> None:
+    """Names, order, shapes and dtypes are exactly the template's, and every value is finite.
+
+    Raises:
+        ProtocolError: the first thing that is not.
+    """
+    if list(parameters) != list(template):
+        missing, extra = [n for n in template if n not in parameters], [n for n in parameters if n not in template]
+        raise ProtocolError(f"expected {len(template)} named tensors, got {len(parameters)} (missing: {missing[:3]}, unknown: {extra[:3]})")
+    for name, (shape, dtype) in template.items():
+        value = parameters[name]
+        if value.shape != shape or str(value.dtype) != dtype:
+            raise ProtocolError(f"tensor {name}: expected {shape} {dtype}, got {value.shape} {value.dtype}")
+        if not np.isfinite(value).all():
+            raise ProtocolError(f"tensor {name}: expected finite values, got NaN or infinity")
+
+
+def predict_in_batches(model: nn.Module, inputs: tuple[NDArray[np.generic], ...], *, batch_size: int = 1024) -> torch.Tensor:
+    """Outputs of `model` in evaluation mode, `(N, ...)`, in batches of bounded size."""
+    model.eval()
+    outputs = []
+    with torch.no_grad():
+        for start in range(0, len(inputs[0]), batch_size):
+            outputs.append(model(*(torch.from_numpy(values[start : start + batch_size]) for values in inputs)))
+    return torch.cat(outputs)

@@ -1,0 +1,135 @@
+"""Privacy arithmetic that both sides and the command line share: events, epsilon, and the noise for a budget. No torch.
+
+Theorem used: DP-SGD with Poisson sampling is the adaptive composition of Poisson-subsampled Gaussian mechanisms (Abadi et al. 2016); its
+privacy loss distribution is composed numerically and pessimistically (Koskela et al. 2020; Doroshenko et al. 2022) by dp-accounting, so
+the epsilon reported is an upper bound. Unit: one patient (or record) added to or removed from a site's training patients. The Gaussian
+differential privacy (central limit) accountant under-counts and is never used.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shared.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dp_accounting.pld import privacy_loss_distribution
+
+DELTA_CEILING = 1e-4
+LOSS_INTERVAL = 1e-3  # grid of the privacy loss, rounded pessimistically: epsilon comes out at most 0.1 % high
+SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
+MAX_NOISE_MULTIPLIER = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyEvent:
+    """`steps` Poisson-subsampled Gaussian releases, each of sensitivity C with noise of standard deviation noise_multiplier x C.
+
+    Neighbouring relation: add or remove one unit (patient or record).
+    """
+
+    noise_multiplier: float
+    sample_rate: float  # in (0, 1]
+    steps: int
+
+    def __post_init__(self) -> None:
+        usable = math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0
+        if not usable:
+            raise ConfigurationError(
+                f"privacy event: expected noise multiplier > 0, sample rate in (0, 1], steps >= 0, got {self.noise_multiplier}, {self.sample_rate}, {self.steps}",
+                "an event without noise has no epsilon",
+            )
+
+
+def merge_events(events: Iterable[PrivacyEvent]) -> tuple[PrivacyEvent, ...]:
+    """One event per (noise multiplier, sample rate), in sorted order: composition does not depend on order."""
+    steps: dict[tuple[float, float], int] = {}
+    for event in events:
+        key = (event.noise_multiplier, event.sample_rate)
+        steps[key] = steps.get(key, 0) + event.steps
+    return tuple(PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=count) for (noise, rate), count in sorted(steps.items()) if count > 0)
+
+
+def epsilon_of(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """Upper bound on epsilon at `delta` of all events composed; 0 for none.
+
+    Args:
+        delta: in (0, 1).
+
+    >>> round(epsilon_of([PrivacyEvent(noise_multiplier=4.302, sample_rate=0.05, steps=500)], 1e-5), 2)
+    1.0
+    """
+    return _epsilon_pld(merge_events(events), delta)
+
+
+@functools.lru_cache(maxsize=65536)
+def _epsilon_pld(events: tuple[PrivacyEvent, ...], delta: float) -> float:
+    composed = None
+    for event in events:
+        part = _single_release(event.noise_multiplier, event.sample_rate).self_compose(event.steps)
+        composed = part if composed is None else composed.compose(part)
+    return 0.0 if composed is None else float(composed.get_epsilon_for_delta(delta))
+
+
+@functools.lru_cache(maxsize=1024)
+def _single_release(noise_multiplier: float, sample_rate: float) -> "privacy_loss_distribution.PrivacyLossDistribution":
+    from dp_accounting.pld import privacy_loss_distribution  # a second to import: only where a number is asked for
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=LOSS_INTERVAL, pessimistic_estimate=True
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def solve_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """The least noise multiplier (within 0.2 %) whose `steps` releases cost at most `epsilon` at `delta`.
+
+    Raises:
+        ConfigurationError: no noise multiplier up to a million does.
+    """
+
+    def excess(log_noise: float) -> float:
+        event = PrivacyEvent(noise_multiplier=math.exp(log_noise), sample_rate=sample_rate, steps=steps)
+        return math.log(max(_epsilon_pld((event,), delta), 1e-12)) - math.log(epsilon * SOLVE_MARGIN)
+
+    low, high = _bracket(excess, math.log(_rough_guess(epsilon, delta, sample_rate, steps)))
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return math.exp(high)
+
+
+def _rough_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Central-limit size of the noise, as a place to begin the search and nothing more."""
+    return max(0.3, sample_rate * math.sqrt(steps * 2 * math.log(1.25 / delta)) / epsilon)
+
+
+def _bracket(excess: Callable[[float], float], start: float) -> tuple[float, float]:
+    width = 0.1
+    low = high = start
+    if excess(start) > 0:
+        while excess(high) > 0:
+            low, high, width = high, high + width, width * 2
+            if high > math.log(MAX_NOISE_MULTIPLIER):
+                raise ConfigurationError("privacy.epsilon: no noise is enough for this budget", "raise epsilon, or lower rounds or batch_size")
+    else:
+        while excess(low) <= 0 and low > math.log(1e-2):
+            low, high, width = low - width, low, width * 2
+    return low, high
+
+
+def default_delta(smallest_declared_size: int) -> float:
+    """min(1e-4, 1 / (10 x smallest declared size)); from declared sizes, never from exact counts."""
+    return min(DELTA_CEILING, 1 / (10 * max(smallest_declared_size, 1)))
+
+
+def sample_rate_of(batch_size: int, declared_size: int) -> float:
+    """q = min(1, batch_size / declared size)."""
+    return min(1.0, batch_size / declared_size)
+
+
+def steps_per_round(*, local_epochs: int, local_steps: int | None, batch_size: int, declared_size: int) -> int:
+    """Steps a site takes in a round: `local_steps`, or as many as `local_epochs` expected passes need."""
+    return local_steps if local_steps is not None else local_epochs * math.ceil(declared_size / min(batch_size, declared_size))

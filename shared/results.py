@@ -1,0 +1,141 @@
+"""The files of a run's folder as models: one line of rounds.jsonl, result.json, privacy.json, evaluation.json."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+MetricValues = dict[str, float | None]  # null where the data do not determine the metric (a site with one class)
+Interval = tuple[float, float] | None
+
+SCHEMA_VERSION = 1
+Outcome = Literal["completed", "interrupted", "failed"]
+Status = Literal["ok", "refused", "missing", "failed", "not asked"]
+
+
+class Record(BaseModel):
+    """Base of what we write: unknown keys refused, so that a reader notices a newer version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteRound(Record):
+    """One site in one round. `metrics` are of the model that the site received, on its own test patients."""
+
+    name: str
+    status: Status
+    reason: str | None = None  # code and sentence, where the status is not "ok"
+    num_test: int | None = None
+    metrics: MetricValues | None = None
+    epsilon: float | None = None  # spent on this study so far, this round included
+
+
+class RoundRecord(Record):
+    """A line of rounds.jsonl. `metrics` are pooled over the sites that answered, of the model after `evaluated_round` rounds."""
+
+    round: int
+    fold: int = 1
+    evaluated_round: int
+    sites: tuple[SiteRound, ...]
+    metrics: MetricValues
+    metrics_ci95: dict[str, Interval]
+    seconds: float
+
+
+class SiteSummary(Record):
+    """A site's size: declared in a deployment, exact in a simulation. `classes`: patients by label, simulation only."""
+
+    name: str
+    num_patients: int
+    num_train: int
+    num_test: int
+    classes: dict[str, int] | None = None
+    notes: dict[str, int] = {}
+
+
+class SitePrivacy(Record):
+    """What was spent at a site. `epsilon` is an upper bound by `accountant`; the cross-check is another accountant's upper bound."""
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    accountant: Literal["pld"] = "pld"
+    epsilon_cross_check: float | None
+    cross_check_accountant: Literal["prv"] = "prv"
+
+
+class RunPrivacy(Record):
+    """The privacy part of result.json; `unit` "none" has no sites."""
+
+    unit: Literal["patient", "record", "none"]
+    seeded_noise: bool
+    sites: dict[str, SitePrivacy]
+
+
+class Timing(Record):
+    """In seconds."""
+
+    total_seconds: float
+    seconds_per_round: list[float]
+
+
+class Result(Record):
+    """result.json. Two runs with one seed on one machine differ in `run` and `timing` alone."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: str
+    study: str
+    task: str
+    engine: str
+    seed: int
+    outcome: Outcome
+    synthetic: bool
+    sites: list[SiteSummary]
+    rounds_completed: int
+    primary_metric: str
+    metrics: dict[str, MetricValues]
+    metrics_ci95: dict[str, dict[str, Interval]]
+    per_site: dict[str, dict[str, float | int | Interval]]
+    per_site_baselines: dict[str, dict[str, MetricValues]]  # baseline -> site -> metrics on the site's own test patients
+    folds: list[MetricValues]  # one per fold of a cross-validation; empty without
+    privacy: RunPrivacy
+    timing: Timing
+
+
+class SiteClaim(Record):
+    """The promise to the patients of one site."""
+
+    epsilon: float
+    delta: float
+    epsilon_cross_check: float | None
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    declared_size: int
+    noise_source: Literal["seeded", "os"]
+
+
+class PrivacyClaim(Record):
+    """privacy.json: a claim sheet in the sense of NIST SP 800-226. Without a promise, `unit` is "none" and `statement` says so."""
+
+    schema_version: int = SCHEMA_VERSION
+    unit: Literal["patient", "record", "none"]
+    neighbouring_relation: str | None
+    mechanism: str | None
+    sampling: str | None
+    composition: str | None
+    statement: str
+    protects: bool
+    covered: list[str]
+    not_covered: list[str]
+    accountants: list[str]
+    sites: dict[str, SiteClaim]
+    versions: dict[str, str]
+
+
+class StoredStatistics(Record):
+    """evaluation.json: summed statistics (nested lists) from which ROC and calibration are drawn, by source ("federated", "pooled", ...)."""
+
+    schema_version: int = SCHEMA_VERSION
+    sources: dict[str, dict[str, list[object]]]

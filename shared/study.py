@@ -1,0 +1,333 @@
+"""The study: one question, one model, one TOML file. What the researcher asks for; a site's policy outranks it."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from shared.config import Settings, TomlTable, read_toml, validate
+from shared.errors import ConfigurationError
+
+_DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h)$")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration such as "10m", "90s", "1.5h".
+
+    >>> parse_duration("10m")
+    600.0
+    """
+    match = _DURATION.match(text)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"expected a duration above zero such as '90s', '10m' or '2h', got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _as_float(value: object) -> object:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Real = Annotated[float, BeforeValidator(_as_float)]
+Positive = Annotated[Real, Field(gt=0)]
+Momentum = Annotated[Real, Field(ge=0, lt=1)]
+
+
+class Rounds(Settings):
+    """How many rounds, and when a round may go on without everybody."""
+
+    count: int = Field(default=30, ge=1, le=100_000, description="rounds of training")
+    require: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default="all", description="'all', or the quorum: that many usable updates, or the round does not count"
+    )
+    deadline: str = Field(default="10m", description="longest wait for a round's answers")
+    on_missing: Literal["proceed", "wait", "abort"] = Field(default="proceed", description="what to do at the deadline")
+
+    @field_validator("deadline")
+    @classmethod
+    def _check_deadline(cls, text: str) -> str:
+        parse_duration(text)
+        return text
+
+    @property
+    def deadline_seconds(self) -> float:
+        """The deadline, in seconds."""
+        return parse_duration(self.deadline)
+
+
+class Training(Settings):
+    """Local training at a site."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Positive = 0.1
+    momentum: Momentum = Field(default=0.0, description="sgd only")
+    weight_decay: Real = Field(default=0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="of the learning rate, by round")
+    warmup_rounds: int = Field(default=0, ge=0)
+    local_epochs: int = Field(default=1, ge=1, le=1000, description="expected passes over the site's patients a round")
+    local_steps: int | None = Field(default=None, ge=1, description="instead of local_epochs")
+    batch_size: int = Field(default=32, ge=1, description="expected batch size under Poisson sampling")
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum belongs to optimizer 'sgd', got optimizer {self.optimizer!r}; remove momentum")
+        if self.local_steps is not None and "local_epochs" in self.model_fields_set:
+            raise ValueError("expected local_epochs or local_steps, got both; remove one")
+        return self
+
+
+class _StrategyOptions(Settings):
+    fraction: Real = Field(default=1.0, gt=0, le=1, description="share of the sites asked in a round")
+    weights: Literal["declared", "equal"] = Field(default="declared", description="a site's weight in the mean: declared size, or 1")
+
+
+class FedAvg(_StrategyOptions):
+    """McMahan et al. 2017."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class FedProx(_StrategyOptions):
+    """Li et al. 2020."""
+
+    name: Literal["fedprox"]
+    proximal_mu: Real = Field(default=0.1, ge=0)
+
+
+class FedAvgM(_StrategyOptions):
+    """Hsu et al. 2019."""
+
+    name: Literal["fedavgm"]
+    server_learning_rate: Positive = 1.0
+    server_momentum: Momentum = 0.9
+
+
+class _Adaptive(_StrategyOptions):
+    server_learning_rate: Positive = 0.1
+    tau: Positive = Field(default=1e-3, description="degree of adaptivity, added to the root of the second moment")
+
+
+class FedAdagrad(_Adaptive):
+    """Reddi et al. 2021."""
+
+    name: Literal["fedadagrad"]
+
+
+class FedAdam(_Adaptive):
+    """Reddi et al. 2021."""
+
+    name: Literal["fedadam"]
+    beta_1: Momentum = 0.9
+    beta_2: Momentum = 0.99
+
+
+class FedYogi(_Adaptive):
+    """Reddi et al. 2021."""
+
+    name: Literal["fedyogi"]
+    beta_1: Momentum = 0.9
+    beta_2: Momentum = 0.99
+
+
+Strategy = Annotated[FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi, Field(discriminator="name")]
+
+
+class Privacy(Settings):
+    """The promise a study asks every site to keep. The site's policy can only make it stricter."""
+
+    unit: Literal["patient", "record", "none"] = "patient"
+    epsilon: Real | None = Field(default=None, gt=0, le=1e4, description="the whole study's budget at each site")
+    noise_multiplier: Real | None = Field(default=None, gt=0, le=1e6, description="instead of epsilon")
+    delta: Real | None = Field(default=None, gt=0, lt=0.1, description="omitted: min(1e-4, 1/(10 x smallest declared size))")
+    max_grad_norm: Positive = 1.0
+    noise_source: Literal["seeded", "os"] = Field(default="seeded", description="simulation only; a site's own ledger takes 'os' always")
+    physical_batch_size: int = Field(default=256, ge=1, description="records in memory at once; no effect on privacy or result")
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        if self.unit == "none":
+            if self.epsilon is not None or self.noise_multiplier is not None:
+                raise ValueError("unit 'none' keeps no promise, so expected neither epsilon nor noise_multiplier; remove it")
+        elif (self.epsilon is None) == (self.noise_multiplier is None):
+            got = "neither" if self.epsilon is None else "both"
+            raise ValueError(f"expected either epsilon or noise_multiplier, got {got}; give one, or unit = 'none'")
+        return self
+
+
+class Evaluation(Settings):
+    """How the study is judged."""
+
+    folds: int = Field(default=1, ge=1, le=20, description="above 1: cross-validation by patient")
+    bootstrap: int = Field(default=500, ge=0, le=100_000, description="resamples for the 95 % intervals; 0: none")
+
+
+class Federation(Settings):
+    """The virtual federation of a simulation."""
+
+    sites: int | None = Field(default=None, ge=1, le=100_000, description="number of virtual sites; 'natural' brings its own")
+    partition: Literal["iid", "dirichlet", "quantity", "shards", "column", "natural"] = "iid"
+    alpha: Real = Field(default=0.5, gt=0, description="concentration, of 'dirichlet' (labels) and 'quantity' (sizes)")
+    shards_per_site: int = Field(default=2, ge=1, description="of 'shards'")
+    column: str | None = Field(default=None, description="of 'column': the attribute whose values are the sites")
+    min_patients: int = Field(default=10, ge=2, description="least number of patients at a site")
+    min_per_class: int = Field(default=1, ge=0, description="least number of patients of each class at a site, where that is possible")
+    num_patients: int | None = Field(default=None, ge=2, description="of a synthetic cohort, all sites together")
+
+    @model_validator(mode="after")
+    def _check_partition(self) -> Self:
+        if (self.partition == "column") != (self.column is not None):
+            raise ValueError(f"partition {self.partition!r} with column {self.column!r}: expected partition 'column' and a column, or neither")
+        if self.partition in ("natural", "column"):
+            if self.sites is not None:
+                raise ValueError(f"partition {self.partition!r} takes its sites from the data, got sites = {self.sites}; remove sites")
+        return self
+
+
+class Study(Settings):
+    """One study, as in a TOML file; frozen. `fingerprint()` identifies it everywhere."""
+
+    name: str = Field(pattern=NAME_PATTERN)
+    task: str = Field(min_length=1, description="a registered task, an entry point, 'package.module:factory', or a schema TOML file")
+    seed: int = Field(default=7, ge=0, lt=2**63)
+    purpose: str = Field(default="", max_length=500, description="for the people who approve it")
+    rounds: Rounds = Rounds()
+    training: Training = Training()
+    strategy: Strategy = FedAvg()
+    privacy: Privacy
+    evaluation: Evaluation = Evaluation()
+    federation: Federation = Federation()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Study":
+        """The study in a TOML file. A task that is a schema file is found beside the study.
+
+        Raises:
+            ConfigurationError: the file is missing or does not fit; it names file, key, expected and got.
+        """
+        path = Path(path)
+        return cls.from_table(read_toml(path), source=str(path))
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object], *, source: str = "study") -> "Study":
+        """The study of these tables; `source` stands in messages."""
+        table = dict(table)
+        strategy = table.get("strategy")
+        if isinstance(strategy, Mapping) and "name" not in strategy:
+            table["strategy"] = {"name": "fedavg", **strategy}
+        task = table.get("task")
+        if isinstance(task, str) and task.endswith(".toml") and not Path(task).is_absolute():
+            beside = Path(source).parent / task
+            table["task"] = str(beside if beside.exists() else Path(task))
+        return validate(cls, table, source)
+
+    def replace(self, **changes: object) -> "Study":
+        """A study with these keys changed: `study.replace(seed=8, privacy={"epsilon": 1.0})`; tables are merged.
+
+        Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two.
+        """
+        return Study.from_table(merge_tables(self.to_table(), changes), source="study")
+
+    def to_table(self) -> TomlTable:
+        """Every value that is not absent, as plain tables."""
+        table: TomlTable = self.model_dump(mode="json", exclude_none=True)
+        training = table["training"]
+        assert isinstance(training, dict)
+        if "local_steps" in training:
+            training.pop("local_epochs", None)
+        return table
+
+    def to_toml(self) -> str:
+        """The study as TOML text that loads to an equal study."""
+        return toml_text(self.to_table())
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the study's canonical JSON."""
+        canonical = json.dumps(self.to_table(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def private(self) -> bool:
+        """True when the study asks for differential privacy."""
+        return self.privacy.unit != "none"
+
+
+def merge_tables(base: Mapping[str, object], changes: Mapping[str, object]) -> TomlTable:
+    """`base` with `changes` merged in, tables within tables; a change of strategy name drops the old one's options."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            if key == "strategy" and value.get("name", old.get("name")) != old.get("name"):
+                old = {}
+            if key == "privacy":
+                old = _without_rival_budgets(old, value)
+            if key == "training" and "local_steps" in value:
+                old = {name: item for name, item in old.items() if name != "local_epochs"}
+            if key == "training" and "local_epochs" in value:
+                old = {name: item for name, item in old.items() if name != "local_steps"}
+            if key == "federation" and value.get("partition") in ("natural", "column"):
+                old = {name: item for name, item in old.items() if name != "sites"}
+            value = merge_tables(old, value)
+        merged[key] = value
+    return merged
+
+
+def _without_rival_budgets(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
+    rivals = {"epsilon", "noise_multiplier"}
+    if change.get("unit") == "none" or rivals & change.keys():
+        kept = {key: value for key, value in old.items() if key not in rivals}
+        if kept.get("unit") == "none" and "unit" not in change:
+            kept["unit"] = "patient"
+        return kept
+    return dict(old)
+
+
+def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """`{"rounds": {"count": 3}}` as `{"rounds.count": 3}`."""
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def toml_text(table: Mapping[str, object]) -> str:
+    """TOML for tables of scalars, lists of scalars and tables within; scalars first."""
+    lines: list[str] = []
+    _write_table(table, "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _write_table(table: Mapping[str, object], path: str, lines: list[str]) -> None:
+    if path and any(not isinstance(value, Mapping) for value in table.values()):
+        lines.extend(["", f"[{path}]"])
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            _write_table(value, f"{path}.{_toml_key(key)}" if path else _toml_key(key), lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    raise ConfigurationError(f"cannot write {type(value).__name__} as TOML", "use text, numbers, lists and tables")

@@ -1,0 +1,123 @@
+"""The task: the clinical problem as one frozen object, and how a name becomes one."""
+
+import hashlib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from shared.cohort import Cohort
+from shared.config import nearest
+from shared.errors import ConfigurationError, UnknownTaskError, WardroundError
+from shared.metrics import Metric
+from shared.schema import Schema, schema_fingerprint
+
+ENTRY_POINT_GROUP = "wardround.tasks"
+BUILT_IN = {
+    "breast-cancer": "shared.tasks.breast_cancer:breast_cancer",
+    "heart-disease": "shared.tasks.heart_disease:heart_disease",
+}
+
+LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A clinical problem: schema, cohort loader, model, loss, metrics.
+
+    Attributes:
+        load_cohort: (path, options) -> Cohort. A folder may hold several sites; then `attributes["site"]` tells them apart.
+            Path None is asked for only where `bundled`.
+        synthetic_cohort: (num_patients, seed) -> Cohort with learnable signal and no real patient.
+        model: () -> plain `nn.Module`, called with `cohort.inputs`; Opacus-ready (no batch statistics, no in-place activations).
+        loss: (outputs, labels) -> loss of each record, `(N,)`; nothing in it may cross records.
+        predict: outputs -> predictions as the metrics take them.
+        metrics: what a site may report; `primary_metric` names one of them.
+        sites: names of the hospitals of the real data, where it has several.
+        bundled: True when real patients come with the package, so that no path is needed.
+        default_study: file name of the shipped study, for `simulate --task`.
+    """
+
+    name: str
+    title: str
+    modality: str
+    schema: Schema = field(repr=False)
+    load_cohort: LoadCohort = field(repr=False)
+    synthetic_cohort: Callable[[int, int], Cohort] = field(repr=False)
+    model: Callable[[], nn.Module] = field(repr=False)
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = field(repr=False)
+    predict: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
+    metrics: tuple[Metric, ...] = field(repr=False)
+    primary_metric: str
+    source: str = ""
+    sites: tuple[str, ...] = ()
+    bundled: bool = False
+    default_study: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [metric.name for metric in self.metrics]
+        if self.primary_metric not in names:
+            raise ConfigurationError(f"task {self.name}: primary_metric: expected one of {', '.join(names)}, got {self.primary_metric!r}")
+
+    @property
+    def statistics(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every statistic a site sends."""
+        return {metric.statistic.name: metric.statistic.shape for metric in self.metrics}
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over name, schema, metrics and architecture: two sides with equal fingerprints speak of the same task."""
+        parts = [self.name, schema_fingerprint(self.schema), ",".join(m.name for m in self.metrics), architecture_hash(self.model())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def architecture_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the module tree and of names, shapes and types of the state."""
+    state = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in model.state_dict().items()]
+    return hashlib.sha256("\n".join([repr(model), *state]).encode()).hexdigest()
+
+
+def resolve_task(name: str) -> Task:
+    """The task of this name: built in, an entry point of group "wardround.tasks", "package.module:factory", or a schema TOML file.
+
+    Raises:
+        UnknownTaskError: nothing has that name; near names are proposed.
+        ConfigurationError: the factory fails or gives something else than a `Task`.
+    """
+    if name.endswith(".toml"):
+        tabular = importlib.import_module("shared.tasks.tabular")
+        task: Task = tabular.load_tabular_task(Path(name))
+        return task
+    target = BUILT_IN.get(name) or _entry_points().get(name) or name
+    if ":" not in target:
+        known = task_names()
+        raise UnknownTaskError(f"no task {name!r}{nearest(name, known)}", f"known: {', '.join(known)}, 'package.module:factory', or a schema .toml")
+    return _call_factory(target)
+
+
+def task_names() -> list[str]:
+    """Names of the built-in tasks and of installed entry points."""
+    return sorted(BUILT_IN.keys() | _entry_points().keys())
+
+
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _call_factory(target: str) -> Task:
+    module_name, _, attribute = target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+        task = factory() if callable(factory) and not isinstance(factory, Task) else factory
+    except WardroundError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise UnknownTaskError(f"task {target!r}: {error}", "check the name, and that the package is installed") from error
+    except Exception as error:
+        raise ConfigurationError(f"task {target!r}: its factory raised {type(error).__name__}", "run it alone, or with --debug") from error
+    if not isinstance(task, Task):
+        raise ConfigurationError(f"task {target!r}: expected a Task, got {type(task).__name__}", "return shared.task.Task(...)")
+    return task

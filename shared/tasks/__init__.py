@@ -1,0 +1,1 @@
+"""The task protocol, the registry, and the tasks that come with Wardround."""

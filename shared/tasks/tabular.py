@@ -1,0 +1,260 @@
+"""Tasks on tables: one builder for all of them, and the general one that a schema TOML file describes without a line of Python."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+
+from shared.cohort import Cohort
+from shared.config import Settings, read_toml, validate
+from shared.errors import ConfigurationError, DataAccessError, DataError, DataMissingError, SchemaError
+from shared.metrics import BINARY_METRICS, Metric, confusion_metrics, error_metrics
+from shared.models import mlp
+from shared.schema import Column, TableSchema, encode_table
+from shared.seeding import generator
+from shared.study import Real
+from shared.task import LoadCohort, Task
+
+SYNTHETIC_MISSING_RATE = 0.03
+SYNTHETIC_SIGNAL = 2.5  # standard deviation of the logit that the features carry
+REMEDY_FOLDER = "give the file itself with --data, or a folder that holds one"
+
+
+class ModelOptions(Settings):
+    """The model of a tabular task: a multilayer perceptron, or logistic regression where `hidden` is empty."""
+
+    hidden: tuple[int, ...] = Field(default=(32,), strict=False)
+    dropout: Real = Field(default=0.0, ge=0, lt=1)
+
+
+class TabularTask(TableSchema):
+    """A schema file: a `TableSchema` and the model."""
+
+    model: ModelOptions = ModelOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelRule:
+    """How a label of one type is modelled: outputs, loss, prediction, metrics."""
+
+    num_outputs: int
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    predict: Callable[[torch.Tensor], torch.Tensor]
+    metrics: tuple[Metric, ...]
+
+
+def label_rule(label: Column) -> LabelRule:
+    """Logistic loss for two categories, cross-entropy for more, squared error on the scaled range for a number."""
+    if label.type == "binary":
+        return LabelRule(num_outputs=1, loss=logistic_loss, predict=lambda outputs: torch.sigmoid(outputs[:, 0]), metrics=BINARY_METRICS)
+    if label.type == "category":
+        return LabelRule(num_outputs=len(label.values), loss=_cross_entropy, predict=_softmax, metrics=confusion_metrics(len(label.values)))
+    assert label.low is not None and label.high is not None
+    low, span = label.low, label.high - label.low
+    return LabelRule(
+        num_outputs=1,
+        loss=lambda outputs, labels: (outputs[:, 0] - (labels - low) / span) ** 2,
+        predict=lambda outputs: outputs[:, 0] * span + low,
+        metrics=error_metrics(label.low, label.high),
+    )
+
+
+def logistic_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of logits `(N, 1)` against 0/1 `(N,)`, for each record `(N,)`."""
+    return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
+
+
+def _cross_entropy(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, labels, reduction="none")
+
+
+def _softmax(outputs: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(outputs, dim=1)
+
+
+def table_task(schema: TableSchema, *, load_cohort: LoadCohort, model: ModelOptions, **about: object) -> Task:
+    """A task on tables of this schema. `about` sets further fields of `Task` (title, source, sites, bundled, default_study)."""
+    rule = label_rule(schema.label)
+    num_features = len(schema.feature_names)
+    fields: dict[str, object] = {"title": schema.title or schema.name, "primary_metric": rule.metrics[0].name, **about}
+    return Task(
+        name=schema.name,
+        modality="tabular",
+        schema=schema,
+        load_cohort=load_cohort,
+        synthetic_cohort=lambda num_patients, seed: synthetic_cohort(schema, num_patients, seed),
+        model=lambda: mlp(num_features, rule.num_outputs, hidden=model.hidden, dropout=model.dropout),
+        loss=rule.loss,
+        predict=rule.predict,
+        metrics=rule.metrics,
+        **fields,  # type: ignore[arg-type]  # Task's own constructor checks the names
+    )
+
+
+def load_tabular_task(path: Path) -> Task:
+    """The task that a schema TOML file describes.
+
+    Raises:
+        ConfigurationError: the file is missing or does not fit; it names the key.
+    """
+    table = validate(TabularTask, read_toml(path), str(path))
+    schema = TableSchema.model_validate(table.model_dump(exclude={"model"}))
+    return table_task(schema, load_cohort=lambda data, options: load_table(data, schema, options), model=table.model, source=f"schema file {path.name}")
+
+
+def load_table(path: Path | None, schema: TableSchema, options: Mapping[str, object]) -> Cohort:
+    """The cohort in a CSV file (or in the one CSV file of a folder). No options.
+
+    Raises:
+        DataMissingError, DataAccessError, SchemaError: see `read_csv` and `encode_table`.
+    """
+    reject_options(options, schema.name)
+    if path is None:
+        raise DataMissingError(f"task {schema.name} has no data of its own", "give your file with --data")
+    file = only_csv(path)
+    return cohort_from_frame(read_csv(file), schema, source=file.name)
+
+
+def reject_options(options: Mapping[str, object], task: str) -> None:
+    """Raise `ConfigurationError` where a loader without options is given some."""
+    if options:
+        raise ConfigurationError(f"task {task}: its loader has no option {sorted(options)[0]!r}", "remove it")
+
+
+def only_csv(path: Path) -> Path:
+    """`path`, or the only CSV file in the folder `path`.
+
+    Raises:
+        DataMissingError: there is none, or more than one.
+        DataAccessError: the folder may not be read.
+    """
+    if not path.exists():
+        raise DataMissingError(f"{path}: expected data, found nothing", "check the path given with --data")
+    if path.is_file():
+        return path
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".csv")
+    except PermissionError:
+        raise DataAccessError(f"{path}: this user may not read the folder", "change its permissions") from None
+    if len(files) != 1:
+        raise DataMissingError(f"{path}: expected one CSV file, found {len(files)}", REMEDY_FOLDER)
+    return files[0]
+
+
+def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
+    """A CSV file as text columns, empty where a field is empty.
+
+    Args:
+        names: the columns of a file without a header line.
+
+    Raises:
+        DataMissingError: no such file, or an empty one.
+        DataAccessError: it may not be read.
+        SchemaError: it is not UTF-8 text or not a regular CSV.
+    """
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, names=names, header=None if names else 0, skipinitialspace=True, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataMissingError(f"{path}: expected a CSV file, found none", "check the path given with --data") from None
+    except PermissionError:
+        raise DataAccessError(f"{path}: this user may not read it", "change its permissions") from None
+    except pd.errors.EmptyDataError:
+        raise DataMissingError(f"{path}: expected a CSV file with rows, got an empty file", "check the export") from None
+    except UnicodeDecodeError:
+        raise SchemaError(f"{path}: expected UTF-8 text, got other bytes", "save it as UTF-8 CSV") from None
+    except pd.errors.ParserError:
+        raise SchemaError(f"{path}: expected the same number of fields in every line, got a line with more", "check separators and quotes") from None
+    except OSError as error:
+        raise DataError(f"{path}: could not be read ({type(error).__name__})", "check the file system") from None
+
+
+def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, synthetic: bool = False) -> Cohort:
+    """The cohort of a table; rows of one patient are its records, and every other column is an attribute by which to partition."""
+    encoded = encode_table(frame, schema, source=source)
+    kept = frame[encoded.kept].reset_index(drop=True)
+    ids = kept[schema.patient].astype(str).str.strip() if schema.patient else pd.Series(row_identifiers(kept))
+    if schema.patient and (ids == "").any():
+        raise SchemaError(f"{source}: column {schema.patient!r}: expected a patient's identifier in every row, got none in {int((ids == '').sum())} rows", "fill it in")
+    patient_of_record, patients = pd.factorize(ids)
+    first = pd.Series(patient_of_record).drop_duplicates().index.to_numpy()
+    attributes = {name: kept[name].astype(str).to_numpy(dtype=np.str_)[first] for name in kept.columns if name not in (schema.patient, schema.label.name)}
+    if schema.site:
+        if schema.site not in attributes:
+            raise SchemaError(f"{source}: expected column {schema.site!r}, which names the site, not found", "rename or add it in the file")
+        attributes["site"] = attributes[schema.site]
+    return Cohort(
+        inputs=(encoded.features,),
+        labels=encoded.labels,
+        patient_of_record=patient_of_record.astype(np.int64),
+        patient_ids=tuple(str(name) for name in patients),
+        attributes=attributes,
+        notes=encoded.notes,
+        synthetic=synthetic,
+    )
+
+
+def row_identifiers(frame: pd.DataFrame) -> list[str]:
+    """An identifier for each row from its content, so that renaming a file or adding rows makes nobody a new patient."""
+    digests = [hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).hexdigest() for row in frame.astype(str).itertuples(index=False)]
+    seen: dict[str, int] = {}
+    identifiers = []
+    for digest in digests:
+        seen[digest] = seen.get(digest, 0) + 1
+        identifiers.append(f"{digest}-{seen[digest]}")
+    return identifiers
+
+
+def synthetic_cohort(schema: TableSchema, num_patients: int, seed: int) -> Cohort:
+    """Synthetic patients of the schema: independent columns, a label that depends on them, three per cent of values missing.
+
+    They pass through the same encoding as real ones. The dependence is a linear score, drawn once for the schema's name.
+    """
+    rng = generator(seed, "synthetic", schema.name)
+    frame = pd.DataFrame({column.name: _synthetic_column(column, num_patients, rng) for column in schema.columns})
+    score = _synthetic_score(frame, schema)
+    frame[schema.label.name] = _synthetic_label(schema.label, score, rng)
+    if schema.patient:
+        frame[schema.patient] = [f"synthetic-{index}" for index in range(num_patients)]
+    if schema.site:
+        frame[schema.site] = rng.choice(["synthetic-1", "synthetic-2", "synthetic-3", "synthetic-4"], size=num_patients)
+    for column in schema.columns:
+        if column.missing != "drop":
+            frame.loc[rng.random(num_patients) < SYNTHETIC_MISSING_RATE, column.name] = ""
+    return cohort_from_frame(frame, schema, source="synthetic", synthetic=True)
+
+
+def _synthetic_column(column: Column, count: int, rng: np.random.Generator) -> NDArray[np.str_]:
+    if column.type != "number":
+        values = np.array([value for value in column.values if value not in column.missing_codes])
+        return np.asarray(rng.choice(values, size=count))
+    assert column.low is not None and column.high is not None
+    scaled = np.clip(rng.normal(0.0, 0.35, size=count), -1, 1) / 2 + 0.5
+    if column.scale == "log":
+        values = np.exp(np.log(column.low) + scaled * (np.log(column.high) - np.log(column.low)))
+    else:
+        values = column.low + scaled * (column.high - column.low)
+    return np.asarray([repr(float(np.clip(value, column.low, column.high))) for value in values])
+
+
+def _synthetic_score(frame: pd.DataFrame, schema: TableSchema) -> NDArray[np.float64]:
+    labelled = frame.assign(**{schema.label.name: schema.label.values[0] if schema.label.type != "number" else str(schema.label.low)})
+    features = encode_table(labelled, schema, source="synthetic").features.astype(np.float64)
+    weights = generator(0, "truth", schema.name).normal(size=features.shape[1])
+    score = (features - features.mean(axis=0)) @ weights
+    return np.asarray(score / max(float(score.std()), 1e-9) * SYNTHETIC_SIGNAL)
+
+
+def _synthetic_label(label: Column, score: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.str_]:
+    noisy = score + rng.logistic(size=len(score))
+    if label.type == "number":
+        assert label.low is not None and label.high is not None
+        return np.asarray([repr(float(value)) for value in label.low + (label.high - label.low) / (1 + np.exp(-noisy / 2))])
+    edges = np.quantile(noisy, np.linspace(0, 1, len(label.values) + 1)[1:-1])
+    return np.asarray(label.values)[np.searchsorted(edges, noisy)]

@@ -1,0 +1,1 @@
+"""Virtual federations: partitioners, engines, baselines. The only room that sees both sides."""

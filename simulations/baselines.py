@@ -1,0 +1,94 @@
+"""What federation is compared with: every site alone, and all data in one place, each without and with the study's privacy.
+
+They train with the sites' own code, for as many rounds, from the same initial parameters; only nobody is averaged with.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.local_training import LocalRound, torch_seeded, train_round
+from client.noise import GaussianNoise
+from client.private_training import Randomness, train_round_private
+from client.site import evaluate_parameters
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, test_patients
+from shared.messages import Statistics
+from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
+from shared.plan import plan_site
+from shared.seeding import derive_key, generator
+from shared.study import Study
+from shared.task import Task
+from server.evaluation import add_statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """Summed statistics of one baseline.
+
+    Attributes:
+        models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together.
+        own: per site, the statistics of its model (or the pooled one) on its own test patients.
+    """
+
+    models: dict[str, Statistics]
+    own: dict[str, Statistics]
+
+
+def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study) -> dict[str, Baseline]:
+    """The baselines of a study on these sites: two without privacy, and two with it where the study is private."""
+    parts = {name: _split(cohort) for name, cohort in cohorts.items()}
+    plain = study.replace(privacy={"unit": "none"})
+    baselines = {}
+    for suffix, variant in (("", plain), ("_private", study)) if study.private else (("", plain),):
+        baselines[f"local_only{suffix}"] = _local_only(parts, task, variant)
+        baselines[f"pooled{suffix}"] = _pooled(parts, task, variant)
+    return baselines
+
+
+def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
+    test = test_patients(cohort, SIMULATION_SPLIT_KEY)
+    return cohort.select(~test), cohort.select(test)
+
+
+def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
+    models = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
+    tested = {name: {site: evaluate_parameters(task, test, model) for site, (_, test) in parts.items()} for name, model in models.items()}
+    return Baseline(models={name: add_statistics(by_site.values()) for name, by_site in tested.items()}, own={name: tested[name][name] for name in parts})
+
+
+def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
+    model = train_alone(pool([train for train, _ in parts.values()]), task, study, who="pooled")
+    own = {name: evaluate_parameters(task, test, model) for name, (_, test) in parts.items()}
+    return Baseline(models={"all": add_statistics(own.values())}, own=own)
+
+
+def pool(cohorts: list[Cohort]) -> Cohort:
+    """One cohort of all patients of these; patients of different sites are different patients."""
+    offsets = np.cumsum([0, *(cohort.num_patients for cohort in cohorts[:-1])])
+    return Cohort(
+        inputs=tuple(np.concatenate(values) for values in zip(*(cohort.inputs for cohort in cohorts), strict=True)),
+        labels=np.concatenate([cohort.labels for cohort in cohorts]),
+        patient_of_record=np.concatenate([cohort.patient_of_record + offset for cohort, offset in zip(cohorts, offsets, strict=True)]),
+        patient_ids=tuple(f"{index}/{name}" for index, cohort in enumerate(cohorts) for name in cohort.patient_ids),
+        synthetic=any(cohort.synthetic for cohort in cohorts),
+    )
+
+
+def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Parameters:
+    """The parameters after all rounds of training on one cohort alone."""
+    plan = plan_site(study, train.num_patients)
+    model = task.model()
+    set_parameters(model, initial_parameters(model, study.seed))
+    for number in range(1, study.rounds.count + 1):
+        path = ("baseline", who, plan.unit, number)
+        rng = generator(study.seed, *path)
+        local = LocalRound(study=study, task=task, round_number=number)
+        with torch_seeded(int(rng.integers(2**32))):
+            if plan.private:
+                noise = GaussianNoise(derive_key(study.seed, "noise", *path))
+                train_round_private(model, train, local, plan=plan, randomness=Randomness(sampling=rng, noise=noise))
+            else:
+                train_round(model, train, local, rng=rng)
+    return get_parameters(model)
+
+

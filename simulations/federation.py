@@ -1,0 +1,163 @@
+"""Virtual sites: one cohort divided among them, or the real sites of a folder of site files, and the study resolved for them."""
+
+import functools
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from client.hospital import open_site
+from client.policy import SiteFile
+from client.site import Site, SiteSettings
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, test_patients
+from shared.errors import ConfigurationError, DataMissingError, PartitionError
+from shared.files import storage_errors
+from shared.privacy import default_delta
+from shared.results import SiteSummary
+from shared.schema import TableSchema
+from shared.study import Study
+from shared.task import Task
+from simulations.partitioners import partition_cohort
+
+DEFAULT_SYNTHETIC_PATIENTS = 800
+SITE_FILE = "site.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualFederation:
+    """The virtual sites of one simulation and their patients, before any study runs on them."""
+
+    cohorts: dict[str, Cohort]
+    synthetic: bool
+
+    def summaries(self, task: Task, study: Study) -> list[SiteSummary]:
+        """Exact sizes and classes of every site; with cross-validation, those of the first fold."""
+        return [_summary(name, cohort, task, study) for name, cohort in self.cohorts.items()]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over every site's records, so that a resumed run can tell that its patients are the same."""
+        digest = hashlib.sha256()
+        for name, cohort in sorted(self.cohorts.items()):
+            digest.update(name.encode())
+            for values in (*cohort.inputs, cohort.labels, cohort.patient_of_record):
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+def virtual_federation(task: Task, study: Study, data: Path | None) -> VirtualFederation:
+    """The task's patients (from `data`, bundled, or synthetic) divided as the study's [federation] says.
+
+    Raises:
+        DataError: the data are missing or do not fit; a study of named hospitals has no data.
+        PartitionError: they cannot be divided so.
+    """
+    cohort = load_patients(task, study, data)
+    if cohort.num_patients == 0:
+        raise DataMissingError("expected patients, got none", "check the data given with --data")
+    partition = partition_cohort(cohort, study.federation, seed=study.seed)
+    cohorts = {name: cohort.select(patients) for name, patients in partition.items()}
+    for name, part in cohorts.items():
+        _check_training_patients(name, part, study)
+    return VirtualFederation(cohorts=cohorts, synthetic=cohort.synthetic)
+
+
+def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
+    """The cohort at `data`; without it the bundled one, or a synthetic one.
+
+    Raises:
+        DataMissingError: the study's sites are real hospitals, which synthetic patients cannot stand for.
+    """
+    if data is not None or task.bundled:
+        return task.load_cohort(data, {})
+    if study.federation.partition == "natural" and task.sites:
+        raise DataMissingError(
+            f"study {study.name}: its sites are real hospitals ({', '.join(task.sites)}), and no data were given",
+            f"give their folder with --data ('wardround data fetch {task.name}' gets it), or use another [federation] partition for synthetic patients",
+        )
+    return task.synthetic_cohort(study.federation.num_patients or DEFAULT_SYNTHETIC_PATIENTS, study.seed)
+
+
+def resolve_delta(study: Study, declared_sizes: list[int]) -> Study:
+    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out."""
+    if study.private and study.privacy.delta is None:
+        return study.replace(privacy={"delta": default_delta(min(declared_sizes))})
+    return study
+
+
+def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledgers: Path) -> dict[str, Site]:
+    """A site for each virtual hospital, with a ledger of its own in `ledgers`."""
+    sites = {}
+    for summary in federation.summaries(task, study):
+        settings = SiteSettings(
+            name=summary.name,
+            declared_size=summary.num_train,
+            declared_num_patients=summary.num_patients,
+            declared_num_test=summary.num_test,
+            ledger_path=ledgers / f"{_file_name(summary.name)}.sqlite",
+            split_key=SIMULATION_SPLIT_KEY,
+        )
+        sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name))
+    return sites
+
+
+def site_files(data: Path | None) -> list[Path]:
+    """The site files at `data`: itself, or `*/site.toml` in it; none where `data` is a cohort."""
+    if data is None or not data.exists():
+        return []
+    if data.is_file():
+        return [data] if data.name == SITE_FILE else []
+    with storage_errors(data, "read the folder"):
+        return sorted(data.glob(f"*/{SITE_FILE}"))
+
+
+def real_sites(files: list[Path], task: Task) -> dict[str, Site]:
+    """The hospitals of these site files, each with its own policy, durable ledger and noise from the operating system.
+
+    Raises:
+        ConfigurationError: a file does not fit, or two have one name.
+    """
+    sites: dict[str, Site] = {}
+    for path in files:
+        file = SiteFile.load(path)
+        if file.name in sites:
+            raise ConfigurationError(f"{path}: name: expected a name of its own, got {file.name!r} again", "rename one of the sites")
+        sites[file.name] = open_site(path, file, task)
+    return sites
+
+
+def _summary(name: str, cohort: Cohort, task: Task, study: Study) -> SiteSummary:
+    test = test_patients(cohort, SIMULATION_SPLIT_KEY, fold=1, folds=study.evaluation.folds)
+    return SiteSummary(
+        name=name,
+        num_patients=cohort.num_patients,
+        num_train=int((~test).sum()),
+        num_test=int(test.sum()),
+        classes=_class_counts(cohort, task),
+        notes=dict(cohort.notes),
+    )
+
+
+def _class_counts(cohort: Cohort, task: Task) -> dict[str, int] | None:
+    labels = cohort.label_of_patient()
+    if not isinstance(task.schema, TableSchema) or task.schema.label.type == "number" or labels.ndim != 1:
+        if labels.ndim != 1 or len(np.unique(labels)) > 20 or not np.issubdtype(labels.dtype, np.integer):
+            return None
+        return {str(value): count for value, count in sorted(Counter(labels.tolist()).items())}
+    counts = np.bincount(labels.astype(np.int64), minlength=len(task.schema.label.values))
+    return {value: int(count) for value, count in zip(task.schema.label.values, counts, strict=True)}
+
+
+def _check_training_patients(name: str, cohort: Cohort, study: Study) -> None:
+    for fold in range(1, study.evaluation.folds + 1):
+        test = test_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=study.evaluation.folds)
+        if test.all():
+            raise PartitionError(f"site {name}: expected a patient to train on, got none in fold {fold}", "use fewer sites, or raise federation.min_patients")
+
+
+def _file_name(site: str) -> str:
+    plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in site)
+    return plain if plain == site else f"{plain}-{hashlib.sha256(site.encode()).hexdigest()[:8]}"
+
+

@@ -1,0 +1,144 @@
+"""What a run came to, as the files of its folder: result.json, privacy.json, evaluation.json."""
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.coordinator import Coordinator, FoldResult
+from server.evaluation import Evaluation, add_statistics, evaluate
+from server.run_folder import RunFolder
+from shared.claim import privacy_claim
+from shared.messages import Statistics
+from shared.metrics import finish_metrics
+from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
+from shared.seeding import Step
+from simulations.baselines import Baseline
+
+if TYPE_CHECKING:
+    from simulations.simulate import Setting
+
+PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """A run that has ended, one way or another."""
+
+    setting: "Setting"
+    coordinator: Coordinator
+    folder: RunFolder
+    engine: str
+
+    def evaluation(self, total: Statistics, *path: Step) -> Evaluation:
+        """Metrics of a sum, with the study's intervals."""
+        study = self.setting.study
+        return evaluate(self.setting.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path)
+
+
+def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float) -> None:
+    """Write result.json, and where anything was learned privacy.json and evaluation.json.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    totals = _totals(run, baselines)
+    run.folder.write_statistics(StoredStatistics(sources={name: _as_lists(total) for name, total in totals.items()}))
+    result = _result(run, outcome, baselines, totals, seconds)
+    claim = privacy_claim(run.setting.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions())
+    run.folder.write_privacy(claim)
+    run.folder.write_result(result)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the promise rests on."""
+    found = {"wardround": importlib.metadata.version("wardround")} if _installed("wardround") else {}
+    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _totals(run: RunOutcome, baselines: dict[str, Baseline]) -> dict[str, Statistics]:
+    """Summed statistics by source; of local-only models the sum over all of them, each tested on the patients of all sites."""
+    folds = run.coordinator.history.folds
+    totals = {"federated": add_statistics(part for fold in folds for part in fold.statistics.values())} if folds else {}
+    return totals | {name: add_statistics(baseline.models.values()) for name, baseline in baselines.items()}
+
+
+def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float) -> Result:
+    study, task, history = run.setting.study, run.setting.task, run.coordinator.history
+    records = run.folder.rounds()
+    evaluations = {name: run.evaluation(total, "final", name) for name, total in totals.items() if not name.startswith("local_only")}
+    metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
+    metrics |= {name: _mean_of_models(run, baseline) for name, baseline in baselines.items() if name.startswith("local_only")}
+    order = ["federated", "local_only", "pooled", "local_only_private", "pooled_private"]
+    return Result(
+        run=run.folder.name,
+        study=study.name,
+        task=task.name,
+        engine=run.engine,
+        seed=study.seed,
+        outcome=outcome,
+        synthetic=run.setting.federation is not None and run.setting.federation.synthetic,
+        sites=_summaries(run),
+        rounds_completed=len({record.round for record in records if record.fold == records[-1].fold}) if records else 0,
+        primary_metric=task.primary_metric,
+        metrics={name: metrics.get(name, {}) for name in order},
+        metrics_ci95={name: evaluation.ci95 for name, evaluation in evaluations.items()},
+        per_site=_per_site(run, history.folds),
+        per_site_baselines={name: {site: finish_metrics(task.metrics, own) for site, own in item.own.items()} for name, item in baselines.items()},
+        folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds] if study.evaluation.folds > 1 else [],
+        privacy=RunPrivacy(
+            unit=study.privacy.unit,
+            seeded_noise=study.private and study.privacy.noise_source == "seeded" and not run.setting.real,
+            sites=dict(sorted(history.privacy.items())),
+        ),
+        timing=Timing(total_seconds=seconds, seconds_per_round=[record.seconds for record in records]),
+    )
+
+
+def _mean_of_models(run: RunOutcome, baseline: Baseline) -> MetricValues:
+    """How good one hospital's model is alone: the mean over the sites' models of each metric on the test patients of all sites."""
+    values = [finish_metrics(run.setting.task.metrics, total) for total in baseline.models.values()]
+    known = {metric: [value[metric] for value in values if value.get(metric) is not None] for metric in values[0]}
+    return {metric: float(np.mean(np.asarray(found, dtype=np.float64))) if found else None for metric, found in known.items()}
+
+
+def _summaries(run: RunOutcome) -> list[SiteSummary]:
+    setting = run.setting
+    if setting.federation is not None:
+        return setting.federation.summaries(setting.task, setting.study)
+    settings = [setting.real[name].settings for name in setting.site_names]
+    return [
+        SiteSummary(name=site.name, num_patients=site.declared_num_patients, num_train=site.declared_size, num_test=site.declared_num_test) for site in settings
+    ]
+
+
+def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, float | int | Interval]]:
+    names = sorted({name for fold in folds for name in fold.statistics})
+    table: dict[str, dict[str, float | int | Interval]] = {}
+    for name in names:
+        total = add_statistics(fold.statistics.get(name) for fold in folds)
+        evaluation = run.evaluation(total, "site", name)
+        row: dict[str, float | int | Interval] = dict(evaluation.metrics)
+        row["num_test"] = _num_test(run, name, len(folds))
+        row |= {f"{metric}_ci95": interval for metric, interval in evaluation.ci95.items()}
+        table[name] = row
+    return table
+
+
+def _num_test(run: RunOutcome, name: str, num_folds: int) -> int:
+    """Test patients of a site; with cross-validation every patient is one."""
+    enrolled = run.coordinator.history.enrolled[name]
+    return enrolled.declared_num_test if num_folds == 1 else enrolled.declared_num_patients
+
+
+def _as_lists(total: Statistics) -> dict[str, list[object]]:
+    return {name: value.tolist() for name, value in total.items()}

@@ -1,0 +1,163 @@
+"""A simulation from study to run folder: virtual sites, the in-process engine, the two unchanged apps, baselines, result."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context, RecordDict
+
+from client.app import client_app
+from client.private_probe import probe_model
+from client.site import Site
+from server.app import server_app
+from server.coordinator import Coordinator
+from server.run_folder import RunFolder
+from shared.errors import ModelMismatchError, WardroundError
+from shared.files import write_atomic
+from shared.results import Outcome, RoundRecord
+from shared.study import Study
+from shared.task import Task, resolve_task
+from simulations.baselines import Baseline, run_baselines
+from simulations.federation import VirtualFederation, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
+from simulations.in_process import SERVER_NODE_ID, RUN_ID, InProcessGrid
+from simulations.outcome import RunOutcome, write_outcome
+
+logger = logging.getLogger(__name__)
+
+ENGINE = "in-process"
+PATIENTS_FILE = "patients.sha256"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Everything a run needs but its folder."""
+
+    study: Study
+    task: Task
+    federation: VirtualFederation | None  # None: real sites, from their site files
+    real: dict[str, Site]
+
+    @property
+    def site_names(self) -> list[str]:
+        """The sites, in the order in which they are asked."""
+        return sorted(self.federation.cohorts) if self.federation is not None else sorted(self.real)
+
+
+def prepare(study: Study, data: Path | None) -> Setting:
+    """The task, the sites and the resolved study; nothing is written and nothing trained.
+
+    Raises:
+        ConfigurationError, ModelRefusedError, DataError, PartitionError: what stands in the way, before any work is done.
+    """
+    task = resolve_task(study.task)
+    probe_model(task, study)
+    files = site_files(data)
+    if files:
+        real = real_sites(files, task)
+        sizes = [site.settings.declared_size for site in real.values()]
+        return Setting(study=resolve_delta(study, sizes), task=task, federation=None, real=real)
+    federation = virtual_federation(task, study, data)
+    sizes = [summary.num_train for summary in federation.summaries(task, study)]
+    return Setting(study=resolve_delta(study, sizes), task=task, federation=federation, real={})
+
+
+def start_run(setting: Setting, out: Path) -> RunFolder:
+    """A new run's folder in `out` with the resolved study in it."""
+    folder = RunFolder.create(out, setting.study)
+    if setting.federation is not None:
+        write_atomic(folder.path / PATIENTS_FILE, setting.federation.fingerprint() + "\n")
+    return folder
+
+
+def resume_run(setting: Setting, path: Path) -> RunFolder:
+    """The folder of an earlier run of exactly this study on exactly these patients.
+
+    Raises:
+        ModelMismatchError: the study or the patients are others.
+        StorageError: `path` is no run's folder.
+    """
+    folder = RunFolder.open(path)
+    if folder.study_hash != setting.study.fingerprint():
+        raise ModelMismatchError(f"{path}: expected the study that this run began with, got another", "start a new run")
+    known = folder.path / PATIENTS_FILE
+    if setting.federation is not None and known.is_file() and known.read_text().strip() != setting.federation.fingerprint():
+        raise ModelMismatchError(f"{path}: expected the patients that this run began with, got others", "give the same --data as before")
+    return folder
+
+
+def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None) -> None:
+    """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
+
+    Raises:
+        WardroundError: what stopped the study; the folder's outcome is then "failed".
+        KeyboardInterrupt: passed on; the outcome is "interrupted".
+    """
+    started = time.monotonic()
+    sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
+    coordinator = Coordinator(setting.study, setting.task, folder, observe=observe)
+    run = RunOutcome(setting=setting, coordinator=coordinator, folder=folder, engine=ENGINE)
+    with _one_thread(), _logging_to(folder):
+        try:
+            _run_apps(coordinator, sites)
+            compared = _baselines(setting) if baselines else {}
+        except BaseException as error:
+            outcome: Outcome = "failed" if isinstance(error, Exception) else "interrupted"
+            logger.warning("%s", error if isinstance(error, WardroundError) else type(error).__name__)
+            with contextlib.suppress(WardroundError):  # the folder cannot be written: the first error says more
+                write_outcome(run, outcome, {}, seconds=time.monotonic() - started)
+            raise
+        finally:
+            for site in sites.values():
+                site.close()
+        write_outcome(run, "completed", compared, seconds=time.monotonic() - started)
+
+
+def _run_apps(coordinator: Coordinator, sites: dict[str, Site]) -> None:
+    app = client_app(lambda context: sites[str(context.node_config["site"])])
+    grid = InProcessGrid(app, sorted(sites))
+    server_app(coordinator)(grid, Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={}))
+
+
+def _federation(setting: Setting) -> VirtualFederation:
+    assert setting.federation is not None
+    return setting.federation
+
+
+def _baselines(setting: Setting) -> dict[str, Baseline]:
+    """Baselines pool patients, so they exist for virtual sites alone; a cross-validation has none."""
+    if setting.federation is None or setting.study.evaluation.folds > 1:
+        return {}
+    return run_baselines(setting.federation.cohorts, setting.task, setting.study)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One intra-op thread: on small tensors two are slower, and sums of floats depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _logging_to(folder: RunFolder) -> Iterator[None]:
+    """log.jsonl takes what our rooms log while the block runs."""
+    handler = folder.log_handler()
+    rooms = [logging.getLogger(name) for name in ("simulations", "server", "client", "shared")]
+    levels = [room.level for room in rooms]
+    for room in rooms:
+        room.addHandler(handler)
+        room.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for room, level in zip(rooms, levels, strict=True):
+            room.removeHandler(handler)
+            room.setLevel(level)
+        handler.close()

@@ -1,0 +1,19 @@
+"""Federated learning across hospitals, in rounds: `from wardround import Study, simulate`. Names load when they are first used."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shared.study import Study
+    from shared.task import Task
+    from wardround.run import Run, simulate
+
+__all__ = ["Run", "Study", "Task", "simulate"]
+
+_HOMES = {"Study": "shared.study", "Task": "shared.task", "Run": "wardround.run", "simulate": "wardround.run"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wardround' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,48 @@
+"""`python -m wardround` and the `wardround` command: run, and turn every error into a code, a line of what and one of what to do."""
+
+import sys
+import traceback
+
+from shared.errors import UsageError, WardroundError
+from wardround.quiet import switch_off_telemetry
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one command."""
+    switch_off_telemetry()
+    import click
+
+    from wardround.cli.app import app
+    from wardround.cli.output import report_error
+
+    as_json, debug = "--json" in arguments, "--debug" in arguments
+    try:
+        code = app(args=arguments, prog_name="wardround", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        if not as_json:
+            error.show()
+            return UsageError("").exit_code
+        return report_error(UsageError(error.format_message(), "see --help"), as_json=True)
+    except WardroundError as error:
+        if debug:
+            traceback.print_exc()
+        return report_error(error, as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        return report_error(None, as_json=as_json)
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        unexpected = WardroundError(f"an unexpected {type(error).__name__} stopped the command", "run it again with --debug and report what it prints")
+        return report_error(unexpected, as_json=as_json)
+
+
+if __name__ == "__main__":
+    main()

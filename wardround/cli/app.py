@@ -1,0 +1,35 @@
+"""The nouns and verbs of `wardround`."""
+
+from typing import Annotated
+
+import typer
+
+from wardround.cli import data, privacy, report, simulate, study, task
+
+app = typer.Typer(
+    help="Federated learning across hospitals, in rounds, with a promise about privacy that is kept in a ledger.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        typer.echo(f"wardround {importlib.metadata.version('wardround')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False) -> None:
+    """Federated learning across hospitals, in rounds, with a promise about privacy that is kept in a ledger."""
+
+
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
+app.add_typer(study.app, name="study", help="Look at study files.")
+app.add_typer(task.app, name="task", help="Look at tasks, or describe your own table as one.")
+app.add_typer(data.app, name="data", help="Check data against a task, or fetch public data.")
+app.add_typer(privacy.app, name="privacy", help="Plan a budget, and see what was spent.")

@@ -1,0 +1,94 @@
+"""Options that several commands share, and how they change a study."""
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from shared.errors import ConfigurationError
+
+T = TypeVar("T")
+
+StudyArgument = Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study's TOML file, or the name of a shipped study.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON envelope on stdout.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+SitesOption = Annotated[int | None, typer.Option("--sites", metavar="N", help="Number of virtual sites.")]
+RoundsOption = Annotated[int | None, typer.Option("--rounds", metavar="R", help="Rounds of training.")]
+EpsilonOption = Annotated[str | None, typer.Option("--epsilon", metavar="E|none", help="The study's budget at each site, or no privacy.")]
+TaskOption = Annotated[str | None, typer.Option("--task", metavar="T", help="Run the study shipped with a task, or use another task.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="S", help="Seed of everything in a simulation.")]
+
+DEFAULT_STUDY = "breast-cancer"
+
+
+def overrides(*, sites: int | None, rounds: int | None, epsilon: str | None, task: str | None, seed: int | None) -> dict[str, object]:
+    """The options given, as a study's tables; what was not given is absent."""
+    changes: dict[str, object] = {}
+    if sites is not None:
+        changes["federation"] = {"sites": sites}
+    if rounds is not None:
+        changes["rounds"] = {"count": rounds}
+    if epsilon is not None:
+        changes["privacy"] = {"unit": "none"} if epsilon.lower() == "none" else {"epsilon": parse_epsilon(epsilon)}
+    if task is not None:
+        changes["task"] = task
+    if seed is not None:
+        changes["seed"] = seed
+    return changes
+
+
+def parse_epsilon(text: str) -> float:
+    """The number in `--epsilon`.
+
+    Raises:
+        ConfigurationError: it is neither a number nor "none".
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(f"--epsilon: expected a number above zero or 'none', got {text!r}", "for example --epsilon 3") from None
+
+
+def study_table(name: str | None, task: str | None) -> tuple[dict[str, object], str]:
+    """The tables of the study meant, and what stands as its source in messages.
+
+    A name that is a file is that file; else it is a shipped study. With no study, `--task T` means the study shipped with the task, or
+    five sites at epsilon 3 where none is.
+    """
+    from shared.config import read_toml
+
+    if name is None and task is not None:
+        from shared.task import resolve_task
+
+        resolved = resolve_task(task)
+        if resolved.default_study is None:
+            return {"name": resolved.name, "task": task, "privacy": {"epsilon": 3.0}, "federation": {"sites": 5}}, "default study"
+        name = Path(resolved.default_study).stem
+    name = name or DEFAULT_STUDY
+    path = Path(name)
+    if not (path.is_file() or path.suffix == ".toml" or len(path.parts) > 1):
+        path = shipped_study(name)
+    return read_toml(path), str(path)
+
+
+def shipped_study(name: str) -> Path:
+    """The file of a shipped study.
+
+    Raises:
+        ConfigurationError: there is none of that name; near names are proposed.
+    """
+    from shared.config import nearest
+
+    folder = studies_folder()
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(file.stem for file in folder.glob("*.toml"))
+        raise ConfigurationError(f"no study file or shipped study {name!r}{nearest(name, known)}", f"shipped: {', '.join(known)}; or give a TOML file")
+    return path
+
+
+def studies_folder() -> Path:
+    """Where the shipped studies are: in the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "studies"
+    return inside if inside.is_dir() else package.parent / "studies"

@@ -1,0 +1,146 @@
+"""`wardround simulate`: a study over virtual sites on this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wardround.cli.options import (
+    DebugOption,
+    EpsilonOption,
+    JsonOption,
+    RoundsOption,
+    SeedOption,
+    SitesOption,
+    StudyArgument,
+    TaskOption,
+    overrides,
+    study_table,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shared.results import Result
+    from shared.study import Study
+
+SOURCES = {
+    "federated": "federated",
+    "local_only": "each site alone",
+    "pooled": "all data pooled",
+    "local_only_private": "each site alone, private",
+    "pooled_private": "all data pooled, private",
+}
+SHOWN_METRICS = 4
+SHOWN_SITES = 30
+
+
+def simulate(
+    study: StudyArgument = None,
+    sites: SitesOption = None,
+    rounds: RoundsOption = None,
+    epsilon: EpsilonOption = None,
+    task: TaskOption = None,
+    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="The cohort: a file or folder; or a folder of */site.toml.")] = None,
+    seed: SeedOption = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder in which the run's folder is made.")] = Path("runs"),
+    baselines: Annotated[
+        bool | None, typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named).")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a study over virtual hospitals on this machine; with no argument, the embedded default study."""
+    changes = overrides(sites=sites, rounds=rounds, epsilon=epsilon, task=task, seed=seed)
+    chosen = resumed_study(resume, study, changes) if resume is not None else read_study(study, task, changes)
+    _run(chosen, data=data, out=out, baselines=study is None and task is None if baselines is None else baselines, resume=resume, as_json=as_json)
+
+
+def read_study(name: str | None, task: str | None, changes: dict[str, object]) -> "Study":
+    """The study named (or shipped), with the options' changes."""
+    from shared.study import Study
+
+    table, source = study_table(name, task)
+    study = Study.from_table(table, source=source)
+    if name is None:
+        changes = {key: value for key, value in changes.items() if key != "task"}
+    return study.replace(**changes) if changes else study
+
+
+def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) -> "Study":
+    """The study of the run to resume.
+
+    Raises:
+        ConfigurationError: a study or changes were given as well.
+    """
+    from server.run_folder import RunFolder
+    from shared.errors import ConfigurationError
+
+    if name is not None or changes:
+        raise ConfigurationError("--resume: expected no study and no changes to it, since the run has its own, got some", "give --resume and --data alone")
+    return RunFolder.open(resume).study
+
+
+def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool, resume: Path | None, as_json: bool) -> None:
+    from wardround.cli.output import console, print_envelope
+    from wardround.cli.progress import RoundLines
+    from wardround.run import simulate as run_simulation
+
+    terminal = console(as_json=as_json)
+    lines = RoundLines(study, terminal)
+    with lines:
+        run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe)
+        result = run.result
+        lines.finish(result)
+    print_result(result, terminal)
+    terminal.print(f"\nreport  {run.path / 'report.html'}", soft_wrap=True)
+    if as_json:
+        print_envelope({"run_dir": str(run.path), **result.model_dump(mode="json")})
+
+
+def print_result(result: "Result", terminal: "Console") -> None:
+    """The tables at the end of a run."""
+    from wardround.cli.output import table
+
+    terminal.print()
+    columns, rows = metric_rows(result)
+    terminal.print(table(f"{result.study}: test patients of all sites", columns, rows))
+    terminal.print()
+    columns, rows = site_rows(result)
+    terminal.print(table("sites", columns, rows[:SHOWN_SITES]))
+    if len(rows) > SHOWN_SITES:
+        terminal.print(f"... and {len(rows) - SHOWN_SITES} more sites in the report")
+    if result.synthetic:
+        terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
+    if result.privacy.seeded_noise:
+        terminal.print("\nSeeded noise: this is a simulation and protects nobody. In a deployment each site draws its own noise.", style="yellow")
+
+
+def metric_rows(result: "Result") -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the metrics by source; the primary metric has its interval."""
+    from wardround.cli.output import number, with_interval
+
+    present = {source: values for source, values in result.metrics.items() if values}
+    names = [result.primary_metric, *(name for name in next(iter(present.values()), {}) if name != result.primary_metric)][:SHOWN_METRICS]
+    rows = []
+    for source, values in present.items():
+        interval = result.metrics_ci95.get(source, {}).get(result.primary_metric)
+        rows.append([SOURCES.get(source, source), with_interval(values.get(names[0]), interval), *(number(values.get(name)) for name in names[1:])])
+    return ["", *names], rows
+
+
+def site_rows(result: "Result") -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the sites: sizes, the primary metric with its interval, epsilon."""
+    from wardround.cli.output import number, with_interval
+
+    metric = result.primary_metric
+    rows = []
+    for site in result.sites:
+        values = result.per_site.get(site.name, {})
+        value = values.get(metric)
+        shown = with_interval(value, values.get(f"{metric}_ci95")) if isinstance(value, float) else "-"
+        row = [site.name, str(site.num_patients), str(site.num_train), str(site.num_test), shown]
+        spent = result.privacy.sites.get(site.name)
+        rows.append([*row, number(spent.epsilon if spent else None, 2), f"{spent.delta:g}" if spent else "-"])
+    return ["site", "patients", "train", "test", metric, "epsilon", "delta"], rows

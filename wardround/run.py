@@ -1,0 +1,120 @@
+"""`simulate(study)` and the run that comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.run_folder import RunFolder
+from shared.errors import StorageError
+from shared.results import MetricValues, Result, RoundRecord, RunPrivacy
+from shared.study import Study
+from wardround.quiet import quiet_flower_log, switch_off_telemetry
+from wardround.report import write_report
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Run:
+    """One execution of a study, read from its folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._folder = RunFolder.open(Path(path))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self._folder.path
+
+    @property
+    def study(self) -> Study:
+        """The study as it was resolved."""
+        return self._folder.study
+
+    @property
+    def result(self) -> Result:
+        """result.json.
+
+        Raises:
+            StorageError: the run has none (it is still running, or was killed).
+        """
+        path = self.path / "result.json"
+        if not path.is_file():
+            raise StorageError(f"{path}: not found; the run is not finished, or was killed", "resume it with simulate(..., resume=folder)")
+        return Result.model_validate_json(path.read_text())
+
+    @property
+    def metrics(self) -> dict[str, MetricValues]:
+        """Final metrics by source: "federated" and the baselines."""
+        return self.result.metrics
+
+    @property
+    def privacy(self) -> RunPrivacy:
+        """What was spent at each site."""
+        return self.result.privacy
+
+    @property
+    def history(self) -> "pd.DataFrame":
+        """A row a round and site: fold, round, evaluated_round, site, status, reason, epsilon, num_test, and a column a metric."""
+        import pandas as pd
+
+        rows = [
+            {
+                "fold": record.fold,
+                "round": record.round,
+                "evaluated_round": record.evaluated_round,
+                "site": site.name,
+                "status": site.status,
+                "reason": site.reason,
+                "epsilon": site.epsilon,
+                "num_test": site.num_test,
+                **(site.metrics or {}),
+            }
+            for record in self._folder.rounds()
+            for site in record.sites
+        ]
+        return pd.DataFrame(rows)
+
+    def report(self) -> Path:
+        """Write report.html anew and give its path."""
+        return write_report(self.path)
+
+
+def simulate(
+    study: Study | str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path = "runs",
+    baselines: bool = False,
+    resume: str | Path | None = None,
+    observe: Callable[[RoundRecord], None] = lambda record: None,
+) -> Run:
+    """Run a study over virtual sites on this machine, in this process.
+
+    Args:
+        study: a study, or its TOML file. With `resume`, the study of that run is meant and this one must equal it.
+        data: file or folder of the cohort; or a folder of site files (`*/site.toml`), whose policies and ledgers then hold.
+        out: the folder in which the run's folder is made.
+        baselines: also train every site alone and all data pooled, without and with the study's privacy.
+        resume: an earlier run's folder, to go on from its last complete round.
+        observe: called with every round's record.
+
+    Raises:
+        WardroundError: what is wrong, where, and what to do; nothing was trained where the study, its data or the output folder is at fault.
+
+    >>> run = simulate(Study.load("studies/breast-cancer.toml").replace(rounds={"count": 2}))  # doctest: +SKIP
+    """
+    switch_off_telemetry()
+    from simulations.simulate import execute, prepare, resume_run, start_run
+
+    quiet_flower_log()
+    study = study if isinstance(study, Study) else Study.load(study)
+    setting = prepare(study, None if data is None else Path(data))
+    folder = start_run(setting, Path(out)) if resume is None else resume_run(setting, Path(resume))
+    execute(setting, folder, baselines=baselines, observe=observe)
+    run = Run(folder.path)
+    run.report()
+    return run
