@@ -208,7 +208,9 @@ class Ledger:
         except OSError as error:
             raise StorageError(f"{self._path}: {error.strerror}", "check free space and permissions of the state folder") from error
         except sqlite3.OperationalError as error:
-            raise StorageError(f"{self._path}: the ledger could not be written: {error}", "check free space and permissions of the state folder") from error
+            raise StorageError(
+                f"{self._path}: the ledger could not be written: {error}", "check free space and permissions of the state folder"
+            ) from error
         except sqlite3.DatabaseError as error:
             raise LedgerError(f"{self._path}: the ledger is damaged: {error}", "restore it from backup; without it no study can start") from error
 

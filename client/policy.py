@@ -19,7 +19,9 @@ class Policy(Settings):
     min_patients: int = Field(default=20, ge=2, description="smallest training cohort that may take part")
     min_metric_patients: int = Field(default=20, ge=1, description="fewest test patients for which statistics may leave")
     allowed_tasks: tuple[str, ...] = Field(min_length=1, strict=False)
-    allowed_metrics: tuple[str, ...] = Field(default=(), strict=False, description="exact statistics leave only when every metric made of them is here")
+    allowed_metrics: tuple[str, ...] = Field(
+        default=(), strict=False, description="exact statistics leave only when every metric made of them is here"
+    )
     allow_no_privacy: bool = Field(default=False, description="whether a study without privacy may ever be accepted")
 
     def check(self, study: Study, task: Task, plan: SitePlan) -> None:
@@ -31,13 +33,19 @@ class Policy(Settings):
         if task.name not in self.allowed_tasks:
             raise PolicyRefusedError(f"policy.allowed_tasks: expected one of {', '.join(self.allowed_tasks)}, got {task.name!r}", "ask the hospital")
         if not plan.private and not self.allow_no_privacy:
-            raise PolicyRefusedError("policy.allow_no_privacy: expected a study with differential privacy, got unit = 'none'", "set [privacy] epsilon")
+            raise PolicyRefusedError(
+                "policy.allow_no_privacy: expected a study with differential privacy, got unit = 'none'", "set [privacy] epsilon"
+            )
         if plan.delta is not None and plan.delta > self.max_delta:
             raise PolicyRefusedError(f"policy.max_delta: expected delta at most {self.max_delta:g}, got {plan.delta:g}", "lower [privacy] delta")
         if plan.epsilon is not None and plan.epsilon > self.max_epsilon:
-            raise PolicyRefusedError(f"policy.max_epsilon: expected epsilon at most {self.max_epsilon:g}, got {plan.epsilon:.3g}", "lower [privacy] epsilon")
+            raise PolicyRefusedError(
+                f"policy.max_epsilon: expected epsilon at most {self.max_epsilon:g}, got {plan.epsilon:.3g}", "lower [privacy] epsilon"
+            )
         if plan.declared_size < self.min_patients:
-            raise PolicyRefusedError(f"policy.min_patients: expected at least {self.min_patients} declared patients, got {plan.declared_size}", "ask the hospital")
+            raise PolicyRefusedError(
+                f"policy.min_patients: expected at least {self.min_patients} declared patients, got {plan.declared_size}", "ask the hospital"
+            )
 
     def releases(self, task: Task, statistic: str, *, num_test: int) -> bool:
         """True when the exact sums of this statistic may leave the site."""

@@ -62,10 +62,13 @@ def _check_loss(model: nn.Module, cohort: Cohort, task: Task) -> None:
     try:
         losses = record_losses(model.train(), cohort, np.arange(cohort.num_records), task)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ConfigurationError(f"task {task.name}: model and loss fail on synthetic patients: {error}", "correct the task's model or loss") from error
+        raise ConfigurationError(
+            f"task {task.name}: model and loss fail on synthetic patients: {error}", "correct the task's model or loss"
+        ) from error
     if losses.shape != (cohort.num_records,):
         raise ConfigurationError(
-            f"task {task.name}: loss: expected one value for each record, shape ({cohort.num_records},), got {tuple(losses.shape)}", "use reduction='none'"
+            f"task {task.name}: loss: expected one value for each record, shape ({cohort.num_records},), got {tuple(losses.shape)}",
+            "use reduction='none'",
         )
 
 
@@ -82,10 +85,11 @@ def _check_layers(model: nn.Module) -> None:
 
 
 def _unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers with a known replacement, or leaves that Opacus' validator complains of."""
     for name, module in model.named_modules():
-        if name and not list(module.children()) and ModuleValidator.validate(module, strict=False):
-            yield name, module
-        elif name and type(module).__name__ in REPLACEMENTS and not type(module).__module__.startswith("opacus"):
+        replaceable = type(module).__name__ in REPLACEMENTS and not type(module).__module__.startswith("opacus")
+        complained_of = not list(module.children()) and ModuleValidator.validate(module, strict=False)
+        if name and (replaceable or complained_of):
             yield name, module
 
 
@@ -107,7 +111,9 @@ def _check_gradients(model: nn.Module, cohort: Cohort, local: LocalRound) -> Non
         ) from error
     scale = float(alone.norm(dim=1).max().clamp(min=1e-12))
     if float((together - alone).norm(dim=1).max()) > RELATIVE_TOLERANCE * scale:
-        raise ModelRefusedError("model: a record's gradient depends on the other records of its batch", "remove operations across records, such as x - x.mean(0)")
+        raise ModelRefusedError(
+            "model: a record's gradient depends on the other records of its batch", "remove operations across records, such as x - x.mean(0)"
+        )
 
 
 def _record_gradients(model: nn.Module, cohort: Cohort, records: "np.ndarray[tuple[int], np.dtype[np.int64]]", local: LocalRound) -> torch.Tensor:
@@ -115,7 +121,7 @@ def _record_gradients(model: nn.Module, cohort: Cohort, records: "np.ndarray[tup
         wrapped.train(_needs_train_mode(model))
         wrapped.zero_grad(set_to_none=True)
         record_losses(wrapped, cohort, records, local.task).sum().backward()  # type: ignore[no-untyped-call]  # torch
-        samples = [parameter.grad_sample for parameter in model.parameters() if parameter.requires_grad]
+        samples = [getattr(parameter, "grad_sample", None) for parameter in model.parameters() if parameter.requires_grad]
         if any(sample is None for sample in samples):
             raise AttributeError("a parameter takes no part in the loss")
         return torch.cat([sample.detach().reshape(len(records), -1).clone() for sample in samples], dim=1)

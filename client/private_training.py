@@ -127,10 +127,10 @@ def sum_clipped_gradients(wrapped: GradSampleModule, optimizer: KeyedNoiseOptimi
 
 def zero_non_finite(parameters: list[nn.Parameter]) -> None:
     """A record whose gradient is not finite anywhere, or whose norm overflows, counts as a zero gradient; that it happened is logged locally."""
-    squares = sum(sample.to(torch.float64).reshape(len(sample), -1).square().sum(dim=1) for sample in (p.grad_sample for p in parameters))
-    assert isinstance(squares, torch.Tensor)
+    samples: list[torch.Tensor] = [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]  # Opacus sets it
+    squares = torch.stack([sample.to(torch.float64).reshape(len(sample), -1).square().sum(dim=1) for sample in samples]).sum(dim=0)
     bad = ~(squares < float(torch.finfo(torch.float32).max))
     if bad.any():
         logger.warning("a gradient was not finite and was counted as zero")
-        for parameter in parameters:
-            parameter.grad_sample[bad] = 0.0
+        for sample in samples:
+            sample[bad] = 0.0

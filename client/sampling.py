@@ -17,7 +17,7 @@ class PatientIndex:
     def one_record_each(self, patients: IntArray, rng: np.random.Generator) -> IntArray:
         """A record of each patient, uniformly among its own, `(len(patients),)`."""
         offset = (rng.random(len(patients)) * self._counts[patients]).astype(np.int64)
-        return self._order[self._starts[patients] + offset]
+        return np.asarray(self._order[self._starts[patients] + offset])
 
 
 def poisson_sample(num_units: int, sample_rate: float, rng: np.random.Generator) -> IntArray:

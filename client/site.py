@@ -123,7 +123,7 @@ class Site:
         train_part, test_part = self._parts(admission.study, task.fold)
         statistics = self._statistics(test_part, parameters)
         updated = self._train_part(task, admission, train_part, parameters)
-        update = {name: np.asarray(updated[name] - parameters[name]) for name in parameters}
+        update: Parameters = {name: np.asarray(updated[name] - parameters[name]) for name in parameters}
         reply = Trained(name=self.settings.name, round=task.round, fold=task.fold, privacy=self._spent(admission))
         return reply, update, statistics
 

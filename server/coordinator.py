@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -193,14 +193,22 @@ class Coordinator:
         for candidate in (BudgetExhaustedError, PolicyRefusedError, DataError):
             if reasons and num_usable == 0 and all(reason.startswith(candidate.code[:2]) for reason in reasons.values()):
                 kind = candidate
-        raise kind(f"{what}: expected usable answers of {expected}, got {num_usable}: {told}", "mend the named sites and resume with --resume, or ask fewer with [rounds] require")
+        raise kind(
+            f"{what}: expected usable answers of {expected}, got {num_usable}: {told}",
+            "mend the named sites and resume with --resume, or ask fewer with [rounds] require",
+        )
 
     def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
         refused = {name: Answer(name=name, status="refused", reason=reason) for name, reason in self.history.refused.items()}
         everyone = {**{name: Answer(name=name, status="not asked") for name in self.history.enrolled}, **refused, **answers}
         total = add_statistics(answer.statistics for _, answer in sorted(answers.items()))
         evaluation = evaluate(
-            self._task, total, resamples=self._study.evaluation.bootstrap, seed=self._study.seed, path=("round", fold, number), only=self._task.primary_metric
+            self._task,
+            total,
+            resamples=self._study.evaluation.bootstrap,
+            seed=self._study.seed,
+            path=("round", fold, number),
+            only=self._task.primary_metric,
         )
         return RoundRecord(
             round=number,

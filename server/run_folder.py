@@ -97,7 +97,9 @@ class RunFolder:
                 records.append(RoundRecord.model_validate_json(line))
             except ValidationError:
                 if number + 1 < len(lines):
-                    raise StorageError(f"{self.path}: rounds.jsonl: line {number + 1} is damaged", "restore the file, or run the study again") from None
+                    raise StorageError(
+                        f"{self.path}: rounds.jsonl: line {number + 1} is damaged", "restore the file, or run the study again"
+                    ) from None
         return records
 
     def keep_rounds(self, records: list[RoundRecord]) -> None:
@@ -123,7 +125,9 @@ class RunFolder:
             return None
         header, tensors = read_tensors(path)
         if header.get("study") != self.study_hash:
-            raise ModelMismatchError(f"{path}: expected a checkpoint of this study, got another's", "do not edit study.toml of a run; start a new one")
+            raise ModelMismatchError(
+                f"{path}: expected a checkpoint of this study, got another's", "do not edit study.toml of a run; start a new one"
+            )
         state: dict[str, dict[str, object]] = {}
         for key, value in tensors.items():
             if key.startswith("state/"):
@@ -139,7 +143,7 @@ class RunFolder:
 
     def write_model(self, name: str, parameters: Parameters, header: dict[str, str]) -> None:
         """`model/<name>.safetensors`; the header names study, task and architecture, and neither a time nor the run."""
-        data = safetensors.numpy.save({key: value for key, value in parameters.items()}, {HEADER: json.dumps({**header, "order": "\n".join(parameters)}, sort_keys=True)})
+        data = safetensors.numpy.save(dict(parameters), {HEADER: json.dumps({**header, "order": "\n".join(parameters)}, sort_keys=True)})
         write_atomic(self.path / "model" / f"{name}.safetensors", data)
 
     def read_model(self, name: str, architecture: str) -> Parameters:

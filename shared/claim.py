@@ -3,7 +3,9 @@
 from shared.results import PrivacyClaim, RunPrivacy, SiteClaim
 from shared.study import Study
 
-MECHANISM = "DP-SGD: gradients of each unit clipped to L2 norm {clip:g} over all parameters, summed, Gaussian noise of noise_multiplier x {clip:g} added"
+MECHANISM = (
+    "DP-SGD: gradients of each unit clipped to L2 norm {clip:g} over all parameters, summed, Gaussian noise of noise_multiplier x {clip:g} added"
+)
 SAMPLING = {
     "patient": "Poisson: every training patient independently with the site's sample rate in every step; one record of each sampled patient",
     "record": "Poisson: every training record independently with the site's sample rate in every step",
@@ -36,7 +38,9 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, i
         composition=COMPOSITION,
         statement=_statement(study, privacy),
         protects=not privacy.seeded_noise,
-        covered=[f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"],
+        covered=[
+            f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"
+        ],
         not_covered=NOT_COVERED,
         accountants=["dp-accounting PLD (add/remove one)", "Opacus PRV (cross-check)"],
         sites={
@@ -58,7 +62,9 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, i
 
 def _statement(study: Study, privacy: RunPrivacy) -> str:
     if privacy.seeded_noise:
-        return "The noise of this simulation was seeded and can be drawn again: it protects nobody. The numbers say what the same study would promise."
+        return (
+            "The noise of this simulation was seeded and can be drawn again: it protects nobody. The numbers say what the same study would promise."
+        )
     if not privacy.sites:
         return "No site sent an update, so nothing was spent."
     worst = max(privacy.sites.values(), key=lambda site: site.epsilon)

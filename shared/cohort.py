@@ -102,7 +102,7 @@ def test_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) 
     hashes = np.array([int.from_bytes(patient_hash(key, name)[:8], "big") for name in cohort.patient_ids], dtype=np.uint64)
     if folds == 1:
         return hashes < np.uint64(int(TEST_FRACTION * 2**64))
-    return (hashes % np.uint64(folds)) == np.uint64(fold - 1)
+    return np.asarray(hashes % np.uint64(folds) == np.uint64(fold - 1))
 
 
 test_patients.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest makes of its name

@@ -25,7 +25,7 @@ class WardroundError(Exception):
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
 
 
-class SiteFailure(WardroundError):
+class SiteFailedError(WardroundError):
     """A site's own code failed; details stay in the site's log."""
 
     code = "E101"
@@ -144,4 +144,4 @@ def describe_exception(error: BaseException) -> tuple[str, str]:
     if isinstance(error, WardroundError):
         summary = (type(error).__doc__ or "").strip().split("\n")[0]
         return error.code, summary
-    return SiteFailure.code, "The site's own code failed; its log says why."
+    return SiteFailedError.code, "The site's own code failed; its log says why."

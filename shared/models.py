@@ -10,7 +10,7 @@ from torch import nn
 from shared.errors import ProtocolError
 from shared.seeding import derive
 
-Parameters = dict[str, NDArray[np.generic]]
+Parameters = dict[str, NDArray[np.floating]]
 
 
 def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), dropout: float = 0.0) -> nn.Sequential:

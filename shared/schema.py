@@ -43,7 +43,9 @@ class Column(Settings):
     def _check_type(self) -> Self:
         if self.type == "number":
             if self.low is None or self.high is None:
-                raise ValueError(f"column {self.name!r}: expected low and high, the plausible range known without looking at the data, got none; fill them in")
+                raise ValueError(
+                    f"column {self.name!r}: expected low and high, the plausible range known without looking at the data, got none; fill them in"
+                )
             if not self.low < self.high:
                 raise ValueError(f"column {self.name!r}: expected low < high, got {self.low} and {self.high}")
             if self.scale == "log" and self.low <= 0:
@@ -152,7 +154,9 @@ def encode_table(frame: pd.DataFrame, schema: TableSchema, *, source: str) -> En
             dropped |= part.missing
     kept = ~dropped
     if not kept.any():
-        raise DataMissingError(f"{source}: no record is left of {len(frame)}: each lacks the label or a column with missing = 'drop'", "check the columns")
+        raise DataMissingError(
+            f"{source}: no record is left of {len(frame)}: each lacks the label or a column with missing = 'drop'", "check the columns"
+        )
     notes = {
         "records_dropped": int(dropped.sum()),
         "values_imputed": int(sum(part.missing[kept].sum() for part in encoded)),
@@ -211,9 +215,7 @@ def encode_column(values: "pd.Series[str]", column: Column, *, source: str) -> E
     return EncodedColumn(features=features, missing=missing, num_clipped=num_clipped)
 
 
-def _encode_numbers(
-    text: "pd.Series[str]", missing: NDArray[np.bool_], column: Column, source: str
-) -> tuple[NDArray[np.float64], int]:
+def _encode_numbers(text: "pd.Series[str]", missing: NDArray[np.bool_], column: Column, source: str) -> tuple[NDArray[np.float64], int]:
     assert column.low is not None and column.high is not None
     low, high = column.low, column.high
     numbers = numbers_in(text, missing, name=column.name, source=source)

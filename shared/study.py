@@ -183,9 +183,8 @@ class Federation(Settings):
     def _check_partition(self) -> Self:
         if (self.partition == "column") != (self.column is not None):
             raise ValueError(f"partition {self.partition!r} with column {self.column!r}: expected partition 'column' and a column, or neither")
-        if self.partition in ("natural", "column"):
-            if self.sites is not None:
-                raise ValueError(f"partition {self.partition!r} takes its sites from the data, got sites = {self.sites}; remove sites")
+        if self.partition in ("natural", "column") and self.sites is not None:
+            raise ValueError(f"partition {self.partition!r} takes its sites from the data, got sites = {self.sites}; remove sites")
         return self
 
 

@@ -11,6 +11,7 @@ from client.local_training import LocalRound, torch_seeded, train_round
 from client.noise import GaussianNoise
 from client.private_training import Randomness, train_round_private
 from client.site import evaluate_parameters
+from server.evaluation import add_statistics
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, test_patients
 from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
@@ -18,7 +19,6 @@ from shared.plan import plan_site
 from shared.seeding import derive_key, generator
 from shared.study import Study
 from shared.task import Task
-from server.evaluation import add_statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,9 @@ def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
 def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
     models = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
     tested = {name: {site: evaluate_parameters(task, test, model) for site, (_, test) in parts.items()} for name, model in models.items()}
-    return Baseline(models={name: add_statistics(by_site.values()) for name, by_site in tested.items()}, own={name: tested[name][name] for name in parts})
+    return Baseline(
+        models={name: add_statistics(by_site.values()) for name, by_site in tested.items()}, own={name: tested[name][name] for name in parts}
+    )
 
 
 def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
@@ -90,5 +92,3 @@ def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Paramet
             else:
                 train_round(model, train, local, rng=rng)
     return get_parameters(model)
-
-

@@ -153,11 +153,11 @@ def _check_training_patients(name: str, cohort: Cohort, study: Study) -> None:
     for fold in range(1, study.evaluation.folds + 1):
         test = test_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=study.evaluation.folds)
         if test.all():
-            raise PartitionError(f"site {name}: expected a patient to train on, got none in fold {fold}", "use fewer sites, or raise federation.min_patients")
+            raise PartitionError(
+                f"site {name}: expected a patient to train on, got none in fold {fold}", "use fewer sites, or raise federation.min_patients"
+            )
 
 
 def _file_name(site: str) -> str:
     plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in site)
     return plain if plain == site else f"{plain}-{hashlib.sha256(site.encode()).hexdigest()[:8]}"
-
-

@@ -46,7 +46,9 @@ def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseli
     totals = _totals(run, baselines)
     run.folder.write_statistics(StoredStatistics(sources={name: _as_lists(total) for name, total in totals.items()}))
     result = _result(run, outcome, baselines, totals, seconds)
-    claim = privacy_claim(run.setting.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions())
+    claim = privacy_claim(
+        run.setting.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
+    )
     run.folder.write_privacy(claim)
     run.folder.write_result(result)
 
@@ -94,7 +96,9 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         metrics_ci95={name: evaluation.ci95 for name, evaluation in evaluations.items()},
         per_site=_per_site(run, history.folds),
         per_site_baselines={name: {site: finish_metrics(task.metrics, own) for site, own in item.own.items()} for name, item in baselines.items()},
-        folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds] if study.evaluation.folds > 1 else [],
+        folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds]
+        if study.evaluation.folds > 1
+        else [],
         privacy=RunPrivacy(
             unit=study.privacy.unit,
             seeded_noise=study.private and study.privacy.noise_source == "seeded" and not run.setting.real,
@@ -117,7 +121,8 @@ def _summaries(run: RunOutcome) -> list[SiteSummary]:
         return setting.federation.summaries(setting.task, setting.study)
     settings = [setting.real[name].settings for name in setting.site_names]
     return [
-        SiteSummary(name=site.name, num_patients=site.declared_num_patients, num_train=site.declared_size, num_test=site.declared_num_test) for site in settings
+        SiteSummary(name=site.name, num_patients=site.declared_num_patients, num_train=site.declared_size, num_test=site.declared_num_test)
+        for site in settings
     ]
 
 

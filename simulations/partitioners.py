@@ -63,7 +63,9 @@ def check_minima(cohort: Cohort, federation: Federation, num_sites: int) -> None
         possible = scarcest // federation.min_per_class
         raise PartitionError(
             f"federation.sites: expected at least {federation.min_per_class} patients of each class at each of {num_sites} sites, got {scarcest} of the rarest class",
-            f"at most {possible} sites would work at any alpha, or set federation.min_per_class = 0" if possible else "set federation.min_per_class = 0",
+            f"at most {possible} sites would work at any alpha, or set federation.min_per_class = 0"
+            if possible
+            else "set federation.min_per_class = 0",
         )
 
 
@@ -77,9 +79,9 @@ def classes_of(cohort: Cohort) -> IntArray:
     if labels.ndim != 1:
         raise PartitionError("federation.partition: expected a label of one value for a partition by label, got a tensor", "use 'iid' or 'quantity'")
     if np.issubdtype(labels.dtype, np.floating) and len(np.unique(labels)) > 2:
-        edges = np.quantile(labels, np.linspace(0, 1, NUM_QUANTILE_CLASSES + 1)[1:-1])
-        labels = np.searchsorted(edges, labels)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
+        numbers = labels.astype(np.float64)
+        labels = np.searchsorted(np.quantile(numbers, np.linspace(0, 1, NUM_QUANTILE_CLASSES + 1)[1:-1]), numbers)
+    return np.asarray(np.unique(labels, return_inverse=True)[1], dtype=np.int64)
 
 
 def dirichlet_parts(classes: IntArray, num_sites: int, federation: Federation, rng: np.random.Generator) -> list[IntArray]:
@@ -129,7 +131,7 @@ def draw_shares(alpha: float, num_sites: int, rng: np.random.Generator) -> NDArr
     gammas = rng.standard_gamma(alpha, size=num_sites)
     total = gammas.sum()
     if not total > 1e-300:
-        return np.eye(num_sites)[rng.integers(num_sites)]
+        return np.asarray(np.eye(num_sites)[rng.integers(num_sites)])
     return np.asarray(gammas / total)
 
 
@@ -147,7 +149,9 @@ def _by_attribute(cohort: Cohort, federation: Federation) -> Partition:
     if name not in cohort.attributes:
         known = ", ".join(sorted(cohort.attributes)) or "none"
         what = "data that name their hospitals" if name == "site" else f"an attribute {name!r}"
-        raise PartitionError(f"federation.partition {federation.partition!r}: expected {what}, got attributes: {known}", "choose another partition or column")
+        raise PartitionError(
+            f"federation.partition {federation.partition!r}: expected {what}, got attributes: {known}", "choose another partition or column"
+        )
     values = cohort.attributes[name]
     parts = {str(value): np.flatnonzero(values == value) for value in dict.fromkeys(values.tolist())}
     small = [site for site, part in parts.items() if len(part) < federation.min_patients]

@@ -23,7 +23,7 @@ from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.baselines import Baseline, run_baselines
 from simulations.federation import VirtualFederation, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
-from simulations.in_process import SERVER_NODE_ID, RUN_ID, InProcessGrid
+from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.outcome import RunOutcome, write_outcome
 
 logger = logging.getLogger(__name__)

@@ -40,7 +40,9 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        unexpected = WardroundError(f"an unexpected {type(error).__name__} stopped the command", "run it again with --debug and report what it prints")
+        unexpected = WardroundError(
+            f"an unexpected {type(error).__name__} stopped the command", "run it again with --debug and report what it prints"
+        )
         return report_error(unexpected, as_json=as_json)
 
 

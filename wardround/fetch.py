@@ -73,9 +73,13 @@ def _download(session: httpx.Client, source: Source, name: str, digest: str, fol
     except httpx.HTTPError as error:
         wanted = ", ".join(source.files)
         raise ConnectionFailedError(
-            f"{url}: could not be downloaded ({type(error).__name__})", f"on a machine with a network, get {wanted} from {source.page} and put them into {folder}"
+            f"{url}: could not be downloaded ({type(error).__name__})",
+            f"on a machine with a network, get {wanted} from {source.page} and put them into {folder}",
         ) from error
     found = hashlib.sha256(response.content).hexdigest()
     if found != digest:
-        raise DataError(f"{url}: expected the file with SHA-256 {digest[:16]}..., got {found[:16]}...", "the publisher changed it, or something on the way did; do not use it")
+        raise DataError(
+            f"{url}: expected the file with SHA-256 {digest[:16]}..., got {found[:16]}...",
+            "the publisher changed it, or something on the way did; do not use it",
+        )
     return response.content

@@ -67,7 +67,11 @@ def _read(path: Path, name: str, delta: float, limit: float | None) -> Spending:
         by_run[spend.study, spend.run].append(spend)
     studies = [
         StudySpending(
-            study=study, run=run, rounds=len(charged), steps=sum(spend.event.steps for spend in charged), epsilon=epsilon_of([spend.event for spend in charged], delta)
+            study=study,
+            run=run,
+            rounds=len(charged),
+            steps=sum(spend.event.steps for spend in charged),
+            epsilon=epsilon_of([spend.event for spend in charged], delta),
         )
         for (study, run), charged in by_run.items()
     ]

@@ -1,8 +1,8 @@
 """Adaptive federated optimization: Reddi et al. 2021, algorithm 2. FedAdagrad, FedAdam and FedYogi differ in one line, `second_moment`.
 
-    m <- beta_1 m + (1 - beta_1) D        D: mean update
-    v <- second_moment(v, D^2)            v starts at tau^2
-    w <- w + eta m / (sqrt(v) + tau)
+m <- beta_1 m + (1 - beta_1) D        D: mean update
+v <- second_moment(v, D^2)            v starts at tau^2
+w <- w + eta m / (sqrt(v) + tau)
 """
 
 from collections.abc import Callable

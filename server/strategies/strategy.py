@@ -21,7 +21,7 @@ from server.strategies.fedavgm import FedAvgM
 from server.strategies.fedyogi import fedyogi
 from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
 from shared import study as options
-from shared.errors import ProtocolError, SiteFailure
+from shared.errors import ProtocolError, SiteFailedError
 from shared.messages import MESSAGE, PARAMETERS, Evaluated, Refused, Statistics, Trained, decode, decode_parameters, decode_statistics
 from shared.models import Parameters, Template
 from shared.results import SitePrivacy, Status
@@ -126,7 +126,7 @@ class FederatedStrategy(Strategy):
 
     def _judge(self, reply: Message, member: Member, current: Round) -> Answer:
         if reply.has_error():
-            return Answer(name=member.name, status="failed", reason=f"{SiteFailure.code} The site's app failed.")
+            return Answer(name=member.name, status="failed", reason=f"{SiteFailedError.code} The site's app failed.")
         try:
             return self._accept(reply.content, member, current, training=reply.metadata.message_type == MessageType.TRAIN)
         except ProtocolError as error:

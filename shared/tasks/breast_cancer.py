@@ -31,7 +31,14 @@ _RANGES = {
 def _columns() -> tuple[Column, ...]:
     names = ("mean {}", "{} error", "worst {}")
     return tuple(
-        Column(name=pattern.format(measure), type="number", unit=unit, low=ranges[part][0], high=ranges[part][1], scale="log" if ranges[part][0] > 0 else "linear")
+        Column(
+            name=pattern.format(measure),
+            type="number",
+            unit=unit,
+            low=ranges[part][0],
+            high=ranges[part][1],
+            scale="log" if ranges[part][0] > 0 else "linear",
+        )
         for part, pattern in enumerate(names)
         for measure, (unit, *ranges) in _RANGES.items()
     )

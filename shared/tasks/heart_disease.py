@@ -54,7 +54,9 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     """
     reject_options(options, SCHEMA.name)
     if path is None:
-        raise DataMissingError("task heart-disease has no data of its own", "run 'wardround data fetch heart-disease', or give the folder with --data")
+        raise DataMissingError(
+            "task heart-disease has no data of its own", "run 'wardround data fetch heart-disease', or give the folder with --data"
+        )
     files = hospital_files(path)
     frames = [_read_hospital(file, name) for name, file in files.items()]
     frame = pd.concat(frames, ignore_index=True)
@@ -90,7 +92,9 @@ def hospital_files(path: Path) -> dict[str, Path]:
         raise DataAccessError(f"{path}: this user may not read the folder", "change its permissions") from None
     found = {name: file for name in SITES for file in candidates if file.name == f"processed.{name}.data"}
     if not found:
-        raise DataMissingError(f"{path}: expected processed.<hospital>.data for one of {', '.join(SITES)}, found none", "run 'wardround data fetch heart-disease'")
+        raise DataMissingError(
+            f"{path}: expected processed.<hospital>.data for one of {', '.join(SITES)}, found none", "run 'wardround data fetch heart-disease'"
+        )
     return found
 
 
@@ -104,7 +108,10 @@ def _read_hospital(file: Path, name: str) -> pd.DataFrame:
         raise DataMissingError(f"{file}: no row is without a missing value", "check that the file has the 14 columns of the UCI description")
     num = pd.to_numeric(frame["num"], errors="coerce")
     if num.isna().any():
-        raise SchemaError(f"{file.name}: column 'num': expected numbers, got text in {int(num.isna().sum())} rows", "check that the file has the 14 columns of the UCI description")
+        raise SchemaError(
+            f"{file.name}: column 'num': expected numbers, got text in {int(num.isna().sum())} rows",
+            "check that the file has the 14 columns of the UCI description",
+        )
     frame = frame.drop(columns="num").assign(disease=np.where(num > 0, "1", "0"), site=name)
     frame["test"] = published_split(frame["disease"].to_numpy(dtype=np.str_))
     frame.attrs["dropped"] = len(raw) - len(frame)
@@ -120,7 +127,9 @@ def published_split(labels: NDArray[np.str_]) -> NDArray[np.bool_]:
     if len(labels) < 4:
         return test
     stratify = labels if counts.min() > 2 else None
-    _, chosen = train_test_split(np.arange(len(labels)), test_size=TEST_SHARE, train_size=1 - TEST_SHARE, random_state=SPLIT_SEED, shuffle=True, stratify=stratify)
+    _, chosen = train_test_split(
+        np.arange(len(labels)), test_size=TEST_SHARE, train_size=1 - TEST_SHARE, random_state=SPLIT_SEED, shuffle=True, stratify=stratify
+    )
     test[chosen] = True
     return test
 

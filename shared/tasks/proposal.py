@@ -58,14 +58,24 @@ def propose_schema(source: Path, *, label: str | None = None, patient: str | Non
     names = list(frame.columns)
     label_name = _column_named(label, LABEL_NAMES, names, "--label")
     if label_name is None:
-        raise ConfigurationError(f"{source}: which column is to be predicted? None has a usual name ({', '.join(LABEL_NAMES[:5])} ...)", "name it with --label")
-    patient_name, site_name = (_column_named(given, usual, names, option) for given, usual, option in ((patient, PATIENT_NAMES, "--patient"), (site, SITE_NAMES, "--site")))
+        raise ConfigurationError(
+            f"{source}: which column is to be predicted? None has a usual name ({', '.join(LABEL_NAMES[:5])} ...)", "name it with --label"
+        )
+    patient_name, site_name = (
+        _column_named(given, usual, names, option) for given, usual, option in ((patient, PATIENT_NAMES, "--patient"), (site, SITE_NAMES, "--site"))
+    )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", source.stem).strip("-.") or "my-task"
     assert re.match(NAME_PATTERN, name[:64])
-    lines = [f"# Proposed from the columns of {source.name}. Read every line: it says what leaves in a feature.", f"name = {_quote(name[:64])}", 'title = ""']
+    lines = [
+        f"# Proposed from the columns of {source.name}. Read every line: it says what leaves in a feature.",
+        f"name = {_quote(name[:64])}",
+        'title = ""',
+    ]
     lines += [f"{key} = {_quote(value)}" for key, value in (("patient", patient_name), ("site", site_name)) if value]
     if not patient_name:
-        lines.append("# No column names the patient: every row counts as a patient of its own. If a patient can have several rows, name the column here.")
+        lines.append(
+            "# No column names the patient: every row counts as a patient of its own. If a patient can have several rows, name the column here."
+        )
     questions: list[str] = []
     lines += ["", "[label]", *_column_lines(frame[label_name], label_name, questions, is_label=True)]
     for column in names:
@@ -96,7 +106,12 @@ def _column_lines(values: "pd.Series[str]", name: str, questions: list[str], *, 
     elif few and (numbers.isna().any() or (is_label and len(distinct) <= 5)):
         lines += ['type = "category"', f"categories = {json.dumps(distinct)}"]
     elif len(present) and numbers.notna().all():
-        lines += ['type = "number"', f"unit = {_quote(_unit_of(name))}", "# low =    # least plausible value, known without looking at the data", "# high =   # largest plausible value"]
+        lines += [
+            'type = "number"',
+            f"unit = {_quote(_unit_of(name))}",
+            "# low =    # least plausible value, known without looking at the data",
+            "# high =   # largest plausible value",
+        ]
         questions.append(f"{name}: low and high")
     else:
         lines += ['type = "category"', "categories = []  # free text or too many values: list the ones you mean, or remove this column"]

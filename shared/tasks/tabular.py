@@ -106,7 +106,9 @@ def load_tabular_task(path: Path) -> Task:
     """
     table = validate(TabularTask, read_toml(path), str(path))
     schema = TableSchema.model_validate(table.model_dump(exclude={"model"}))
-    return table_task(schema, load_cohort=lambda data, options: load_table(data, schema, options), model=table.model, source=f"schema file {path.name}")
+    return table_task(
+        schema, load_cohort=lambda data, options: load_table(data, schema, options), model=table.model, source=f"schema file {path.name}"
+    )
 
 
 def load_table(path: Path | None, schema: TableSchema, options: Mapping[str, object]) -> Cohort:
@@ -160,7 +162,9 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         SchemaError: it is not UTF-8 text or not a regular CSV.
     """
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, names=names, header=None if names else 0, skipinitialspace=True, encoding="utf-8-sig")
+        return pd.read_csv(
+            path, dtype=str, keep_default_na=False, names=names, header=None if names else 0, skipinitialspace=True, encoding="utf-8-sig"
+        )
     except FileNotFoundError:
         raise DataMissingError(f"{path}: expected a CSV file, found none", "check the path given with --data") from None
     except PermissionError:
@@ -181,10 +185,15 @@ def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, 
     kept = frame[encoded.kept].reset_index(drop=True)
     ids = kept[schema.patient].astype(str).str.strip() if schema.patient else pd.Series(row_identifiers(kept))
     if schema.patient and (ids == "").any():
-        raise SchemaError(f"{source}: column {schema.patient!r}: expected a patient's identifier in every row, got none in {int((ids == '').sum())} rows", "fill it in")
+        raise SchemaError(
+            f"{source}: column {schema.patient!r}: expected a patient's identifier in every row, got none in {int((ids == '').sum())} rows",
+            "fill it in",
+        )
     patient_of_record, patients = pd.factorize(ids)
     first = pd.Series(patient_of_record).drop_duplicates().index.to_numpy()
-    attributes = {name: kept[name].astype(str).to_numpy(dtype=np.str_)[first] for name in kept.columns if name not in (schema.patient, schema.label.name)}
+    attributes = {
+        name: kept[name].astype(str).to_numpy(dtype=np.str_)[first] for name in kept.columns if name not in (schema.patient, schema.label.name)
+    }
     if schema.site:
         if schema.site not in attributes:
             raise SchemaError(f"{source}: expected column {schema.site!r}, which names the site, not found", "rename or add it in the file")
@@ -236,10 +245,9 @@ def _synthetic_column(column: Column, count: int, rng: np.random.Generator) -> N
         return np.asarray(rng.choice(values, size=count))
     assert column.low is not None and column.high is not None
     scaled = np.clip(rng.normal(0.0, 0.35, size=count), -1, 1) / 2 + 0.5
-    if column.scale == "log":
-        values = np.exp(np.log(column.low) + scaled * (np.log(column.high) - np.log(column.low)))
-    else:
-        values = column.low + scaled * (column.high - column.low)
+    low, high = (np.log(column.low), np.log(column.high)) if column.scale == "log" else (column.low, column.high)
+    values = low + scaled * (high - low)
+    values = np.exp(values) if column.scale == "log" else values
     return np.asarray([repr(float(np.clip(value, column.low, column.high))) for value in values])
 
 

@@ -9,7 +9,9 @@ from shared.errors import ConfigurationError
 
 T = TypeVar("T")
 
-StudyArgument = Annotated[str | None, typer.Argument(metavar="[STUDY]", help="A study's TOML file, or the name of a shipped study.", show_default=False)]
+StudyArgument = Annotated[
+    str | None, typer.Argument(metavar="[STUDY]", help="A study's TOML file, or the name of a shipped study.", show_default=False)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON envelope on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 SitesOption = Annotated[int | None, typer.Option("--sites", metavar="N", help="Number of virtual sites.")]
@@ -83,7 +85,9 @@ def shipped_study(name: str) -> Path:
     path = folder / f"{name}.toml"
     if not path.is_file():
         known = sorted(file.stem for file in folder.glob("*.toml"))
-        raise ConfigurationError(f"no study file or shipped study {name!r}{nearest(name, known)}", f"shipped: {', '.join(known)}; or give a TOML file")
+        raise ConfigurationError(
+            f"no study file or shipped study {name!r}{nearest(name, known)}", f"shipped: {', '.join(known)}; or give a TOML file"
+        )
     return path
 
 

@@ -16,7 +16,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 @app.command("plan")
 def plan(
-    patients: Annotated[list[int], typer.Option("--patients", metavar="N", help="Training patients of a site, as declared; repeat for several sites.")],
+    patients: Annotated[
+        list[int], typer.Option("--patients", metavar="N", help="Training patients of a site, as declared; repeat for several sites.")
+    ],
     epsilon: Annotated[float | None, typer.Option("--epsilon", metavar="E", help="The whole study's budget; the noise is solved from it.")] = None,
     noise: Annotated[float | None, typer.Option("--noise-multiplier", metavar="SIGMA", help="Instead of --epsilon: what this noise costs.")] = None,
     delta: Annotated[float | None, typer.Option("--delta", help="Default: min(1e-4, 1/(10 x smallest site)).")] = None,
@@ -44,7 +46,8 @@ def plan(
     plans = [plan_site(study, size) for size in patients]
     columns = ["patients", "sample rate", "steps", "noise multiplier", "epsilon", "delta"]
     rows = [
-        [str(p.declared_size), number(p.sample_rate, 4), str(p.study_event().steps), number(p.noise_multiplier), number(p.epsilon), f"{p.delta:g}"] for p in plans
+        [str(p.declared_size), number(p.sample_rate, 4), str(p.study_event().steps), number(p.noise_multiplier), number(p.epsilon), f"{p.delta:g}"]
+        for p in plans
     ]
     console(as_json=as_json).print(table("plan: add or remove one patient", columns, rows))
     if as_json:
@@ -103,7 +106,13 @@ def spent(
     terminal = console(as_json=as_json)
     for ledger in ledgers:
         rows = [[study.study, study.run, str(study.rounds), str(study.steps), number(study.epsilon)] for study in ledger.studies]
-        terminal.print(table(f"{ledger.name}: epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g} over all studies", ["study", "run", "rounds", "steps", "epsilon alone"], rows))
+        terminal.print(
+            table(
+                f"{ledger.name}: epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g} over all studies",
+                ["study", "run", "rounds", "steps", "epsilon alone"],
+                rows,
+            )
+        )
         if ledger.limit is not None:
             terminal.print(f"limit {ledger.limit:g}; what remains is what a next study may bring the total to, not a difference of epsilons")
         terminal.print()

@@ -23,7 +23,13 @@ class RoundLines:
         self._started = time.monotonic()
         self._pending: RoundRecord | None = None
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=terminal, transient=True, disable=not terminal.is_terminal
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
         )
         self._bar_task = self._bar.add_task("rounds", total=study.rounds.count * study.evaluation.folds)
 

@@ -45,7 +45,8 @@ def simulate(
     seed: SeedOption = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder in which the run's folder is made.")] = Path("runs"),
     baselines: Annotated[
-        bool | None, typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named).")
+        bool | None,
+        typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named)."),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
     as_json: JsonOption = False,
@@ -78,7 +79,9 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
     from shared.errors import ConfigurationError
 
     if name is not None or changes:
-        raise ConfigurationError("--resume: expected no study and no changes to it, since the run has its own, got some", "give --resume and --data alone")
+        raise ConfigurationError(
+            "--resume: expected no study and no changes to it, since the run has its own, got some", "give --resume and --data alone"
+        )
     return RunFolder.open(resume).study
 
 

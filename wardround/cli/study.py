@@ -46,7 +46,9 @@ def show(
     values = flatten(resolved.to_table())
     in_file, asked = flatten(table_in_file), flatten(changes)
     origins = {key: "command line" if key in asked else source if key in in_file else "default" for key in values}
-    console(as_json=as_json).print(table(f"study {resolved.name}", ["key", "value", "from"], [[key, str(value), origins[key]] for key, value in values.items()]))
+    console(as_json=as_json).print(
+        table(f"study {resolved.name}", ["key", "value", "from"], [[key, str(value), origins[key]] for key, value in values.items()])
+    )
     if as_json:
         print_envelope({"study": resolved.to_table(), "origins": origins, "fingerprint": resolved.fingerprint()})
 
@@ -73,6 +75,8 @@ def list_studies(as_json: JsonOption = False, debug: DebugOption = False) -> Non
     from wardround.cli.output import console, print_envelope, table
 
     studies = [Study.load(path) for path in sorted(studies_folder().glob("*.toml"))]
-    console(as_json=as_json).print(table("shipped studies", ["name", "task", "purpose"], [[study.name, study.task, study.purpose] for study in studies]))
+    console(as_json=as_json).print(
+        table("shipped studies", ["name", "task", "purpose"], [[study.name, study.task, study.purpose] for study in studies])
+    )
     if as_json:
         print_envelope({"studies": [{"name": study.name, "task": study.task, "purpose": study.purpose} for study in studies]})

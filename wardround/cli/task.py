@@ -42,13 +42,17 @@ def show(
     terminal.print(f"{task.title}\n", style="bold", markup=False)
     if isinstance(task.schema, TableSchema):
         columns = [*task.schema.columns, task.schema.label]
-        rows = [[c.name, c.type, _range_of(c.low, c.high, c.categories), c.unit, c.missing if c is not task.schema.label else "label"] for c in columns]
+        rows = [
+            [c.name, c.type, _range_of(c.low, c.high, c.categories), c.unit, c.missing if c is not task.schema.label else "label"] for c in columns
+        ]
         terminal.print(table("columns", ["name", "type", "range or categories", "unit", "missing"], rows))
     about = _about(task)
     terminal.print()
     terminal.print(table("", ["", " "], [[key.replace("_", " "), str(value)] for key, value in about.items() if key != "title"]))
     if as_json:
-        schema = task.schema.model_dump(mode="json") if isinstance(task.schema, TableSchema) else [part.model_dump(mode="json") for part in task.schema]
+        schema = (
+            task.schema.model_dump(mode="json") if isinstance(task.schema, TableSchema) else [part.model_dump(mode="json") for part in task.schema]
+        )
         print_envelope({**about, "schema": schema})
 
 
