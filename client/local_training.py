@@ -18,9 +18,13 @@ from shared.task import Task
 @contextlib.contextmanager
 def torch_seeded(seed: int) -> Iterator[None]:
     """Dropout and the like draw from torch's own generator (32-bit seeds): seeded inside, restored after. Never used for privacy noise."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**32)
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(seed % 2**32)  # torch.manual_seed would also visit every device it might have
+    try:
         yield
+    finally:
+        generator.set_state(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -121,8 +121,9 @@ def _record_gradients(model: nn.Module, cohort: Cohort, records: "np.ndarray[tup
         wrapped.train(_needs_train_mode(model))
         wrapped.zero_grad(set_to_none=True)
         record_losses(wrapped, cohort, records, local.task).sum().backward()  # type: ignore[no-untyped-call]  # torch
-        samples = [getattr(parameter, "grad_sample", None) for parameter in model.parameters() if parameter.requires_grad]
-        if any(sample is None for sample in samples):
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        samples: list[torch.Tensor] = [sample for parameter in trainable if (sample := getattr(parameter, "grad_sample", None)) is not None]
+        if len(samples) < len(trainable):
             raise AttributeError("a parameter takes no part in the loss")
         return torch.cat([sample.detach().reshape(len(records), -1).clone() for sample in samples], dim=1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from client.cross_check import epsilon_prv
 from client.ledger import Ledger, Limit, Spend
@@ -22,7 +23,7 @@ from client.private_training import Randomness, train_round_private
 from shared.cohort import Cohort, patient_hash, test_patients
 from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import Enrolled, EnrolTask, Evaluated, EvaluateTask, Statistics, Trained, TrainTask
-from shared.models import Parameters, Template, get_parameters, initial_parameters, predict_in_batches, set_parameters, template_of
+from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
 from shared.plan import SitePlan, plan_site
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import SitePrivacy
@@ -77,11 +78,13 @@ class Site:
     Args:
         open_cohort: loads the patients; called once, only after policy and ledger have agreed.
         task: the site's own, installed code; a coordinator's must have the same fingerprint.
+        model: a model of the task to work with; every message loads its own parameters into it, so virtual sites may share one.
     """
 
-    def __init__(self, settings: SiteSettings, task: Task, open_cohort: Callable[[], Cohort]) -> None:
+    def __init__(self, settings: SiteSettings, task: Task, open_cohort: Callable[[], Cohort], *, model: nn.Module | None = None) -> None:
         self.settings = settings
         self._task = task
+        self._model = model if model is not None else task.model()
         self._open_cohort = open_cohort
         self._cohort: Cohort | None = None
         self._split: dict[tuple[int, int], tuple[Cohort, Cohort]] = {}
@@ -102,7 +105,7 @@ class Site:
             self.settings.policy.check(study, self._task, plan)
         if plan.private and not self._already_charged(task.run, plan):
             self.ledger_for(plan).check_room(plan.study_event(), self._limit(plan))
-        template = template_of(initial_parameters(self._task.model(), 0))
+        template = template_of(get_parameters(self._model))
         self._admission = Admission(run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, template=template)
         self.cohort()
         return Enrolled(
@@ -197,14 +200,14 @@ class Site:
 
     def _statistics(self, test_part: Cohort, parameters: Parameters) -> Statistics | None:
         policy = self.settings.policy
-        statistics = evaluate_parameters(self._task, test_part, parameters)
+        statistics = evaluate_parameters(self._task, test_part, parameters, model=self._model)
         if policy is None:
             return statistics
         released = {name: value for name, value in statistics.items() if policy.releases(self._task, name, num_test=test_part.num_patients)}
         return released or None
 
     def _train_part(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
-        model = self._task.model()
+        model = self._model
         set_parameters(model, parameters)
         local = LocalRound(study=admission.study, task=self._task, round_number=task.round)
         path = ("train", self.settings.name, task.fold, task.round)
@@ -261,12 +264,11 @@ def release_id(task: TrainTask, parameters: Parameters, key: bytes) -> str:
     return digest.hexdigest()
 
 
-def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters) -> Statistics:
-    """Every statistic of the task for a model of these parameters on `test_part`; zeros where nobody is tested."""
+def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *, model: nn.Module) -> Statistics:
+    """Every statistic of the task on `test_part` for `model`, once these parameters are in it; zeros where nobody is tested."""
     statistics = {metric.statistic.name: metric.statistic for metric in task.metrics}
     if test_part.num_records == 0:
         return {name: np.zeros(statistic.shape) for name, statistic in statistics.items()}
-    model = task.model()
     set_parameters(model, parameters)
     predictions: NDArray[np.float64] = task.predict(predict_in_batches(model, test_part.inputs)).numpy().astype(np.float64)
     return {name: statistic.summarise(predictions, test_part) for name, statistic in statistics.items()}

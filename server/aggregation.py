@@ -15,7 +15,8 @@ COARSE = 2.0**20
 FINE = 2.0**70
 FINE_PER_COARSE = 2**50
 MAX_WEIGHT = 10_000_000  # patients; a larger claim counts as this many
-MAX_PRODUCT = 2.0**31  # of weight x |value|, so that 2**12 sites cannot overflow the coarse sum
+MAX_PRODUCT = 2.0**31  # of weight x |value|
+MAX_SUM = 2.0**42  # of the updates' largest weight x |value| together, so that the coarse sum stays below 2**62
 MAX_UPDATES = 2**12  # carries are moved up after this many
 
 FloatArrays = dict[str, NDArray[np.float64]]
@@ -29,6 +30,7 @@ class ExactMean:
         self._fine: dict[str, NDArray[np.int64]] = {}
         self._weight = 0
         self._since_carry = 0
+        self._largest_sum = 0.0
 
     @property
     def total_weight(self) -> int:
@@ -51,6 +53,10 @@ class ExactMean:
         for name, product in products.items():
             if product.size and not np.abs(product).max() < MAX_PRODUCT:
                 raise ProtocolError(f"update {name}: expected values below {MAX_PRODUCT / weight:.3g}, got larger ones")
+        largest = max((float(np.abs(product).max()) for product in products.values() if product.size), default=0.0)
+        if self._largest_sum + largest >= MAX_SUM:
+            raise ProtocolError("update: expected a sum that cannot overflow, got too many large updates")
+        self._largest_sum += largest
         for name, product in products.items():
             coarse = np.floor(product * COARSE)
             fine = np.rint((product - coarse / COARSE) * FINE).astype(np.int64)

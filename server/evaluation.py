@@ -42,5 +42,7 @@ def evaluate(task: Task, total: Statistics, *, resamples: int, seed: int, path: 
 
 
 def _interval(metric: Metric, total: Statistics, resamples: int, seed: int, path: tuple[Step, ...]) -> Interval:
+    if resamples == 0:
+        return None
     rng = generator(seed, "bootstrap", *path)
     return bootstrap_interval(metric, total[metric.statistic.name], resamples=resamples, rng=rng)

@@ -29,7 +29,7 @@ class Cohort:
         patient_ids: `(P,)` identifiers as the hospital has them; they never leave the site.
         attributes: per patient, `(P,)` text each: "site" (for partition "natural"), and columns for partition "column".
         published_test: `(P,)`, True for test patients, where the task publishes its split; else None.
-        notes: what the loader did, in counts: records dropped, values imputed or clipped.
+        notes: what the loader did to the whole of it, in counts: records dropped, values imputed or clipped; empty for a part.
         synthetic: True when no real patient is in it.
     """
 
@@ -73,6 +73,7 @@ class Cohort:
             patient_ids=tuple(name for name, keep in zip(self.patient_ids, mask, strict=True) if keep),
             attributes={name: values[mask] for name, values in self.attributes.items()},
             published_test=None if self.published_test is None else self.published_test[mask],
+            notes={},
         )
 
     def label_of_patient(self) -> NDArray[np.generic]:

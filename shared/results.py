@@ -49,7 +49,6 @@ class SiteSummary(Record):
     num_train: int
     num_test: int
     classes: dict[str, int] | None = None
-    notes: dict[str, int] = {}
 
 
 class SitePrivacy(Record):
@@ -87,11 +86,13 @@ class Result(Record):
     run: str
     study: str
     task: str
+    task_title: str
     engine: str
     seed: int
     outcome: Outcome
     synthetic: bool
     sites: list[SiteSummary]
+    notes: dict[str, int]  # what reading the data did, in counts; empty for real sites, who keep theirs
     rounds_completed: int
     primary_metric: str
     metrics: dict[str, MetricValues]

@@ -228,7 +228,8 @@ class Study(Settings):
     def replace(self, **changes: object) -> "Study":
         """A study with these keys changed: `study.replace(seed=8, privacy={"epsilon": 1.0})`; tables are merged.
 
-        Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two.
+        Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two; setting `sites` alone turns a natural
+        partition into an iid one.
         """
         return Study.from_table(merge_tables(self.to_table(), changes), source="study")
 
@@ -270,11 +271,22 @@ def merge_tables(base: Mapping[str, object], changes: Mapping[str, object]) -> T
                 old = {name: item for name, item in old.items() if name != "local_epochs"}
             if key == "training" and "local_epochs" in value:
                 old = {name: item for name, item in old.items() if name != "local_steps"}
-            if key == "federation" and value.get("partition") in ("natural", "column"):
-                old = {name: item for name, item in old.items() if name != "sites"}
+            if key == "federation":
+                old = _without_rival_sites(old, value)
             value = merge_tables(old, value)
         merged[key] = value
     return merged
+
+
+def _without_rival_sites(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
+    """Sites come from the data or from a number: a change to one takes the place of the other."""
+    kept = dict(old)
+    if change.get("partition") in ("natural", "column"):
+        kept.pop("sites", None)
+    if "sites" in change and "partition" not in change and kept.get("partition") in ("natural", "column"):
+        kept["partition"] = "iid"
+        kept.pop("column", None)
+    return kept
 
 
 def _without_rival_budgets(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:

@@ -51,17 +51,22 @@ def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
 
 
 def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
-    models = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
-    tested = {name: {site: evaluate_parameters(task, test, model) for site, (_, test) in parts.items()} for name, model in models.items()}
+    trained = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
+    tested = {name: _tested_everywhere(parts, task, parameters) for name, parameters in trained.items()}
     return Baseline(
         models={name: add_statistics(by_site.values()) for name, by_site in tested.items()}, own={name: tested[name][name] for name in parts}
     )
 
 
 def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
-    model = train_alone(pool([train for train, _ in parts.values()]), task, study, who="pooled")
-    own = {name: evaluate_parameters(task, test, model) for name, (_, test) in parts.items()}
+    own = _tested_everywhere(parts, task, train_alone(pool([train for train, _ in parts.values()]), task, study, who="pooled"))
     return Baseline(models={"all": add_statistics(own.values())}, own=own)
+
+
+def _tested_everywhere(parts: dict[str, tuple[Cohort, Cohort]], task: Task, parameters: Parameters) -> dict[str, Statistics]:
+    """Site -> statistics of this model on the site's test patients."""
+    model = task.model()
+    return {site: evaluate_parameters(task, test, parameters, model=model) for site, (_, test) in parts.items()}
 
 
 def pool(cohorts: list[Cohort]) -> Cohort:

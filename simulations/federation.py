@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class VirtualFederation:
 
     cohorts: dict[str, Cohort]
     synthetic: bool
+    notes: Mapping[str, int]  # what the loader did to all of them, in counts
 
     def summaries(self, task: Task, study: Study) -> list[SiteSummary]:
         """Exact sizes and classes of every site; with cross-validation, those of the first fold."""
@@ -60,7 +62,7 @@ def virtual_federation(task: Task, study: Study, data: Path | None) -> VirtualFe
     cohorts = {name: cohort.select(patients) for name, patients in partition.items()}
     for name, part in cohorts.items():
         _check_training_patients(name, part, study)
-    return VirtualFederation(cohorts=cohorts, synthetic=cohort.synthetic)
+    return VirtualFederation(cohorts=cohorts, synthetic=cohort.synthetic, notes=cohort.notes)
 
 
 def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
@@ -89,6 +91,7 @@ def resolve_delta(study: Study, declared_sizes: list[int]) -> Study:
 def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledgers: Path) -> dict[str, Site]:
     """A site for each virtual hospital, with a ledger of its own in `ledgers`."""
     sites = {}
+    model = task.model()  # they answer one after another, and every message brings its own parameters
     for summary in federation.summaries(task, study):
         settings = SiteSettings(
             name=summary.name,
@@ -98,7 +101,7 @@ def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledge
             ledger_path=ledgers / f"{_file_name(summary.name)}.sqlite",
             split_key=SIMULATION_SPLIT_KEY,
         )
-        sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name))
+        sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name), model=model)
     return sites
 
 
@@ -135,7 +138,6 @@ def _summary(name: str, cohort: Cohort, task: Task, study: Study) -> SiteSummary
         num_train=int((~test).sum()),
         num_test=int(test.sum()),
         classes=_class_counts(cohort, task),
-        notes=dict(cohort.notes),
     )
 
 

@@ -44,7 +44,9 @@ def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseli
         StorageError: the folder cannot be written.
     """
     totals = _totals(run, baselines)
-    run.folder.write_statistics(StoredStatistics(sources={name: _as_lists(total) for name, total in totals.items()}))
+    run.folder.write_statistics(
+        StoredStatistics(sources={name: _as_lists(total) for name, total in totals.items() if not name.startswith("local_only")})
+    )
     result = _result(run, outcome, baselines, totals, seconds)
     claim = privacy_claim(
         run.setting.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
@@ -85,11 +87,13 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         run=run.folder.name,
         study=study.name,
         task=task.name,
+        task_title=task.title,
         engine=run.engine,
         seed=study.seed,
         outcome=outcome,
         synthetic=run.setting.federation is not None and run.setting.federation.synthetic,
         sites=_summaries(run),
+        notes=dict(run.setting.federation.notes) if run.setting.federation is not None else {},
         rounds_completed=len({record.round for record in records if record.fold == records[-1].fold}) if records else 0,
         primary_metric=task.primary_metric,
         metrics={name: metrics.get(name, {}) for name in order},

@@ -147,10 +147,11 @@ def largest_remainder(shares: NDArray[np.float64], total: int) -> IntArray:
 def _by_attribute(cohort: Cohort, federation: Federation) -> Partition:
     name = "site" if federation.partition == "natural" else str(federation.column)
     if name not in cohort.attributes:
-        known = ", ".join(sorted(cohort.attributes)) or "none"
+        known = ", ".join(sorted(cohort.attributes)[:8]) or "none"
         what = "data that name their hospitals" if name == "site" else f"an attribute {name!r}"
         raise PartitionError(
-            f"federation.partition {federation.partition!r}: expected {what}, got attributes: {known}", "choose another partition or column"
+            f"federation.partition {federation.partition!r}: expected {what}, got attributes: {known}",
+            "choose another partition or column, for example with --sites",
         )
     values = cohort.attributes[name]
     parts = {str(value): np.flatnonzero(values == value) for value in dict.fromkeys(values.tolist())}

@@ -16,8 +16,9 @@ from client.site import Site
 from server.app import server_app
 from server.coordinator import Coordinator
 from server.run_folder import RunFolder
-from shared.errors import ModelMismatchError, WardroundError
+from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.files import write_atomic
+from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
 from shared.study import Study
 from shared.task import Task, resolve_task
@@ -61,8 +62,21 @@ def prepare(study: Study, data: Path | None) -> Setting:
         sizes = [site.settings.declared_size for site in real.values()]
         return Setting(study=resolve_delta(study, sizes), task=task, federation=None, real=real)
     federation = virtual_federation(task, study, data)
-    sizes = [summary.num_train for summary in federation.summaries(task, study)]
-    return Setting(study=resolve_delta(study, sizes), task=task, federation=federation, real={})
+    summaries = federation.summaries(task, study)
+    resolved = resolve_delta(study, [summary.num_train for summary in summaries])
+    for summary in summaries:
+        with at_site(summary.name):
+            plan_site(resolved, summary.num_train)
+    return Setting(study=resolved, task=task, federation=federation, real={})
+
+
+@contextlib.contextmanager
+def at_site(name: str) -> Iterator[None]:
+    """Say at which site a study cannot be planned."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"site {name}: {error.what}", error.remedy) from None
 
 
 def start_run(setting: Setting, out: Path) -> RunFolder:
@@ -102,6 +116,7 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
     run = RunOutcome(setting=setting, coordinator=coordinator, folder=folder, engine=ENGINE)
     with _one_thread(), _logging_to(folder):
         try:
+            logger.info("%s", describe(setting))
             _run_apps(coordinator, sites)
             compared = _baselines(setting) if baselines else {}
         except BaseException as error:
@@ -114,6 +129,16 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
             for site in sites.values():
                 site.close()
         write_outcome(run, "completed", compared, seconds=time.monotonic() - started)
+
+
+def describe(setting: Setting) -> str:
+    """One line: what runs, where, under which promise."""
+    study = setting.study
+    privacy = study.privacy
+    budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise multiplier {privacy.noise_multiplier}"
+    promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if privacy.delta is not None and study.private else "no privacy"
+    patients = "synthetic patients" if setting.federation is not None and setting.federation.synthetic else "patients"
+    return f"{study.name}: task {setting.task.name} ({patients}), {len(setting.site_names)} sites, {study.rounds.count} rounds, {study.strategy.name}, {promise}"
 
 
 def _run_apps(coordinator: Coordinator, sites: dict[str, Site]) -> None:
@@ -131,6 +156,7 @@ def _baselines(setting: Setting) -> dict[str, Baseline]:
     """Baselines pool patients, so they exist for virtual sites alone; a cross-validation has none."""
     if setting.federation is None or setting.study.evaluation.folds > 1:
         return {}
+    logger.info("for comparison: every site alone, and all data pooled")
     return run_baselines(setting.federation.cohorts, setting.task, setting.study)
 
 

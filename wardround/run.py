@@ -8,7 +8,7 @@ from server.run_folder import RunFolder
 from shared.errors import StorageError
 from shared.results import MetricValues, Result, RoundRecord, RunPrivacy
 from shared.study import Study
-from wardround.quiet import quiet_flower_log, switch_off_telemetry
+from wardround.quiet import quiet_flower_log, root_log_unchanged, switch_off_telemetry
 from wardround.report import write_report
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def simulate(
     >>> run = simulate(Study.load("studies/breast-cancer.toml").replace(rounds={"count": 2}))  # doctest: +SKIP
     """
     switch_off_telemetry()
-    from simulations.simulate import execute, prepare, resume_run, start_run
+    with root_log_unchanged():
+        from simulations.simulate import execute, prepare, resume_run, start_run
 
     quiet_flower_log()
     study = study if isinstance(study, Study) else Study.load(study)

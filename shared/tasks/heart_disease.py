@@ -99,13 +99,15 @@ def hospital_files(path: Path) -> dict[str, Path]:
 
 
 def _read_hospital(file: Path, name: str) -> pd.DataFrame:
+    _check_num_columns(file)
     raw = read_csv(file, names=FILE_COLUMNS).astype(str)
-    if len(raw) == 0:
-        raise DataMissingError(f"{file}: expected rows, got none", "fetch the file again")
     kept = raw.drop(columns=LEFT_OUT)
+    for column in kept.columns:
+        if kept[column].isin(MISSING_MARKS).all():
+            raise SchemaError(f"{file.name}: column {column!r}: all {len(kept)} values are missing", "fetch the file again")
     frame = kept[~kept.isin(MISSING_MARKS).any(axis=1)].reset_index(drop=True)
     if len(frame) == 0:
-        raise DataMissingError(f"{file}: no row is without a missing value", "check that the file has the 14 columns of the UCI description")
+        raise DataMissingError(f"{file}: no row is without a missing value", "fetch the file again")
     num = pd.to_numeric(frame["num"], errors="coerce")
     if num.isna().any():
         raise SchemaError(
@@ -116,6 +118,17 @@ def _read_hospital(file: Path, name: str) -> pd.DataFrame:
     frame["test"] = published_split(frame["disease"].to_numpy(dtype=np.str_))
     frame.attrs["dropped"] = len(raw) - len(frame)
     return frame
+
+
+def _check_num_columns(file: Path) -> None:
+    """Raise `SchemaError` unless the first line has the 14 values of the UCI description; what cannot be read, `read_csv` says."""
+    try:
+        with open(file, encoding="utf-8") as lines:
+            num_values = len(lines.readline().split(","))
+    except (OSError, UnicodeDecodeError):
+        return
+    if num_values not in (1, len(FILE_COLUMNS)):
+        raise SchemaError(f"{file.name}: expected {len(FILE_COLUMNS)} columns ({', '.join(FILE_COLUMNS)}), got {num_values}", "fetch the file again")
 
 
 def published_split(labels: NDArray[np.str_]) -> NDArray[np.bool_]:

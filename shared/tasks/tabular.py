@@ -227,12 +227,11 @@ def synthetic_cohort(schema: TableSchema, num_patients: int, seed: int) -> Cohor
     """
     rng = generator(seed, "synthetic", schema.name)
     frame = pd.DataFrame({column.name: _synthetic_column(column, num_patients, rng) for column in schema.columns})
-    score = _synthetic_score(frame, schema)
-    frame[schema.label.name] = _synthetic_label(schema.label, score, rng)
     if schema.patient:
         frame[schema.patient] = [f"synthetic-{index}" for index in range(num_patients)]
     if schema.site:
         frame[schema.site] = rng.choice(["synthetic-1", "synthetic-2", "synthetic-3", "synthetic-4"], size=num_patients)
+    frame[schema.label.name] = _synthetic_label(schema.label, _synthetic_score(frame, schema), rng)
     for column in schema.columns:
         if column.missing != "drop":
             frame.loc[rng.random(num_patients) < SYNTHETIC_MISSING_RATE, column.name] = ""

@@ -55,16 +55,25 @@ def study_table(name: str | None, task: str | None) -> tuple[dict[str, object], 
     """The tables of the study meant, and what stands as its source in messages.
 
     A name that is a file is that file; else it is a shipped study. With no study, `--task T` means the study shipped with the task, or
-    five sites at epsilon 3 where none is.
+    its named sites (or five) at epsilon 3 where none is.
     """
     from shared.config import read_toml
 
     if name is None and task is not None:
+        from shared.schema import TableSchema
         from shared.task import resolve_task
 
         resolved = resolve_task(task)
         if resolved.default_study is None:
-            return {"name": resolved.name, "task": task, "privacy": {"epsilon": 3.0}, "federation": {"sites": 5}}, "default study"
+            named_sites = isinstance(resolved.schema, TableSchema) and resolved.schema.site is not None
+            federation: dict[str, object] = {"partition": "natural"} if named_sites else {"sites": 5}
+            return {
+                "name": resolved.name,
+                "task": task,
+                "training": {"learning_rate": 0.5},
+                "privacy": {"epsilon": 3.0},
+                "federation": federation,
+            }, "default study"
         name = Path(resolved.default_study).stem
     name = name or DEFAULT_STUDY
     path = Path(name)

@@ -9,11 +9,13 @@ from rich.table import Table
 from shared.errors import INTERRUPTED_EXIT_CODE, WardroundError
 
 SCHEMA_VERSION = 1
+PLAIN_WIDTH = 140  # columns, where the output is no terminal
 
 
 def console(*, as_json: bool) -> Console:
     """Where human text goes: stdout, or stderr beside an envelope."""
-    return Console(stderr=as_json, highlight=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    return Console(stderr=as_json, highlight=False, width=None if is_terminal else PLAIN_WIDTH)
 
 
 def print_envelope(data: object, *, status: str = "ok", exit_code: int = 0) -> None:

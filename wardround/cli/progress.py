@@ -1,5 +1,6 @@
 """One line a round: `round 7/30  4 of 5 sites  AUROC 0.81 [0.78, 0.84]  epsilon 1.9/3.0  0:42`, under a bar on a terminal."""
 
+import logging
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
     from shared.results import Interval, MetricValues, Result, RoundRecord
     from shared.study import Study
 
+ANNOUNCING_ROOM = "simulations"
+
+
+class AnnouncementHandler(logging.Handler):
+    """Prints what the simulation says of itself between rounds."""
+
+    def __init__(self, terminal: Console) -> None:
+        super().__init__(level=logging.INFO)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print information; errors are printed once, by the command itself."""
+        if record.levelno == logging.INFO:
+            self._terminal.print(record.getMessage(), style="dim", markup=False)
+
 
 class RoundLines:
     """Prints a round's line when the model it made has been evaluated: with the next round's message, or at the end."""
@@ -22,6 +38,7 @@ class RoundLines:
         self._terminal = terminal
         self._started = time.monotonic()
         self._pending: RoundRecord | None = None
+        self._handler = AnnouncementHandler(terminal)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -34,11 +51,13 @@ class RoundLines:
         self._bar_task = self._bar.add_task("rounds", total=study.rounds.count * study.evaluation.folds)
 
     def __enter__(self) -> "RoundLines":
+        logging.getLogger(ANNOUNCING_ROOM).addHandler(self._handler)
         self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+        logging.getLogger(ANNOUNCING_ROOM).removeHandler(self._handler)
 
     def observe(self, record: "RoundRecord") -> None:
         """Take a round's record; print the line of the round before."""

@@ -60,13 +60,13 @@ def simulate(
 
 def read_study(name: str | None, task: str | None, changes: dict[str, object]) -> "Study":
     """The study named (or shipped), with the options' changes."""
-    from shared.study import Study
+    from shared.study import Study, merge_tables
 
     table, source = study_table(name, task)
     study = Study.from_table(table, source=source)
     if name is None:
         changes = {key: value for key, value in changes.items() if key != "task"}
-    return study.replace(**changes) if changes else study
+    return Study.from_table(merge_tables(study.to_table(), changes), source=f"{Path(source).name} and the command line") if changes else study
 
 
 def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) -> "Study":

@@ -1,6 +1,7 @@
 """`wardround study show|schema|list`."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -45,7 +46,7 @@ def show(
     resolved = read_study(study, task, changes)
     values = flatten(resolved.to_table())
     in_file, asked = flatten(table_in_file), flatten(changes)
-    origins = {key: "command line" if key in asked else source if key in in_file else "default" for key in values}
+    origins = {key: "command line" if key in asked else Path(source).name if key in in_file else "default" for key in values}
     console(as_json=as_json).print(
         table(f"study {resolved.name}", ["key", "value", "from"], [[key, str(value), origins[key]] for key, value in values.items()])
     )

@@ -1,5 +1,6 @@
 """`wardround task list|show|init`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +78,8 @@ def init(
     terminal.print(f"wrote {path}", soft_wrap=True)
     for line in proposal.questions:
         terminal.print(f"  to fill in: {line}", markup=False)
-    terminal.print(f"then: wardround simulate --task {path} --data {source}", soft_wrap=True)
+    command = shlex.join(["wardround", "simulate", "--task", str(path), "--data", str(source)])
+    terminal.print(f"then: {command}", soft_wrap=True, markup=False)
     if as_json:
         print_envelope({"schema": str(path), "to_fill_in": proposal.questions})
 

@@ -1,0 +1,85 @@
+"""The files of a run's folder as models, read without the coordinator's code (no torch, no safetensors)."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from shared.errors import StorageError
+from shared.files import storage_errors
+from shared.results import PrivacyClaim, Record, Result, RoundRecord, StoredStatistics
+from shared.study import Study
+
+Model = TypeVar("Model", bound=Record)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """What a run left behind. `claim` and `statistics` are None where the run did not get so far; `task` is as the study file says it."""
+
+    study: Study
+    study_toml: str
+    task: str
+    result: Result
+    rounds: tuple[RoundRecord, ...]
+    claim: PrivacyClaim | None
+    statistics: StoredStatistics | None
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Everything in `folder` that the report shows.
+
+    Raises:
+        StorageError: study.toml or result.json is missing, or a file is damaged (a torn last line of rounds.jsonl is not damage).
+        ConfigurationError: study.toml is no study.
+    """
+    result = _read_model(folder / "result.json", Result)
+    if result is None:
+        raise StorageError(f"{folder}: expected a run's folder, found no result.json in it", "give the folder that simulate printed")
+    study_toml = (_read(folder / "study.toml") or b"").decode(errors="replace")
+    study = Study.load(folder / "study.toml")
+    return RunFiles(
+        study=study,
+        study_toml=study_toml,
+        task=str(tomllib.loads(study_toml).get("task", study.task)),
+        result=result,
+        rounds=_read_rounds(folder / "rounds.jsonl"),
+        claim=_read_model(folder / "privacy.json", PrivacyClaim),
+        statistics=_read_model(folder / "evaluation.json", StoredStatistics),
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    with storage_errors(path, "read"):
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def _read_model(path: Path, model: type[Model]) -> Model | None:
+    content = _read(path)
+    if content is None:
+        return None
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+        raise StorageError(f"{path}: {place}: {first['msg']}", "restore the file, or run the study again") from None
+
+
+def _read_rounds(path: Path) -> tuple[RoundRecord, ...]:
+    """The complete lines; bytes are split at newlines alone, so that neither a torn character nor U+2028 counts as damage."""
+    lines = (_read(path) or b"").split(b"\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    records = []
+    for number, line in enumerate(lines[: last + 1]):
+        try:
+            records.append(RoundRecord.model_validate_json(line))
+        except ValidationError:
+            if number < last:
+                raise StorageError(f"{path}: line {number + 1} is damaged", "restore the file, or run the study again") from None
+    return tuple(records)

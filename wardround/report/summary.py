@@ -1,0 +1,190 @@
+"""The report's first screen in words: banners, the lead paragraph, the key numbers; and what an epsilon means."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.results import Interval
+from wardround.report.history import fold_curves
+from wardround.report.run_files import RunFiles
+from wardround.report.wording import (
+    DASH,
+    count,
+    duration,
+    finite,
+    finite_interval,
+    higher_is_better,
+    interval_text,
+    metric_title,
+    number,
+    plural,
+    upper_bound,
+)
+
+SIMULATION_ENGINES = ("in-process", "ray")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Banner:
+    """A warning at the head of the page."""
+
+    title: str
+    text: str
+    css: str = "warning"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyNumber:
+    """A number with its name and a line below it."""
+
+    name: str
+    value: str
+    below: str = ""
+
+
+def banners(run: RunFiles) -> list[Banner]:
+    """What a reader must know before any number."""
+    result, found = run.result, []
+    if result.outcome != "completed":
+        text = f"{result.rounds_completed} of {plural(run.study.rounds.count, 'round')} completed; what was not reached is left out below."
+        found.append(Banner(title="This run was interrupted." if result.outcome == "interrupted" else "This run failed.", text=text))
+    if result.synthetic:
+        found.append(
+            Banner(title="SYNTHETIC patients.", text="No real patient is behind any number on this page; the numbers say nothing about medicine.")
+        )
+    if result.privacy.seeded_noise:
+        text = "The noise can be computed again from the study’s seed. Budgets below are what the same study would spend with fresh noise."
+        found.append(Banner(title="Seeded noise: this run protects nobody; it is a simulation.", text=text))
+    elif result.privacy.unit == "none":
+        found.append(
+            Banner(title="No privacy promise.", text="The study asked for unit “none”: training was not differentially private.", css="remark")
+        )
+    return found
+
+
+def primary(run: RunFiles) -> tuple[float | None, Interval]:
+    """The primary metric of the final model and its interval; without a final model, of the last round evaluated."""
+    metric = run.result.primary_metric
+    value = finite(run.result.metrics.get("federated", {}).get(metric))
+    if value is not None:
+        return value, finite_interval(run.result.metrics_ci95.get("federated", {}).get(metric))
+    known = [(value, interval) for curve in fold_curves(run)[-1:] for _, value, interval in curve.points if value is not None]
+    return known[-1] if known else (None, None)
+
+
+def lead(run: RunFiles) -> str:
+    """The result in two or three sentences."""
+    result, metric = run.result, metric_title(run.result.primary_metric)
+    value, interval = primary(run)
+    if value is None:
+        return f"No model was evaluated, so there is no {metric} to report."
+    final = result.metrics.get("federated", {}).get(result.primary_metric) is not None
+    together = "together " if len(result.sites) > 1 else ""
+    model = f"The model trained {together}by {plural(len(result.sites), 'site')}" if final else "The last model evaluated before the run ended"
+    sentences = [f"{model} reached {metric} {number(value)}{_interval_words(interval)} on {plural(num_tested(run), 'test patient')}."]
+    compared = [part for source, words in _COMPARISONS if (part := _comparison(run, source, words))]
+    if compared and final:
+        sentences.append(f"For comparison: {'; '.join(compared)}.")
+    if not higher_is_better(result.primary_metric):
+        sentences.append(f"Lower {metric} is better.")
+    return " ".join(sentences)
+
+
+_COMPARISONS = (("local_only", "a single site’s own model, on average over the sites,"), ("pooled", "one model on all data in one place"))
+
+
+def num_tested(run: RunFiles) -> int:
+    """Test patients of all sites that were evaluated; with cross-validation every patient is one."""
+    evaluated = [known for values in run.result.per_site.values() if (known := finite(values.get("num_test"))) is not None]
+    return round(sum(evaluated)) if evaluated else sum(site.num_test for site in run.result.sites)
+
+
+def _comparison(run: RunFiles, source: str, words: str) -> str:
+    value = finite(run.result.metrics.get(source, {}).get(run.result.primary_metric))
+    return f"{words} reached {number(value)}" if value is not None else ""
+
+
+def _interval_words(interval: Interval) -> str:
+    return f" (95 % interval {number(interval[0])} to {number(interval[1])})" if interval else ""
+
+
+def key_numbers(run: RunFiles) -> list[KeyNumber]:
+    """Primary metric, epsilon, sites, patients, rounds, time."""
+    result = run.result
+    value, interval = primary(run)
+    tested = num_tested(run)
+    declared = "" if result.engine in SIMULATION_ENGINES else "declared; "
+    folds = f"; {run.study.evaluation.folds} folds" if run.study.evaluation.folds > 1 else ""
+    per_round = [seconds for seconds in result.timing.seconds_per_round if math.isfinite(seconds)]
+    return [
+        KeyNumber(name=metric_title(result.primary_metric), value=number(value), below=interval_text(interval) or "no interval"),
+        _epsilon_number(run),
+        KeyNumber(name="Sites", value=count(len(result.sites)), below=_answered(run)),
+        KeyNumber(name="Patients", value=count(sum(site.num_patients for site in result.sites)), below=f"{declared}{tested:,} for testing"),
+        KeyNumber(name="Rounds", value=count(result.rounds_completed), below=f"of {run.study.rounds.count:,}{folds}"),
+        KeyNumber(
+            name="Time",
+            value=duration(result.timing.total_seconds),
+            below=f"{duration(float(np.median(per_round)))} a round" if per_round else "no round completed",
+        ),
+    ]
+
+
+def _answered(run: RunFiles) -> str:
+    absent = {site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked")}
+    if not run.rounds:
+        return "no round completed"
+    return f"{len(absent)} missed rounds" if absent else "all in every round"
+
+
+def _epsilon_number(run: RunFiles) -> KeyNumber:
+    budget, sites = run.study.privacy.epsilon, run.result.privacy.sites
+    if run.result.privacy.unit == "none":
+        return KeyNumber(name="Privacy", value="none", below="no promise was asked for")
+    if not sites:
+        return KeyNumber(name="Epsilon", value=DASH, below="nothing was charged")
+    below = f"of {upper_bound(budget)}; highest site" if budget is not None else "highest site; noise was given, no budget"
+    return KeyNumber(name="Epsilon", value=upper_bound(max(site.epsilon for site in sites.values())), below=below)
+
+
+FALSE_ALARMS = 0.01  # of the attacker in the sentence below
+
+
+def meaning_sentence(run: RunFiles) -> str:
+    """What the largest epsilon means for one patient, or nothing without a promise.
+
+    A test of "was this patient in or out" with false positive rate a has a true positive rate of at most
+    min(e^epsilon a + delta, 1 - e^-epsilon (1 - delta - a)): Kairouz, Oh, Viswanath 2015, theorem 2.1.
+    """
+    privacy = run.result.privacy
+    if privacy.unit == "none" or not privacy.sites:
+        return ""
+    name, worst = max(privacy.sites.items(), key=lambda item: item[1].epsilon)
+    power = attack_power(worst.epsilon, worst.delta, FALSE_ALARMS)
+    condition = "With fresh noise, even" if privacy.seeded_noise else "Even"
+    return (
+        f"{condition} at the site where most was spent ({name}, epsilon {upper_bound(worst.epsilon)}), an attacker who sees every update, "
+        f"knows all other {privacy.unit}s and wrongly names only 1 in 100 {privacy.unit}s that were not trained on "
+        f"would recognise at most {_per_cent_up(power)} of those that were."
+    )
+
+
+def attack_power(epsilon: float, delta: float, false_alarms: float) -> float:
+    """The largest true positive rate of a membership test with this false positive rate."""
+    return max(0.0, min(1.0, math.exp(min(epsilon, 50.0)) * false_alarms + delta, 1 - math.exp(-epsilon) * (1 - delta - false_alarms)))
+
+
+def _per_cent_up(share: float) -> str:
+    """In per cent, rounded up, for it is a bound."""
+    return f"{min(100, math.ceil(share * 100 - 1e-9))} %"
+
+
+def shares_by_row(matrix: NDArray[np.float64]) -> list[list[tuple[str, float]]]:
+    """Each entry of a confusion matrix as count (text) and share of its row in [0, 1]."""
+    sums = np.maximum(matrix.sum(axis=1, keepdims=True), 1e-12)
+    return [
+        [(f"{amount:,.0f}", round(float(share), 3)) for amount, share in zip(row, shares, strict=True)]
+        for row, shares in zip(matrix, matrix / sums, strict=True)
+    ]
