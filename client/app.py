@@ -7,7 +7,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.site import Site
-from shared.errors import describe_exception
+from shared.errors import WardroundError, describe_exception
 from shared.messages import EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_parameters, encode
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,8 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
             try:
                 content = handle(site, message.content)
             except Exception as error:  # the border of the site: nothing of an exception may pass it but a code
-                logger.warning("site %s: %s", site.settings.name, error, exc_info=logger.isEnabledFor(logging.DEBUG))
+                told = error if isinstance(error, WardroundError) else type(error).__name__  # another's text may hold a patient's value
+                logger.warning("site %s: %s", site.settings.name, told, exc_info=logger.isEnabledFor(logging.DEBUG))
                 code, reason = describe_exception(error)
                 content = encode(Refused(name=site.settings.name, code=code, reason=reason))
             return Message(content, reply_to=message)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 from client.policy import SiteFile
 from client.site import Site, SiteSettings
+from shared.errors import StorageError
 from shared.files import storage_errors
 from shared.task import Task
+
+KEY_BYTES = 32
 
 
 def open_site(path: Path, file: SiteFile, task: Task) -> Site:
@@ -32,7 +35,7 @@ def site_key(state: Path) -> bytes:
     """The site's secret key for patient hashes and splits: made once, 32 bytes, mode 0600.
 
     Raises:
-        StorageError: the state folder cannot be written.
+        StorageError: the state folder cannot be written, or the key there is damaged.
     """
     path = state / "patient-hash.key"
     with storage_errors(path, "make or read the site's key"):
@@ -40,7 +43,12 @@ def site_key(state: Path) -> bytes:
         if not path.exists():
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
-                file.write(os.urandom(32))
+                file.write(os.urandom(KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-        return path.read_bytes()
+        key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise StorageError(
+            f"{path}: expected a key of {KEY_BYTES} bytes, got {len(key)}", "restore it from backup: splits and the ledger's patients hang on it"
+        )
+    return key

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shared.errors import BudgetExhaustedError, LedgerError, StorageError
+from shared.errors import BudgetExhaustedError, ConfigurationError, LedgerError, StorageError
 from shared.privacy import PrivacyEvent, epsilon_of
 
 _TABLES = """
@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS spend (
 CREATE TABLE IF NOT EXISTS patient (hash BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 RELATION = "add or remove one {unit}"
+REMEDY_DAMAGED = "restore it from backup; without it no study can start"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, cohort: str, unit: str, durable: bool = True) -> None:
         self._path = path
+        self.unit = unit
         with self._storage():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
@@ -132,10 +134,10 @@ class Ledger:
 
     def _check_spend(self, spend: Spend, limit: Limit, planned: PrivacyEvent) -> None:
         charged = self.spends()
-        own_steps = sum(other.event.steps for other in charged if other.run == spend.run) + spend.event.steps
-        others = [other.event for other in charged if other.run != spend.run]
-        same_mechanism = (planned.noise_multiplier, planned.sample_rate) == (spend.event.noise_multiplier, spend.event.sample_rate)
-        if same_mechanism and own_steps <= planned.steps and epsilon_of([*others, planned], limit.delta) <= limit.epsilon:
+        own = [other.event for other in charged if other.run == spend.run and _same_mechanism(other.event, planned)]
+        own_steps = sum(event.steps for event in own) + spend.event.steps
+        others = [other.event for other in charged if other.run != spend.run or not _same_mechanism(other.event, planned)]
+        if _same_mechanism(spend.event, planned) and own_steps <= planned.steps and epsilon_of([*others, planned], limit.delta) <= limit.epsilon:
             return
         self.check_room(spend.event, limit)
 
@@ -155,7 +157,7 @@ class Ledger:
         """
         with self._storage(), self._transaction():
             row = self._database.execute("SELECT steps FROM spend WHERE release = ?", (release,)).fetchone()
-            if row is None or steps > row[0]:
+            if row is None or not 0 <= steps <= row[0]:
                 raise LedgerError(f"{self._path}: expected a reservation of at least {steps} steps, got {row[0] if row else 'none'}", "report this")
             self._database.execute("UPDATE spend SET steps = ?, state = 'committed' WHERE release = ?", (steps, release))
 
@@ -165,13 +167,16 @@ class Ledger:
             rows = self._database.execute(
                 "SELECT release, run, study, fold, round, noise_multiplier, sample_rate, steps, state, time FROM spend ORDER BY sequence"
             ).fetchall()
-        return [
-            Spend(
-                release=release, run=run, study=study, fold=fold, round=number, state=state, time=time,
-                event=PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps),
-            )
-            for release, run, study, fold, number, noise, rate, steps, state, time in rows
-        ]  # fmt: skip
+        try:
+            return [
+                Spend(
+                    release=release, run=run, study=study, fold=fold, round=number, state=state, time=time,
+                    event=PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps),
+                )
+                for release, run, study, fold, number, noise, rate, steps, state, time in rows
+            ]  # fmt: skip
+        except (ConfigurationError, TypeError) as error:
+            raise LedgerError(f"{self._path}: the ledger is damaged: a row holds no privacy event", REMEDY_DAMAGED) from error
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at `delta` of everything charged."""
@@ -212,7 +217,11 @@ class Ledger:
                 f"{self._path}: the ledger could not be written: {error}", "check free space and permissions of the state folder"
             ) from error
         except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{self._path}: the ledger is damaged: {error}", "restore it from backup; without it no study can start") from error
+            raise LedgerError(f"{self._path}: the ledger is damaged: {error}", REMEDY_DAMAGED) from error
+
+
+def _same_mechanism(one: PrivacyEvent, other: PrivacyEvent) -> bool:
+    return (one.noise_multiplier, one.sample_rate) == (other.noise_multiplier, other.sample_rate)
 
 
 def _now() -> str:

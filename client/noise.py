@@ -27,7 +27,7 @@ class GaussianNoise:
         return os.urandom(KEY_BYTES)
 
     def uniforms(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-        """`(count,)` in (0, 1): the middles of 2**53 equal intervals, so never 0 or 1 exactly."""
+        """`(count,)` in (0, 1]: the middles of 2**53 equal intervals, rounded to float64, so never 0 and at least 2**-54."""
         words = np.frombuffer(self._keystream.update(bytes(8 * count)), dtype=np.uint64)
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 

@@ -38,5 +38,5 @@ class ProximalTerm:
     def add_to_gradients(self) -> None:
         """Call after the gradient is final and before the optimizer's step."""
         for parameter, anchor in self._anchors:
-            assert parameter.grad is not None
-            parameter.grad += self._mu * (parameter.detach() - anchor)
+            if parameter.grad is not None:  # None: a frozen parameter, which does not move
+                parameter.grad += self._mu * (parameter.detach() - anchor)

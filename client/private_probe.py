@@ -118,7 +118,10 @@ def _check_gradients(model: nn.Module, cohort: Cohort, local: LocalRound) -> Non
 
 def _record_gradients(model: nn.Module, cohort: Cohort, records: "np.ndarray[tuple[int], np.dtype[np.int64]]", local: LocalRound) -> torch.Tensor:
     with wrapped_model(model) as wrapped:
-        wrapped.train(_needs_train_mode(model))
+        wrapped.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()  # its chance would make two passes differ; all else is probed as it trains
         wrapped.zero_grad(set_to_none=True)
         record_losses(wrapped, cohort, records, local.task).sum().backward()  # type: ignore[no-untyped-call]  # torch
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -128,13 +131,9 @@ def _record_gradients(model: nn.Module, cohort: Cohort, records: "np.ndarray[tup
         return torch.cat([sample.detach().reshape(len(records), -1).clone() for sample in samples], dim=1)
 
 
-def _needs_train_mode(model: nn.Module) -> bool:
-    """True unless randomness of training mode (dropout) would make two passes differ."""
-    return not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
-
-
 def _check_step(model: nn.Module, cohort: Cohort, local: LocalRound) -> None:
     before = get_parameters(model)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     randomness = Randomness(sampling=np.random.default_rng(0), noise=GaussianNoise(bytes(32)))
     try:
         train_round_private(model, cohort, local, plan=PROBE_PLAN, randomness=randomness)
@@ -143,5 +142,5 @@ def _check_step(model: nn.Module, cohort: Cohort, local: LocalRound) -> None:
     for name, value in get_parameters(model).items():
         if not np.isfinite(value).all():
             raise ModelRefusedError(f"model: {name} is not finite after one private step", "lower learning_rate, or check the model")
-        if np.array_equal(value, before[name]):
+        if name not in frozen and np.array_equal(value, before[name]):
             raise ModelRefusedError(f"model: {name} did not move in one private step", "every parameter must take part in the loss, or be frozen")

@@ -11,7 +11,7 @@ moves each sum by at most C in L2, so a release is a Poisson-subsampled Gaussian
 round is `PrivacyEvent(noise_multiplier, q, steps)`. Division by the public expected batch size, momentum, weight decay, the proximal term
 and the optimizer's step see only releases: post-processing.
 
-Assumes: q, steps, C and the denominator come from declared, public numbers (`SitePlan`); no layer mixes records (`probe_private_training`);
+Assumes: q, steps, C and the denominator come from declared, public numbers (`SitePlan`); no layer mixes records (`private_probe.probe_model`);
 noise is drawn from a key that is never used again. Released: the parameters after the last step. Not covered: statistics of evaluation,
 refusals, timing, and the low bits of floating-point noise.
 
@@ -74,7 +74,7 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
     """Train `model` in place under the theorem above; the number of steps taken comes back, always `plan.steps_per_round`.
 
     Raises:
-        opacus or torch errors where a layer has no per-record gradient; `probe_private_training` finds them before a study starts.
+        opacus or torch errors where a layer has no per-record gradient; `private_probe.probe_model` finds them before a study starts.
     """
     with wrapped_model(model) as wrapped:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

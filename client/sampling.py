@@ -15,7 +15,8 @@ class PatientIndex:
         self._starts = np.cumsum(self._counts) - self._counts
 
     def one_record_each(self, patients: IntArray, rng: np.random.Generator) -> IntArray:
-        """A record of each patient, uniformly among its own, `(len(patients),)`."""
+        """A record of each patient, uniformly among its own, `(len(patients),)`; none of a patient without records, never another's."""
+        patients = patients[self._counts[patients] > 0]
         offset = (rng.random(len(patients)) * self._counts[patients]).astype(np.int64)
         return np.asarray(self._order[self._starts[patients] + offset])
 

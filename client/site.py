@@ -19,6 +19,7 @@ from client.ledger import Ledger, Limit, Spend
 from client.local_training import LocalRound, torch_seeded, train_round
 from client.noise import GaussianNoise
 from client.policy import Policy
+from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
 from shared.cohort import Cohort, patient_hash, test_patients
 from shared.errors import ConfigurationError, DataError, ProtocolError
@@ -92,10 +93,10 @@ class Site:
         self._admission: Admission | None = None
 
     def enrol(self, task: EnrolTask) -> Enrolled:
-        """Agree to a study, or refuse it: policy, then budget, then a look at the cohort.
+        """Agree to a study, or refuse it: policy, then model, then budget, then a look at the cohort, to which a real site's ledger is bound.
 
         Raises:
-            ConfigurationError, PolicyRefusedError, BudgetExhaustedError, DataError, LedgerError: the refusal.
+            ConfigurationError, PolicyRefusedError, BudgetExhaustedError, DataError, LedgerError, ProtocolError: the refusal.
         """
         study = Study.from_table(task.study, source="study")
         if task.task_fingerprint != self._task.fingerprint():
@@ -103,11 +104,14 @@ class Site:
         plan = plan_site(study, self.settings.declared_size)
         if self.settings.policy is not None:
             self.settings.policy.check(study, self._task, plan)
+            probe_model(self._task, study)
         if plan.private and not self._already_charged(task.run, plan):
             self.ledger_for(plan).check_room(plan.study_event(), self._limit(plan))
         template = template_of(get_parameters(self._model))
+        cohort = self.cohort()
+        if plan.private and not self.settings.virtual:
+            self.ledger_for(plan).bind_patients([patient_hash(self.settings.split_key, name) for name in cohort.patient_ids])
         self._admission = Admission(run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, template=template)
-        self.cohort()
         return Enrolled(
             name=self.settings.name,
             declared_size=self.settings.declared_size,
@@ -154,7 +158,7 @@ class Site:
             self._ledger.close()
 
     def cohort(self) -> Cohort:
-        """The site's patients, opened once; a real site's ledger is bound to them.
+        """The site's patients, opened once.
 
         Raises:
             DataError: the data do not fit the schema, or hold no training patient.
@@ -163,14 +167,12 @@ class Site:
             cohort = self._open_cohort()
             if cohort.num_patients == 0:
                 raise DataError(f"site {self.settings.name}: expected patients, got none", "check the cohort's path")
-            if not self.settings.virtual and self._ledger is not None:
-                self._ledger.bind_patients([patient_hash(self.settings.split_key, name) for name in cohort.patient_ids])
             self._cohort = cohort
         return self._cohort
 
     def ledger_for(self, plan: SitePlan) -> Ledger:
         """The cohort's ledger, opened once."""
-        if self._ledger is None:
+        if self._ledger is None or self._ledger.unit != plan.unit:  # opening it again for another unit refuses
             self._ledger = Ledger(self.settings.ledger_path, cohort=self.settings.cohort_id, unit=plan.unit, durable=not self.settings.virtual)
         return self._ledger
 
@@ -184,7 +186,10 @@ class Site:
         return admission
 
     def _already_charged(self, run: str, plan: SitePlan) -> bool:
-        return any(spend.run == run for spend in self.ledger_for(plan).spends())
+        charged = {(spend.event.noise_multiplier, spend.event.sample_rate) for spend in self.ledger_for(plan).spends() if spend.run == run}
+        if charged - {(plan.noise_multiplier, plan.sample_rate)}:
+            raise ProtocolError("run: expected a name of its own, got that of a run with another noise or sample rate")
+        return bool(charged)
 
     def _limit(self, plan: SitePlan) -> Limit:
         assert plan.epsilon is not None and plan.delta is not None

@@ -73,7 +73,7 @@ class ExactMean:
         """The weighted mean of all that was added; at least one update must have been."""
         assert self._weight > 0
         self._carry()
-        return {name: (coarse / COARSE + self._fine[name] / FINE) / self._weight for name, coarse in self._coarse.items()}
+        return {name: np.asarray((coarse / COARSE + self._fine[name] / FINE) / self._weight) for name, coarse in self._coarse.items()}
 
     def _carry(self) -> None:
         """Move whole coarse units out of the fine part; the represented sum stays the same."""

@@ -8,11 +8,25 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from server.evaluation import add_statistics, evaluate
+from server.aggregation import MAX_WEIGHT
+from server.evaluation import add_statistics, count_tested, evaluate
 from server.run_folder import Checkpoint, RunFolder
 from server.strategies.strategy import Answer, FederatedStrategy, Member
 from shared.errors import BudgetExhaustedError, DataError, DeadlineMissedError, PolicyRefusedError, ProtocolError, QuorumLostError, WardroundError
-from shared.messages import MESSAGE, PARAMETERS, Content, Enrolled, EnrolTask, EvaluateTask, Refused, Statistics, TrainTask, decode, encode
+from shared.messages import (
+    MESSAGE,
+    PARAMETERS,
+    Content,
+    Enrolled,
+    EnrolTask,
+    EvaluateTask,
+    Refused,
+    Statistics,
+    TrainTask,
+    decode,
+    encode,
+    from_array_record,
+)
 from shared.models import Parameters, initial_parameters
 from shared.results import RoundRecord, SitePrivacy, SiteRound
 from shared.study import Study
@@ -20,6 +34,7 @@ from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
 
+LATE = f"{DeadlineMissedError.code} {DeadlineMissedError.__doc__}"
 MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
 
 
@@ -58,6 +73,7 @@ class Coordinator:
         self._architecture = architecture_hash(model)
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._strategy = FederatedStrategy(study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics)
+        self._epsilons: dict[str, float] = {}  # by site, as last told
         self.history = History()
 
     def run(self, grid: Grid) -> History:
@@ -70,6 +86,7 @@ class Coordinator:
         self._enrol(grid)
         start = self._resume()
         self._reopen_folds(grid, start.fold)
+        self._epsilons = {site.name: site.epsilon for record in self._folder.rounds() for site in record.sites if site.epsilon is not None}
         for fold in range(start.fold, self._study.evaluation.folds + 1):
             if fold > start.fold:
                 start = self._first_checkpoint(fold)
@@ -100,11 +117,14 @@ class Coordinator:
         record = encode(content)
         messages = [Message(record, node_id, MessageType.QUERY) for node_id in sorted(grid.get_node_ids())]
         members = []
+        silent = {message.metadata.dst_node_id for message in messages}
         for reply in grid.send_and_receive(messages, timeout=self._study.rounds.deadline_seconds):
+            silent.discard(reply.metadata.src_node_id)
             enrolled = self._take_enrolment(reply)
             if enrolled is not None:
                 weight = enrolled.declared_size if self._study.strategy.weights == "declared" else 1
-                members.append(Member(name=enrolled.name, node_id=reply.metadata.src_node_id, weight=max(1, weight)))
+                members.append(Member(name=enrolled.name, node_id=reply.metadata.src_node_id, weight=min(max(1, weight), MAX_WEIGHT)))
+        self.history.refused.update({f"node {node_id}": LATE for node_id in sorted(silent)})
         self._strategy.set_members(members)
         logger.info("%d of %d sites enrolled", len(members), len(messages))
         self._hold_quorum(len(members), self.history.refused, what="enrolment")
@@ -147,7 +167,7 @@ class Coordinator:
         self._hold_quorum(sum(answer.status == "ok" for answer in answers.values()), _reasons(answers), what=f"round {number}")
         arrays, _ = self._strategy.aggregate_train(number, [])
         assert arrays is not None
-        updated = {name: array.numpy() for name, array in arrays.items()}
+        updated = from_array_record(arrays)
         self._take_privacy(answers)
         line = self._round_record(fold, number, answers, time.monotonic() - started)
         self._folder.append_round(line)
@@ -156,7 +176,9 @@ class Coordinator:
         return updated
 
     def _take_privacy(self, answers: dict[str, Answer]) -> None:
-        self.history.privacy.update({name: answer.privacy for name, answer in answers.items() if answer.privacy is not None})
+        told = {name: answer.privacy for name, answer in answers.items() if answer.privacy is not None}
+        self.history.privacy.update(told)
+        self._epsilons.update({name: privacy.epsilon for name, privacy in told.items()})
 
     def _collect(self, grid: Grid, messages: list[Message]) -> dict[str, Answer]:
         """The answers of all asked sites; those without one are "missing". With on_missing = "wait" they are asked again until the deadline."""
@@ -173,7 +195,7 @@ class Coordinator:
             for name in [name for name, answer in current.answers.items() if answer.status == "failed"]:
                 del current.answers[name]
             self._strategy.take_replies(grid.send_and_receive(unanswered, timeout=remaining))
-        late = Answer(name="", status="missing", reason=f"{DeadlineMissedError.code} {DeadlineMissedError.__doc__}")
+        late = Answer(name="", status="missing", reason=LATE)
         return {name: current.answers.get(name, late) for name in current.asked}
 
     def _hold_quorum(self, num_usable: int, reasons: dict[str, str], *, what: str) -> None:
@@ -199,7 +221,9 @@ class Coordinator:
         )
 
     def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
-        refused = {name: Answer(name=name, status="refused", reason=reason) for name, reason in self.history.refused.items()}
+        refused = {
+            name: Answer(name=name, status="missing" if reason == LATE else "refused", reason=reason) for name, reason in self.history.refused.items()
+        }
         everyone = {**{name: Answer(name=name, status="not asked") for name in self.history.enrolled}, **refused, **answers}
         total = add_statistics(answer.statistics for _, answer in sorted(answers.items()))
         evaluation = evaluate(
@@ -224,16 +248,21 @@ class Coordinator:
         metrics = None
         if answer.statistics is not None:
             metrics = evaluate(self._task, answer.statistics, resamples=0, seed=0, path=()).metrics
-        enrolled = self.history.enrolled.get(name)
-        privacy = self.history.privacy.get(name)
         return SiteRound(
             name=name,
             status=answer.status,
             reason=answer.reason,
-            num_test=enrolled.declared_num_test if enrolled else None,
+            num_test=self._num_test(name, answer),
             metrics=metrics,
-            epsilon=privacy.epsilon if privacy else None,
+            epsilon=self._epsilons.get(name),
         )
+
+    def _num_test(self, name: str, answer: Answer) -> int | None:
+        """As declared; with cross-validation each fold tests others, so what the released counts say."""
+        if self._study.evaluation.folds > 1:
+            return count_tested(self._task, answer.statistics or {})
+        enrolled = self.history.enrolled.get(name)
+        return enrolled.declared_num_test if enrolled else None
 
     def _close_fold(self, grid: Grid, fold: int, parameters: Parameters) -> dict[str, Statistics]:
         number = self._study.rounds.count

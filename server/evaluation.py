@@ -29,6 +29,12 @@ def add_statistics(parts: Iterable[Statistics | None]) -> Statistics:
     return total
 
 
+def count_tested(task: Task, total: Statistics) -> int | None:
+    """Test patients in `total`; None where it holds no statistic that counts patients."""
+    counts = [total[metric.statistic.name] for metric in task.metrics if metric.statistic.is_counts and metric.statistic.name in total]
+    return round(float(counts[0].sum())) if counts else None
+
+
 def evaluate(task: Task, total: Statistics, *, resamples: int, seed: int, path: tuple[Step, ...], only: str | None = None) -> Evaluation:
     """Every metric of `total`; intervals for all metrics, or for `only` one.
 

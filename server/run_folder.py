@@ -8,6 +8,7 @@ import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 from pydantic import ValidationError
@@ -68,8 +69,8 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name."""
-        return self.path.name
+        """The run's name, also where the path is `.` or a link."""
+        return self.path.resolve().name
 
     @property
     def study(self) -> Study:
@@ -88,7 +89,7 @@ class RunFolder:
     def rounds(self) -> list[RoundRecord]:
         """The complete lines of rounds.jsonl; a torn last line is left out."""
         try:
-            lines = (self.path / "rounds.jsonl").read_text().splitlines()
+            lines = (self.path / "rounds.jsonl").read_bytes().removesuffix(b"\n").split(b"\n")
         except FileNotFoundError:
             return []
         records = []
@@ -110,7 +111,7 @@ class RunFolder:
         """Replace the checkpoint: one file, old or new and never neither."""
         tensors = {f"parameters/{name}": value for name, value in checkpoint.parameters.items()}
         for part, arrays in checkpoint.state.items():
-            tensors.update({f"state/{part}/{name}": value for name, value in arrays.items()})
+            tensors.update({f"state/{part}/{name}": np.asarray(value) for name, value in arrays.items()})
         header = {"fold": checkpoint.fold, "round": checkpoint.round_number, "study": self.study_hash, "parameters": list(checkpoint.parameters)}
         write_atomic(self.path / "checkpoint" / "latest.safetensors", safetensors.numpy.save(tensors, {HEADER: json.dumps(header)}))
 

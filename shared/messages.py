@@ -4,6 +4,10 @@ A message is a pydantic model (JSON in one ConfigRecord field) and up to two gro
 declared keys, shapes, dtypes and finite values is a `ProtocolError`; nothing else of Flower's types passes further in.
 """
 
+import functools
+import io
+import math
+from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -20,6 +24,8 @@ JSON = "json"
 PARAMETERS = "parameters"
 STATISTICS = "statistics"
 MAX_JSON_BYTES = 1_000_000
+NPY = "numpy.ndarray"  # Flower's name for data in .npy format
+NPY_PREFIX = 10  # magic, version and header length, in bytes
 
 Statistics = dict[str, NDArray[np.float64]]
 
@@ -105,9 +111,9 @@ def encode(content: Content, *, parameters: Parameters | None = None, statistics
     """Flower records of a message."""
     record = RecordDict({MESSAGE: ConfigRecord({JSON: content.model_dump_json()})})
     if parameters is not None:
-        record[PARAMETERS] = ArrayRecord({name: Array(value) for name, value in parameters.items()})
+        record[PARAMETERS] = to_array_record(parameters)
     if statistics is not None:
-        record[STATISTICS] = ArrayRecord({name: Array(value) for name, value in statistics.items()})
+        record[STATISTICS] = to_array_record(statistics)
     return record
 
 
@@ -146,10 +152,10 @@ def decode_parameters(record: RecordDict, template: Template) -> Parameters:
 
 
 def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]]) -> Statistics | None:
-    """The statistics of a reply, each finite, non-negative where it counts, of its declared shape; None where none came.
+    """The statistics of a reply, each finite, not negative (they are sums of such), of its declared shape; None where none came.
 
     Raises:
-        ProtocolError: an undeclared name, another shape or dtype, or a value that is not finite.
+        ProtocolError: an undeclared name, another shape or dtype, or a value that is not finite or is negative.
     """
     if STATISTICS not in record:
         return None
@@ -159,6 +165,8 @@ def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]]) ->
         raise ProtocolError("statistics: expected declared names only, got others")
     template: Template = {name: (shapes[name], "float64") for name in arrays}
     check_parameters(arrays, template)
+    if any((value < 0).any() for value in arrays.values()):
+        raise ProtocolError("statistics: expected sums that are not negative, got negative ones")
     return {name: value.astype(np.float64) for name, value in arrays.items()}
 
 
@@ -166,7 +174,56 @@ def _arrays(record: RecordDict, key: str) -> Parameters:
     group = record.get(key)
     if not isinstance(group, ArrayRecord):
         raise ProtocolError(f"expected arrays under {key!r}, got none")
+    return from_array_record(group)
+
+
+def to_array_record(arrays: Mapping[str, NDArray[np.floating]]) -> ArrayRecord:
+    """Flower's record of these arrays, each in NumPy's .npy format."""
+    return ArrayRecord({name: _to_array(value) for name, value in arrays.items()})
+
+
+def from_array_record(record: ArrayRecord) -> Parameters:
+    """The arrays of a record, read-only.
+
+    Raises:
+        ProtocolError: an array is not plain .npy of its declared length (pickled objects are never read).
+    """
+    return {name: _from_array(name, array) for name, array in record.items()}
+
+
+def _to_array(value: NDArray[np.floating]) -> Array:
+    contiguous = np.ascontiguousarray(value)
+    header = _npy_header(contiguous.dtype.str, value.shape)
+    return Array(dtype=str(contiguous.dtype), shape=value.shape, stype=NPY, data=header + contiguous.tobytes())
+
+
+def _from_array(name: str, array: Array) -> NDArray[np.floating]:
+    data = array.data
+    length = NPY_PREFIX + int.from_bytes(data[NPY_PREFIX - 2 : NPY_PREFIX], "little")
     try:
-        return {name: array.numpy() for name, array in group.items()}
-    except (ValueError, TypeError, EOFError) as error:
-        raise ProtocolError(f"{key}: expected NumPy arrays without pickled objects, got other bytes") from error
+        dtype, shape = _npy_layout(data[:length])
+        if array.stype != NPY or len(data) != length + dtype.itemsize * math.prod(shape):
+            raise ValueError("wrong length")
+        return np.frombuffer(data, dtype=dtype, offset=length).reshape(shape)
+    except (ValueError, TypeError, EOFError, OverflowError) as error:
+        raise ProtocolError(f"tensor {name}: expected a NumPy array without pickled objects, got other bytes") from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The .npy header (version 1.0) of an array in C order; NumPy's own writer, asked once a shape: a round has the same few shapes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@functools.lru_cache(maxsize=4096)
+def _npy_layout(header: bytes) -> tuple[np.dtype[np.floating], tuple[int, ...]]:
+    """Dtype and shape in a .npy header (version 1.0, C order, floating point); NumPy's own reader, asked once a header."""
+    buffer = io.BytesIO(header)
+    if np.lib.format.read_magic(buffer) != (1, 0):
+        raise ValueError("another version")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    if fortran_order or not np.issubdtype(dtype, np.floating) or any(size < 0 for size in shape):
+        raise ValueError("not a plain floating-point array")
+    return dtype, shape

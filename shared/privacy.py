@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DELTA_CEILING = 1e-4
 LOSS_INTERVAL = 1e-3  # grid of the privacy loss, rounded pessimistically: epsilon comes out at most 0.1 % high
+COARSE_BELOW = 0.3  # noise multiplier under which losses grow as 1/noise^2, and the grid with them: as many points, as good relatively
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
 MAX_NOISE_MULTIPLIER = 1e6
 
@@ -67,18 +68,23 @@ def epsilon_of(events: Iterable[PrivacyEvent], delta: float) -> float:
 @functools.lru_cache(maxsize=65536)
 def _epsilon_pld(events: tuple[PrivacyEvent, ...], delta: float) -> float:
     composed = None
+    interval = _loss_interval(min((event.noise_multiplier for event in events), default=1.0))
     for event in events:
-        part = _single_release(event.noise_multiplier, event.sample_rate).self_compose(event.steps)
+        part = _single_release(event.noise_multiplier, event.sample_rate, interval).self_compose(event.steps)
         composed = part if composed is None else composed.compose(part)
     return 0.0 if composed is None else float(composed.get_epsilon_for_delta(delta))
 
 
+def _loss_interval(least_noise: float) -> float:
+    return min(1.0, LOSS_INTERVAL * max(1.0, (COARSE_BELOW / least_noise) ** 2))
+
+
 @functools.lru_cache(maxsize=1024)
-def _single_release(noise_multiplier: float, sample_rate: float) -> "privacy_loss_distribution.PrivacyLossDistribution":
+def _single_release(noise_multiplier: float, sample_rate: float, interval: float) -> "privacy_loss_distribution.PrivacyLossDistribution":
     from dp_accounting.pld import privacy_loss_distribution  # a second to import: only where a number is asked for
 
     return privacy_loss_distribution.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=LOSS_INTERVAL, pessimistic_estimate=True
+        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=interval, pessimistic_estimate=True
     )
 
 

@@ -8,7 +8,7 @@ Legend: N rows, F features.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import numpy as np
@@ -126,9 +126,9 @@ def schema_fingerprint(schema: Schema) -> str:
 class EncodedTable:
     """Features `(N', F)` float32 and labels `(N',)` of the rows kept, `kept` `(N,)`, and what was done in counts."""
 
-    features: NDArray[np.float32]
-    labels: NDArray[np.generic]
-    kept: NDArray[np.bool_]
+    features: NDArray[np.float32] = field(repr=False)
+    labels: NDArray[np.generic] = field(repr=False)
+    kept: NDArray[np.bool_] = field(repr=False)
     notes: dict[str, int]
 
 
@@ -189,8 +189,8 @@ def _likely(name: str, spare: list[str]) -> str:
 class EncodedColumn:
     """One column's features `(N, f)`, where it was missing `(N,)`, and how many values were clipped to the range."""
 
-    features: NDArray[np.float64]
-    missing: NDArray[np.bool_]
+    features: NDArray[np.float64] = field(repr=False)
+    missing: NDArray[np.bool_] = field(repr=False)
     num_clipped: int
 
 

@@ -143,9 +143,9 @@ class Privacy(Settings):
 
     unit: Literal["patient", "record", "none"] = "patient"
     epsilon: Real | None = Field(default=None, gt=0, le=1e4, description="the whole study's budget at each site")
-    noise_multiplier: Real | None = Field(default=None, gt=0, le=1e6, description="instead of epsilon")
+    noise_multiplier: Real | None = Field(default=None, ge=0.01, le=1e6, description="instead of epsilon")
     delta: Real | None = Field(default=None, gt=0, lt=0.1, description="omitted: min(1e-4, 1/(10 x smallest declared size))")
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Real = Field(default=1.0, ge=1e-6, le=1e6, description="C; far below, float32 could not keep a clipped norm under it")
     noise_source: Literal["seeded", "os"] = Field(default="seeded", description="simulation only; a site's own ledger takes 'os' always")
     physical_batch_size: int = Field(default=256, ge=1, description="records in memory at once; no effect on privacy or result")
 
@@ -336,7 +336,7 @@ def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one control character that JSON leaves bare and TOML forbids
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):

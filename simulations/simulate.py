@@ -59,15 +59,25 @@ def prepare(study: Study, data: Path | None) -> Setting:
     files = site_files(data)
     if files:
         real = real_sites(files, task)
+        check_quorum(study, len(real))
         sizes = [site.settings.declared_size for site in real.values()]
         return Setting(study=resolve_delta(study, sizes), task=task, federation=None, real=real)
     federation = virtual_federation(task, study, data)
+    check_quorum(study, len(federation.cohorts))
     summaries = federation.summaries(task, study)
     resolved = resolve_delta(study, [summary.num_train for summary in summaries])
     for summary in summaries:
         with at_site(summary.name):
             plan_site(resolved, summary.num_train)
     return Setting(study=resolved, task=task, federation=federation, real={})
+
+
+def check_quorum(study: Study, num_sites: int) -> None:
+    """Raise `ConfigurationError` where the study waits for more sites than there are."""
+    if study.rounds.require != "all" and study.rounds.require > num_sites:
+        raise ConfigurationError(
+            f"rounds.require: expected at most the number of sites, {num_sites}, got {study.rounds.require}", "lower it, or use 'all'"
+        )
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ Flower's own FedAvg trusts the sites' num-examples without bound, keeps every re
 reply is judged, added to a running sum and dropped; its weight is the size that the site declared when it enrolled.
 """
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -22,9 +24,25 @@ from server.strategies.fedyogi import fedyogi
 from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
 from shared import study as options
 from shared.errors import ProtocolError, SiteFailedError
-from shared.messages import MESSAGE, PARAMETERS, Evaluated, Refused, Statistics, Trained, decode, decode_parameters, decode_statistics
+from shared.messages import (
+    MESSAGE,
+    PARAMETERS,
+    Evaluated,
+    Refused,
+    Statistics,
+    Trained,
+    decode,
+    decode_parameters,
+    decode_statistics,
+    from_array_record,
+    to_array_record,
+)
 from shared.models import Parameters, Template
 from shared.results import SitePrivacy, Status
+
+logger = logging.getLogger(__name__)
+
+MAX_STATISTIC = 1e12  # of any entry of a statistic: far more than there are patients, and far from overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +71,7 @@ class Round:
 
     number: int
     fold: int
+    training: bool
     parameters: Parameters
     asked: dict[str, Member]
     mean: ExactMean = field(default_factory=ExactMean)
@@ -110,8 +129,9 @@ class FederatedStrategy(Strategy):
 
     def _configure(self, number: int, arrays: ArrayRecord, config: ConfigRecord, message_type: str, names: list[str]) -> list[Message]:
         asked = {name: self._members[name] for name in names}
-        parameters = {name: array.numpy() for name, array in arrays.items()}
-        self.round = Round(number=number, fold=self.fold, parameters=parameters, asked=asked)
+        parameters = from_array_record(arrays)
+        training = message_type == MessageType.TRAIN
+        self.round = Round(number=number, fold=self.fold, training=training, parameters=parameters, asked=asked)
         record = RecordDict({MESSAGE: config, PARAMETERS: arrays})
         return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
 
@@ -128,19 +148,24 @@ class FederatedStrategy(Strategy):
         if reply.has_error():
             return Answer(name=member.name, status="failed", reason=f"{SiteFailedError.code} The site's app failed.")
         try:
-            return self._accept(reply.content, member, current, training=reply.metadata.message_type == MessageType.TRAIN)
+            return self._accept(reply.content, member, current)
         except ProtocolError as error:
             return Answer(name=member.name, status="failed", reason=f"{error.code} {error.what}")
+        except Exception:  # the border of the coordinator: bytes that break their reader cost this site its round, and nobody else anything
+            logger.warning("site %s: its reply could not be read", member.name, exc_info=logger.isEnabledFor(logging.DEBUG))
+            return Answer(name=member.name, status="failed", reason=f"{ProtocolError.code} expected a reply that can be read, got one that cannot")
 
-    def _accept(self, record: RecordDict, member: Member, current: Round, *, training: bool) -> Answer:
-        content = decode(record, Trained if training else Evaluated, Refused)
+    def _accept(self, record: RecordDict, member: Member, current: Round) -> Answer:
+        content = decode(record, Trained if current.training else Evaluated, Refused)
         if isinstance(content, Refused):
             return Answer(name=member.name, status="refused", reason=f"{content.code} {content.reason}")
         assert isinstance(content, Trained | Evaluated)
         if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
             raise ProtocolError("expected a reply for this site and round, got one for another")
+        _check_privacy(content.privacy)
         statistics = decode_statistics(record, self._statistics)
-        if training:
+        _check_statistics(statistics or {})
+        if current.training:
             current.mean.add(decode_parameters(record, self._template(current)), member.weight)
         return Answer(name=member.name, status="ok", statistics=statistics, privacy=content.privacy)
 
@@ -155,15 +180,16 @@ class FederatedStrategy(Strategy):
         if current.mean.total_weight == 0:
             return None, None
         self.state, parameters = self._apply(current.mean.mean(), current.parameters)
-        return ArrayRecord({name: Array(value) for name, value in parameters.items()}), None
+        return to_array_record(parameters), None
 
     def _apply(self, mean: FloatArrays, parameters: Parameters) -> tuple[State, Parameters]:
         state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable})
-        moved = {name: value.astype(np.float64) + change.get(name, mean[name]) for name, value in parameters.items()}
+        with np.errstate(over="ignore"):  # looked for just below
+            moved = {name: np.asarray(value + change.get(name, mean[name]), dtype=value.dtype) for name, value in parameters.items()}
         for name, value in moved.items():
             if not np.isfinite(value).all():
                 raise ProtocolError(f"model: expected finite values after the server's step, got others in {name}")
-        return state, {name: value.astype(parameters[name].dtype) for name, value in moved.items()}
+        return state, moved
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Take the replies; their statistics are in `round.answers`."""
@@ -176,3 +202,16 @@ class FederatedStrategy(Strategy):
     def _current(self) -> Round:
         assert self.round is not None, "configure_* comes before aggregate_*"
         return self.round
+
+
+def _check_privacy(privacy: SitePrivacy | None) -> None:
+    if privacy is not None:
+        numbers = (privacy.epsilon, privacy.delta, privacy.noise_multiplier, privacy.sample_rate, privacy.steps, privacy.epsilon_cross_check or 0.0)
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise ProtocolError("privacy: expected finite numbers, none below zero, got others")
+
+
+def _check_statistics(statistics: Statistics) -> None:
+    for name, value in statistics.items():
+        if np.abs(value).max(initial=0.0) > MAX_STATISTIC:
+            raise ProtocolError(f"statistic {name}: expected entries of at most {MAX_STATISTIC:g}, got larger ones")

@@ -1,6 +1,7 @@
 """Tasks on tables: one builder for all of them, and the general one that a schema TOML file describes without a line of Python."""
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from shared.config import Settings, read_toml, validate
 from shared.errors import ConfigurationError, DataAccessError, DataError, DataMissingError, SchemaError
 from shared.metrics import BINARY_METRICS, Metric, confusion_metrics, error_metrics
 from shared.models import mlp
-from shared.schema import Column, TableSchema, encode_table
+from shared.schema import MISSING_MARKS, Column, TableSchema, encode_table
 from shared.seeding import generator
 from shared.study import Real
 from shared.task import LoadCohort, Task
@@ -162,9 +163,18 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         SchemaError: it is not UTF-8 text or not a regular CSV.
     """
     try:
-        return pd.read_csv(
-            path, dtype=str, keep_default_na=False, names=names, header=None if names else 0, skipinitialspace=True, encoding="utf-8-sig"
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(
+                path,
+                dtype=str,
+                keep_default_na=False,
+                names=names,
+                header=None if names else 0,
+                index_col=False,  # else a field too many in every line shifts all columns, in silence
+                skipinitialspace=True,
+                encoding="utf-8-sig",
+            )
     except FileNotFoundError:
         raise DataMissingError(f"{path}: expected a CSV file, found none", "check the path given with --data") from None
     except PermissionError:
@@ -173,7 +183,7 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         raise DataMissingError(f"{path}: expected a CSV file with rows, got an empty file", "check the export") from None
     except UnicodeDecodeError:
         raise SchemaError(f"{path}: expected UTF-8 text, got other bytes", "save it as UTF-8 CSV") from None
-    except pd.errors.ParserError:
+    except (pd.errors.ParserError, pd.errors.ParserWarning):
         raise SchemaError(f"{path}: expected the same number of fields in every line, got a line with more", "check separators and quotes") from None
     except OSError as error:
         raise DataError(f"{path}: could not be read ({type(error).__name__})", "check the file system") from None
@@ -184,9 +194,10 @@ def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, 
     encoded = encode_table(frame, schema, source=source)
     kept = frame[encoded.kept].reset_index(drop=True)
     ids = kept[schema.patient].astype(str).str.strip() if schema.patient else pd.Series(row_identifiers(kept))
-    if schema.patient and (ids == "").any():
+    nameless = ids.isin(MISSING_MARKS)
+    if schema.patient and nameless.any():
         raise SchemaError(
-            f"{source}: column {schema.patient!r}: expected a patient's identifier in every row, got none in {int((ids == '').sum())} rows",
+            f"{source}: column {schema.patient!r}: expected a patient's identifier in every row, got none in {int(nameless.sum())} rows",
             "fill it in",
         )
     patient_of_record, patients = pd.factorize(ids)
