@@ -26,7 +26,7 @@ def open_site(path: Path, file: SiteFile, task: Task) -> Site:
         ledger_path=state / "ledger.sqlite",
         split_key=site_key(state),
         policy=file.policy,
-        cohort_id=f"{file.name}/{task.name}",
+        cohort_id=file.name,
     )
     return Site(settings, task, lambda: task.load_cohort(cohort_path, dict(declared.options)))
 

@@ -183,14 +183,18 @@ class Ledger:
         return epsilon_of([spend.event for spend in self.spends()], delta)
 
     def bind_patients(self, hashes: list[bytes]) -> None:
-        """Remember the keyed hashes of the cohort's patients."""
-        with self._storage(), self._transaction():
-            self._database.executemany("INSERT OR IGNORE INTO patient VALUES (?)", [(value,) for value in hashes])
+        """Remember the keyed hashes of the cohort's patients; later versions of the cohort may add and lose some.
 
-    def overlap(self, hashes: list[bytes]) -> bool:
-        """True when one of these patients is known to this ledger."""
-        with self._storage():
-            return any(self._database.execute("SELECT 1 FROM patient WHERE hash = ?", (value,)).fetchone() for value in hashes)
+        Raises:
+            LedgerError: the ledger knows patients, and none of these is among them: it is another population's.
+        """
+        with self._storage(), self._transaction():
+            known = {row[0] for row in self._database.execute("SELECT hash FROM patient")}
+            if known and known.isdisjoint(hashes):
+                raise LedgerError(
+                    f"{self._path}: expected the patients that this ledger was begun with, got none of them", "give each cohort its own state folder"
+                )
+            self._database.executemany("INSERT OR IGNORE INTO patient VALUES (?)", [(value,) for value in hashes])
 
     def close(self) -> None:
         """Release the file."""

@@ -12,7 +12,17 @@ from server.aggregation import MAX_WEIGHT
 from server.evaluation import add_statistics, count_tested, evaluate
 from server.run_folder import Checkpoint, RunFolder
 from server.strategies.strategy import Answer, FederatedStrategy, Member
-from shared.errors import BudgetExhaustedError, DataError, DeadlineMissedError, PolicyRefusedError, ProtocolError, QuorumLostError, WardroundError
+from shared.errors import (
+    BudgetExhaustedError,
+    ConfigurationError,
+    DataError,
+    DeadlineMissedError,
+    PolicyRefusedError,
+    ProtocolError,
+    QuorumLostError,
+    StorageError,
+    WardroundError,
+)
 from shared.messages import (
     MESSAGE,
     PARAMETERS,
@@ -211,14 +221,8 @@ class Coordinator:
             return
         told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())) or "no site answered"
         expected = "all sites" if rounds.require == "all" else f"{needed} sites"
-        kind: type[WardroundError] = QuorumLostError
-        for candidate in (BudgetExhaustedError, PolicyRefusedError, DataError):
-            if reasons and num_usable == 0 and all(reason.startswith(candidate.code[:2]) for reason in reasons.values()):
-                kind = candidate
-        raise kind(
-            f"{what}: expected usable answers of {expected}, got {num_usable}: {told}",
-            "mend the named sites and resume with --resume, or ask fewer with [rounds] require",
-        )
+        kind, remedy = _common_error(reasons, num_usable)
+        raise kind(f"{what}: expected usable answers of {expected}, got {num_usable}: {told}", remedy)
 
     def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
         refused = {
@@ -271,6 +275,24 @@ class Coordinator:
         answers = self._collect(grid, messages)
         self._take_privacy(answers)
         return {name: answer.statistics for name, answer in sorted(answers.items()) if answer.statistics is not None}
+
+
+MEND = "mend the named sites and resume with --resume, or ask fewer with [rounds] require"
+COMMON_ERRORS: tuple[tuple[type[WardroundError], str, str], ...] = (
+    (BudgetExhaustedError, "E7", "ask for less (epsilon, rounds), or let the hospitals raise their limits"),
+    (PolicyRefusedError, "E6", "change the study to what the sites' policies allow"),
+    (DataError, "E5", "the sites' own logs say what their data lack"),
+    (ConfigurationError, "E3", "correct the study, or install the same version at both sides"),
+    (StorageError, "E103", "free space, then resume with --resume"),
+)
+
+
+def _common_error(reasons: dict[str, str], num_usable: int) -> tuple[type[WardroundError], str]:
+    """The error of the sites' own reasons and its remedy where no site can go on and all say alike, else `QuorumLostError`."""
+    for kind, prefix, remedy in COMMON_ERRORS:
+        if num_usable == 0 and reasons and all(reason.startswith(prefix) for reason in reasons.values()):
+            return kind, remedy
+    return QuorumLostError, MEND
 
 
 def _arrays(record: RecordDict) -> ArrayRecord:

@@ -109,9 +109,9 @@ class RunFolder:
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint: one file, old or new and never neither."""
-        tensors = {f"parameters/{name}": value for name, value in checkpoint.parameters.items()}
+        tensors = {f"parameters/{name}": np.asarray(value, order="C") for name, value in checkpoint.parameters.items()}
         for part, arrays in checkpoint.state.items():
-            tensors.update({f"state/{part}/{name}": np.asarray(value) for name, value in arrays.items()})
+            tensors.update({f"state/{part}/{name}": np.asarray(value, order="C") for name, value in arrays.items()})
         header = {"fold": checkpoint.fold, "round": checkpoint.round_number, "study": self.study_hash, "parameters": list(checkpoint.parameters)}
         write_atomic(self.path / "checkpoint" / "latest.safetensors", safetensors.numpy.save(tensors, {HEADER: json.dumps(header)}))
 
@@ -144,7 +144,8 @@ class RunFolder:
 
     def write_model(self, name: str, parameters: Parameters, header: dict[str, str]) -> None:
         """`model/<name>.safetensors`; the header names study, task and architecture, and neither a time nor the run."""
-        data = safetensors.numpy.save(dict(parameters), {HEADER: json.dumps({**header, "order": "\n".join(parameters)}, sort_keys=True)})
+        tensors = {key: np.asarray(value, order="C") for key, value in parameters.items()}  # safetensors writes memory as it lies
+        data = safetensors.numpy.save(tensors, {HEADER: json.dumps({**header, "order": "\n".join(parameters)}, sort_keys=True)})
         write_atomic(self.path / "model" / f"{name}.safetensors", data)
 
     def read_model(self, name: str, architecture: str) -> Parameters:

@@ -101,6 +101,10 @@ def bin_scores() -> FloatArray:
     return np.asarray(1 / (1 + np.exp(-logit)))
 
 
+_BIN_SCORES = bin_scores()
+_GROUP_OF_BIN = np.minimum((_BIN_SCORES * CALIBRATION_GROUPS).astype(np.int64), CALIBRATION_GROUPS - 1)
+
+
 def roc_curve(histogram: FloatArray) -> tuple[FloatArray, FloatArray] | None:
     """False and true positive rates `(B + 1,)` each, from the highest threshold down; None with one class only."""
     negatives, positives = histogram
@@ -138,22 +142,16 @@ def binary_accuracy(histogram: FloatArray) -> float | None:
 def brier_score(histogram: FloatArray) -> float | None:
     """Mean squared error of the scores, each taken at the middle of its bin (error below 0.012)."""
     total = histogram.sum()
-    score = bin_scores()
-    return float((histogram[0] * score**2 + histogram[1] * (1 - score) ** 2).sum() / total) if total > 0 else None
+    return float((histogram[0] * _BIN_SCORES**2 + histogram[1] * (1 - _BIN_SCORES) ** 2).sum() / total) if total > 0 else None
 
 
 def calibration_curve(histogram: FloatArray) -> list[tuple[float, float, float]]:
     """(mean score, observed rate, patients) of each of ten equal groups of score that has patients."""
-    score = bin_scores()
-    group = np.minimum((score * CALIBRATION_GROUPS).astype(int), CALIBRATION_GROUPS - 1)
     counts = histogram.sum(axis=0)
-    points = []
-    for index in range(CALIBRATION_GROUPS):
-        inside = group == index
-        count = counts[inside].sum()
-        if count > 0:
-            points.append((float((counts * score)[inside].sum() / count), float(histogram[1, inside].sum() / count), float(count)))
-    return points
+    patients, scores, positives = (
+        np.bincount(_GROUP_OF_BIN, weights=weights, minlength=CALIBRATION_GROUPS) for weights in (counts, counts * _BIN_SCORES, histogram[1])
+    )
+    return [(float(scores[i] / patients[i]), float(positives[i] / patients[i]), float(patients[i])) for i in np.flatnonzero(patients > 0)]
 
 
 def calibration_error(histogram: FloatArray) -> float | None:

@@ -45,16 +45,19 @@ def get_parameters(model: nn.Module) -> Parameters:
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, NDArray[np.generic]]) -> None:
-    """Load `parameters` into `model`; the arrays are copied.
+    """Load `parameters` into `model`; the arrays are copied. Whether they are finite is asked where they come in (`check_parameters`).
 
     Raises:
-        ProtocolError: names, shapes or types are not the model's.
+        ProtocolError: names, order, shapes or types are not the model's; nothing was loaded.
     """
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    check_parameters(parameters, {name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in state.items()})
+    tensors = [torch.from_numpy(np.array(value)) for value in parameters.values()]
+    fits = all(new.shape == old.shape and new.dtype == old.dtype for new, old in zip(tensors, state.values(), strict=False))
+    if list(parameters) != list(state) or not fits:
+        raise ProtocolError("parameters: expected the names, shapes and types of the model's own, got others")
     with torch.no_grad():
-        for name, value in state.items():
-            value.copy_(torch.from_numpy(np.array(parameters[name])))
+        for old, new in zip(state.values(), tensors, strict=True):
+            old.copy_(new)
 
 
 Template = dict[str, tuple[tuple[int, ...], str]]

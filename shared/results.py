@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 MetricValues = dict[str, float | None]  # null where the data do not determine the metric (a site with one class)
 Interval = tuple[float, float] | None
@@ -54,11 +54,13 @@ class SiteSummary(Record):
 class SitePrivacy(Record):
     """What was spent at a site. `epsilon` is an upper bound by `accountant`; the cross-check is another accountant's upper bound."""
 
-    epsilon: float
+    model_config = ConfigDict(allow_inf_nan=False)  # it comes from a site
+
+    epsilon: float = Field(ge=0)
     delta: float
     noise_multiplier: float
     sample_rate: float
-    steps: int
+    steps: int = Field(ge=0)
     accountant: Literal["pld"] = "pld"
     epsilon_cross_check: float | None
     cross_check_accountant: Literal["prv"] = "prv"

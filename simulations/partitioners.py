@@ -13,6 +13,7 @@ from shared.errors import PartitionError
 from shared.seeding import generator
 from shared.study import Federation
 
+MAX_ALPHA = 1e9  # beyond it all shares are equal, and a sum of gammas could overflow
 NUM_QUANTILE_CLASSES = 5  # a label that is a number is skewed by these quantiles
 
 Partition = dict[str, IntArray]  # site -> indices of its patients
@@ -37,7 +38,8 @@ def partition_cohort(cohort: Cohort, federation: Federation, *, seed: int) -> Pa
         case "quantity":
             parts = quantity_parts(cohort.num_patients, num_sites, federation, rng)
         case _:
-            parts = shard_parts(classes_of(cohort), num_sites, federation.shards_per_site, rng)
+            classes = classes_of(cohort)
+            parts = top_up(shard_parts(classes, num_sites, federation.shards_per_site, rng), classes, federation)
     width = len(str(num_sites))
     return {f"site-{index + 1:0{width}d}": np.sort(part) for index, part in enumerate(parts)}
 
@@ -49,18 +51,16 @@ def check_minima(cohort: Cohort, federation: Federation, num_sites: int) -> None
         PartitionError: they cannot; it says how many sites could.
     """
     patients = cohort.num_patients
+    by_class = federation.partition == "dirichlet" and federation.min_per_class > 0
+    scarcest = int(np.bincount(classes_of(cohort)).min()) if by_class else patients
+    possible = min(patients // federation.min_patients, scarcest // max(federation.min_per_class, 1) if by_class else num_sites)
     if num_sites * federation.min_patients > patients:
-        possible = patients // federation.min_patients
         remedy = f"at most {possible} sites would work" if possible else "give more patients"
         raise PartitionError(
             f"federation.sites: expected at least {federation.min_patients} patients at each of {num_sites} sites, got {patients} patients in all",
             f"{remedy}, or lower federation.min_patients",
         )
-    if federation.partition != "dirichlet" or federation.min_per_class == 0:
-        return
-    scarcest = int(np.bincount(classes_of(cohort)).min())
-    if num_sites * federation.min_per_class > scarcest:
-        possible = scarcest // federation.min_per_class
+    if by_class and num_sites * federation.min_per_class > scarcest:
         raise PartitionError(
             f"federation.sites: expected at least {federation.min_per_class} patients of each class at each of {num_sites} sites, got {scarcest} of the rarest class",
             f"at most {possible} sites would work at any alpha, or set federation.min_per_class = 0"
@@ -128,7 +128,7 @@ def shard_parts(classes: IntArray, num_sites: int, shards_per_site: int, rng: np
 
 def draw_shares(alpha: float, num_sites: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """A draw from Dirichlet(alpha, ..., alpha), `(K,)`; where every gamma underflows (a tiny alpha) one site takes all."""
-    gammas = rng.standard_gamma(alpha, size=num_sites)
+    gammas = rng.standard_gamma(min(alpha, MAX_ALPHA), size=num_sites)
     total = gammas.sum()
     if not total > 1e-300:
         return np.asarray(np.eye(num_sites)[rng.integers(num_sites)])

@@ -124,9 +124,11 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe)
     run = RunOutcome(setting=setting, coordinator=coordinator, folder=folder, engine=ENGINE)
-    with _one_thread(), _logging_to(folder):
+    rooms = ("simulations", "server") if setting.real else ("simulations", "server", "client", "shared")  # what a real site logs stays with it
+    with _one_thread(), _logging_to(folder, rooms):
         try:
             logger.info("%s", describe(setting))
+            logger.info("run  %s", folder.path)
             _run_apps(coordinator, sites)
             compared = _baselines(setting) if baselines else {}
         except BaseException as error:
@@ -182,10 +184,10 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _logging_to(folder: RunFolder) -> Iterator[None]:
-    """log.jsonl takes what our rooms log while the block runs."""
+def _logging_to(folder: RunFolder, names: tuple[str, ...]) -> Iterator[None]:
+    """log.jsonl takes what these rooms log while the block runs."""
     handler = folder.log_handler()
-    rooms = [logging.getLogger(name) for name in ("simulations", "server", "client", "shared")]
+    rooms = [logging.getLogger(name) for name in names]
     levels = [room.level for room in rooms]
     for room in rooms:
         room.addHandler(handler)

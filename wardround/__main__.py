@@ -3,7 +3,7 @@
 import sys
 import traceback
 
-from shared.errors import UsageError, WardroundError
+from shared.errors import INTERRUPTED_EXIT_CODE, UsageError, WardroundError
 from wardround.quiet import switch_off_telemetry
 
 
@@ -23,6 +23,8 @@ def run(arguments: list[str]) -> int:
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
         code = app(args=arguments, prog_name="wardround", standalone_mode=False)
+        if code == INTERRUPTED_EXIT_CODE:  # what typer makes of Ctrl-C
+            return report_error(None, as_json=as_json)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         if not as_json:

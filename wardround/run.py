@@ -1,5 +1,6 @@
 """`simulate(study)` and the run that comes back."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,7 +116,12 @@ def simulate(
     study = study if isinstance(study, Study) else Study.load(study)
     setting = prepare(study, None if data is None else Path(data))
     folder = start_run(setting, Path(out)) if resume is None else resume_run(setting, Path(resume))
-    execute(setting, folder, baselines=baselines, observe=observe)
     run = Run(folder.path)
+    try:
+        execute(setting, folder, baselines=baselines, observe=observe)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none
+            run.report()
+        raise
     run.report()
     return run

@@ -68,7 +68,7 @@ class Rig:
     def run(self, folder: RunFolder, observe: Callable[[RoundRecord], None] | None = None) -> History:
         """The coordinator over new sites, from the folder's checkpoint; `records` are the rounds of this execution."""
         self.records = []
-        federation = VirtualFederation(cohorts=self.cohorts, synthetic=True)
+        federation = VirtualFederation(cohorts=self.cohorts, synthetic=True, notes={})
         self.sites = virtual_sites(federation, self.task, self.study, folder.path / "ledgers")
         app = client_app(lambda context: self.sites[str(context.node_config["site"])])
         tamper = self.tamper

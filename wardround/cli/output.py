@@ -26,7 +26,12 @@ def print_envelope(data: object, *, status: str = "ok", exit_code: int = 0) -> N
 def report_error(error: WardroundError | None, *, as_json: bool) -> int:
     """Print an error (None: interrupted) as the command line does, and give its exit code."""
     if error is None:
-        code, what, remedy, exit_code = "E130", "interrupted", "resume with 'wardround simulate --resume RUN'", INTERRUPTED_EXIT_CODE
+        code, what, remedy, exit_code = (
+            "E130",
+            "interrupted",
+            "go on with 'wardround simulate --resume RUN', RUN being the folder printed above, and --data as before",
+            INTERRUPTED_EXIT_CODE,
+        )
     else:
         code, what, remedy, exit_code = error.code, error.what, error.remedy, error.exit_code
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)

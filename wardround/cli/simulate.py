@@ -108,7 +108,10 @@ def print_result(result: "Result", terminal: "Console") -> None:
 
     terminal.print()
     columns, rows = metric_rows(result)
-    terminal.print(table(f"{result.study}: test patients of all sites", columns, rows))
+    if rows:
+        terminal.print(table(f"{result.study}: test patients of all sites", columns, rows))
+    else:
+        terminal.print("No evaluation statistic left a site: no policy lists its metrics under allowed_metrics.")
     terminal.print()
     columns, rows = site_rows(result)
     terminal.print(table("sites", columns, rows[:SHOWN_SITES]))
