@@ -1,15 +1,16 @@
 """A second opinion on epsilon: Opacus' PRV accountant (Gopi, Lee, Wutschitz 2021), an upper bound by another method and other code."""
 
 import functools
+import math
 import warnings
 from collections.abc import Iterable
 
 import numpy as np
 from opacus.accountants import PRVAccountant
 
-from shared.privacy import PrivacyEvent, merge_events
+from shared.privacy import PrivacyEvent, epsilon_of, merge_events
 
-EPSILON_ERROR = 1e-3  # added to make PRV's number an upper bound; a smaller one costs time
+EPSILON_ERROR = 1e-3  # relative above epsilon 1; added to make PRV's number an upper bound; a smaller one costs time, and memory as epsilon grows
 
 
 def epsilon_prv(events: Iterable[PrivacyEvent], delta: float) -> float | None:
@@ -24,8 +25,10 @@ def _epsilon_prv(events: tuple[PrivacyEvent, ...], delta: float) -> float | None
     accountant = PRVAccountant()
     accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in events]
     try:
+        error = EPSILON_ERROR * max(1.0, epsilon_of(events, delta))
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            return float(accountant.get_epsilon(delta, eps_error=EPSILON_ERROR))
+            epsilon = float(accountant.get_epsilon(delta, eps_error=error))
     except (RuntimeError, ValueError, OverflowError, MemoryError):
         return None
+    return epsilon if math.isfinite(epsilon) else None

@@ -10,6 +10,7 @@ and so is the charge.
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ CREATE TABLE IF NOT EXISTS spend (
 CREATE TABLE IF NOT EXISTS patient (hash BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 RELATION = "add or remove one {unit}"
+LOCK_TIMEOUT_SECONDS = 30
 REMEDY_DAMAGED = "restore it from backup; without it no study can start"
 
 
@@ -72,8 +74,8 @@ class Ledger:
         self.unit = unit
         with self._storage():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database = sqlite3.connect(path, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
+            self._write_ahead()
             self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self._database.executescript(_TABLES)
             with self._transaction():
@@ -89,8 +91,20 @@ class Ledger:
         ledger = cls.__new__(cls)
         ledger._path = path
         with ledger._storage():
-            ledger._database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30, isolation_level=None)
+            ledger._database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
         return ledger
+
+    def _write_ahead(self) -> None:
+        """Switch to a write-ahead log. SQLite does not wait here for another process that does so to the same new file, so we do."""
+        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _check_genesis(self, cohort: str, relation: str) -> None:
         row = self._database.execute("SELECT cohort, relation FROM genesis").fetchone()

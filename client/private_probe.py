@@ -73,6 +73,11 @@ def _check_loss(model: nn.Module, cohort: Cohort, task: Task) -> None:
 
 
 def _check_layers(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ModelRefusedError(
+                f"model: {name}: expected float32 or float64, got {parameter.dtype}", "use float32: lower precision passes the clipping norm"
+            )
     for name, module in model.named_modules():
         if any(True for _ in module.buffers(recurse=False)):
             raise _refusal(name, module, "keeps running buffers, which every patient of a batch changes without clipping or noise")

@@ -181,7 +181,8 @@ class Site:
         if admission is None or (task.run, task.study_hash) != (admission.run, admission.study_hash):
             raise ProtocolError("expected a study that this site has agreed to, got one it has not")
         study = admission.study
-        if not (1 <= task.round <= study.rounds.count + 1 and 1 <= task.fold <= study.evaluation.folds):
+        last = study.rounds.count + isinstance(task, EvaluateTask)  # the closing evaluation comes after the last round of training
+        if not (1 <= task.round <= last and 1 <= task.fold <= study.evaluation.folds):
             raise ProtocolError("expected a round and fold of the study, got another")
         return admission
 

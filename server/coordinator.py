@@ -274,6 +274,8 @@ class Coordinator:
         messages = self._strategy.configure_evaluate(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)
         self._take_privacy(answers)
+        for name, reason in sorted(_reasons(answers).items()):
+            logger.warning("closing evaluation of fold %d: %s: %s", fold, name, reason)
         return {name: answer.statistics for name, answer in sorted(answers.items()) if answer.statistics is not None}
 
 

@@ -11,6 +11,7 @@ from shared.errors import ProtocolError
 from shared.seeding import derive
 
 Parameters = dict[str, NDArray[np.floating]]
+_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
 def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), dropout: float = 0.0) -> nn.Sequential:
@@ -45,19 +46,16 @@ def get_parameters(model: nn.Module) -> Parameters:
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, NDArray[np.generic]]) -> None:
-    """Load `parameters` into `model`; the arrays are copied. Whether they are finite is asked where they come in (`check_parameters`).
+    """Load `parameters` into `model`; the arrays are copied.
 
     Raises:
-        ProtocolError: names, order, shapes or types are not the model's; nothing was loaded.
+        ProtocolError: names, order, shapes or types are not the model's, or a value is not finite; nothing was loaded.
     """
     state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    tensors = [torch.from_numpy(np.array(value)) for value in parameters.values()]
-    fits = all(new.shape == old.shape and new.dtype == old.dtype for new, old in zip(tensors, state.values(), strict=False))
-    if list(parameters) != list(state) or not fits:
-        raise ProtocolError("parameters: expected the names, shapes and types of the model's own, got others")
+    check_parameters(parameters, {name: (value.shape, _DTYPE_NAMES[value.dtype]) for name, value in state.items()})
     with torch.no_grad():
-        for old, new in zip(state.values(), tensors, strict=True):
-            old.copy_(new)
+        for name, value in state.items():
+            value.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
 Template = dict[str, tuple[tuple[int, ...], str]]

@@ -100,6 +100,7 @@ class Result(Record):
     metrics: dict[str, MetricValues]
     metrics_ci95: dict[str, dict[str, Interval]]
     per_site: dict[str, dict[str, float | int | Interval]]
+    per_site_support: dict[str, dict[str, int]]  # site -> class -> test patients, where the statistics count classes
     per_site_baselines: dict[str, dict[str, MetricValues]]  # baseline -> site -> metrics on the site's own test patients
     folds: list[MetricValues]  # one per fold of a cross-validation; empty without
     privacy: RunPrivacy

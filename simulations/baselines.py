@@ -16,6 +16,7 @@ from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, test_patients
 from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.plan import plan_site
+from shared.privacy import default_delta
 from shared.seeding import derive_key, generator
 from shared.study import Study
 from shared.task import Task
@@ -59,8 +60,17 @@ def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Stud
 
 
 def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
-    own = _tested_everywhere(parts, task, train_alone(pool([train for train, _ in parts.values()]), task, study, who="pooled"))
+    union = pool([train for train, _ in parts.values()])
+    own = _tested_everywhere(parts, task, train_alone(union, task, _with_delta_for(study, union.num_patients), who="pooled"))
     return Baseline(models={"all": add_statistics(own.values())}, own=own)
+
+
+def _with_delta_for(study: Study, num_patients: int) -> Study:
+    """The study; where its delta suits each site but not so many patients, with the default one for them."""
+    delta = study.privacy.delta
+    if study.private and delta is not None and delta * num_patients >= 1:
+        return study.replace(privacy={"delta": default_delta(num_patients)})
+    return study
 
 
 def _tested_everywhere(parts: dict[str, tuple[Cohort, Cohort]], task: Task, parameters: Parameters) -> dict[str, Statistics]:

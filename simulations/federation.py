@@ -39,10 +39,10 @@ class VirtualFederation:
         return [_summary(name, cohort, task, study) for name, cohort in self.cohorts.items()]
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over every site's records, so that a resumed run can tell that its patients are the same."""
+        """SHA-256 (hex) over every site's patients and records, so that a resumed run can tell that they are the same."""
         digest = hashlib.sha256()
         for name, cohort in sorted(self.cohorts.items()):
-            digest.update(name.encode())
+            digest.update("\n".join([name, *cohort.patient_ids]).encode())
             for values in (*cohort.inputs, cohort.labels, cohort.patient_of_record):
                 digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()

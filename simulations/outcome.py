@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from server.coordinator import Coordinator, FoldResult
-from server.evaluation import Evaluation, add_statistics, evaluate
+from server.evaluation import Evaluation, add_statistics, count_tested, evaluate
 from server.run_folder import RunFolder
 from shared.claim import privacy_claim
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
 from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
+from shared.schema import TableSchema
 from shared.seeding import Step
+from shared.task import Task
 from simulations.baselines import Baseline
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         metrics={name: metrics.get(name, {}) for name in order},
         metrics_ci95={name: evaluation.ci95 for name, evaluation in evaluations.items()},
         per_site=_per_site(run, history.folds),
+        per_site_support=_support(run, history.folds),
         per_site_baselines={name: {site: finish_metrics(task.metrics, own) for site, own in item.own.items()} for name, item in baselines.items()},
         folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds]
         if study.evaluation.folds > 1
@@ -137,16 +140,39 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
         total = add_statistics(fold.statistics.get(name) for fold in folds)
         evaluation = run.evaluation(total, "site", name)
         row: dict[str, float | int | Interval] = dict(evaluation.metrics)
-        row["num_test"] = _num_test(run, name, len(folds))
+        row["num_test"] = _num_test(run, name, total)
         row |= {f"{metric}_ci95": interval for metric, interval in evaluation.ci95.items()}
         table[name] = row
     return table
 
 
-def _num_test(run: RunOutcome, name: str, num_folds: int) -> int:
-    """Test patients of a site; with cross-validation every patient is one."""
+def _support(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, int]]:
+    """Test patients of each site by class: the row sums of a statistic whose rows are the classes."""
+    statistics = {metric.statistic.name: metric.statistic for metric in run.setting.task.metrics}
+    by_class = next((statistic.name for statistic in statistics.values() if statistic.is_counts and len(statistic.shape) == 2), None)
+    sites = sorted({name for fold in folds for name in fold.statistics})
+    support = {}
+    for site in sites if by_class else []:
+        total = add_statistics(fold.statistics.get(site) for fold in folds)
+        if by_class in total:
+            counts = total[by_class].sum(axis=1)
+            support[site] = {name: round(float(count)) for name, count in zip(class_names(run.setting.task, len(counts)), counts, strict=True)}
+    return support
+
+
+def class_names(task: Task, num_classes: int) -> list[str]:
+    """The label's categories, or numbers where the schema names none."""
+    values = task.schema.label.values if isinstance(task.schema, TableSchema) else ()
+    return list(values) if len(values) == num_classes else [str(index) for index in range(num_classes)]
+
+
+def _num_test(run: RunOutcome, name: str, total: Statistics) -> int | None:
+    """Test patients of a site, as declared; with cross-validation every patient is one, and in an unfinished one those counted so far."""
     enrolled = run.coordinator.history.enrolled[name]
-    return enrolled.declared_num_test if num_folds == 1 else enrolled.declared_num_patients
+    folds = run.setting.study.evaluation.folds
+    if len(run.coordinator.history.folds) < folds:
+        return count_tested(run.setting.task, total)
+    return enrolled.declared_num_test if folds == 1 else enrolled.declared_num_patients
 
 
 def _as_lists(total: Statistics) -> dict[str, list[object]]:

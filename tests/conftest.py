@@ -6,6 +6,7 @@ import warnings
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors as small as ours two threads wait for each other, worst where cores are shared
 
 from hypothesis import HealthCheck, settings
 

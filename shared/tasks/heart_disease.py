@@ -29,7 +29,7 @@ TEST_SHARE = 0.34
 SCHEMA = TableSchema(
     name="heart-disease",
     title="Coronary heart disease, from routine findings",
-    label=Column(name="disease", type="binary"),
+    label=Column(name="disease", type="binary", categories=("absent", "present")),
     site="site",
     columns=(
         Column(name="age", type="number", unit="years", low=20, high=90),
@@ -114,7 +114,7 @@ def _read_hospital(file: Path, name: str) -> pd.DataFrame:
             f"{file.name}: column 'num': expected numbers, got text in {int(num.isna().sum())} rows",
             "check that the file has the 14 columns of the UCI description",
         )
-    frame = frame.drop(columns="num").assign(disease=np.where(num > 0, "1", "0"), site=name)
+    frame = frame.drop(columns="num").assign(disease=np.where(num > 0, "present", "absent"), site=name)
     frame["test"] = published_split(frame["disease"].to_numpy(dtype=np.str_))
     frame.attrs["dropped"] = len(raw) - len(frame)
     return frame

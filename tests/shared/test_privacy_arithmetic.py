@@ -81,7 +81,7 @@ def test_studies_compose_across_noise_levels() -> None:
     assert epsilon_of([sweep[0]] * 5, DELTA) == pytest.approx(2.42, rel=0.01)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.lists(EVENTS, min_size=2, max_size=4), st.randoms(use_true_random=False))
 def test_order_and_splitting_do_not_matter(events: list[PrivacyEvent], random: object) -> None:
     shuffled = list(events)
@@ -91,7 +91,7 @@ def test_order_and_splitting_do_not_matter(events: list[PrivacyEvent], random: o
     assert epsilon_of(split, DELTA) == epsilon_of(events, DELTA)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(EVENTS, st.floats(1.05, 2.0))
 def test_more_steps_rate_or_less_noise_costs_more(base: PrivacyEvent, factor: float) -> None:
     now = epsilon_of([base], DELTA)
@@ -114,7 +114,7 @@ def test_solved_noise_keeps_the_budget_and_wastes_little(epsilon: float, rate: f
     assert epsilon * 0.995 - 2e-3 <= reached <= epsilon
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.lists(EVENTS, min_size=1, max_size=2))
 def test_never_above_renyi_accounting(events: list[PrivacyEvent]) -> None:
     """The Renyi bound is valid and looser: a tight numerical bound above it would be wrong."""

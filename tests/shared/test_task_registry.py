@@ -241,8 +241,9 @@ def test_initial_parameters_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
     first = initial_parameters(mlp(5, 2, hidden=(4,)), 7)
     torch.manual_seed(2)
+    model = mlp(5, 2, hidden=(4,))
     state = torch.get_rng_state()
-    second = initial_parameters(mlp(5, 2, hidden=(4,)), 7)
+    second = initial_parameters(model, 7)
     assert torch.equal(torch.get_rng_state(), state)  # and leave torch's generator as it was
     third = initial_parameters(mlp(5, 2, hidden=(4,)), 8)
     assert all(np.array_equal(first[name], second[name]) for name in first)

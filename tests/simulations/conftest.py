@@ -44,7 +44,7 @@ high = 3
 hidden = []
 """
 
-POLICY = {"max_epsilon": 4.0, "max_delta": 1e-2, "min_patients": 20, "allowed_tasks": ["ward"]}
+POLICY = {"max_epsilon": 3.0, "max_delta": 1e-3, "min_patients": 20, "allowed_tasks": ["ward"]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,7 @@ def test_pool_keeps_patients_of_different_sites_apart(task: Task) -> None:
     assert both.synthetic
 
 
+@pytest.mark.slow
 def test_a_private_study_has_private_baselines_too(runner, task: Task) -> None:
     run = runner.run(runner.study(), baselines=True)
     result = run.result
@@ -84,7 +85,7 @@ def test_a_private_study_has_private_baselines_too(runner, task: Task) -> None:
 
 def test_training_alone_privately_is_noisy_and_reproducible(runner, task: Task) -> None:
     cohort = task.synthetic_cohort(80, 1)
-    private = runner.study(rounds={"count": 1})
+    private = runner.study(rounds={"count": 1}, privacy={"noise_multiplier": 1.0})
     first, second = (train_alone(cohort, task, private, who="x") for _ in range(2))
     plain = train_alone(cohort, task, private.replace(privacy={"unit": "none"}), who="x")
     other = train_alone(cohort, task, private, who="y")
@@ -94,6 +95,7 @@ def test_training_alone_privately_is_noisy_and_reproducible(runner, task: Task) 
         assert not np.array_equal(first[name], other[name])
 
 
+@pytest.mark.slow
 def test_a_delta_that_suits_every_site_but_not_the_pool_does_not_end_the_run(runner) -> None:
     """delta < 1/n holds at each of three sites and not for all patients together: the pooled model then keeps the promise of a smaller delta."""
     run = runner.run(runner.study(privacy={"delta": 0.004}, federation={"partition": "iid"}, rounds={"count": 1}), baselines=True)

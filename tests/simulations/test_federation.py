@@ -78,7 +78,7 @@ def test_more_sites_than_patients_is_refused_before_any_training(runner, sites: 
         prepare(runner.study(federation={"sites": sites}), None)
     assert caught.value.exit_code == 3
     assert "at most 56 sites would work" in caught.value.remedy
-    prepare(runner.study(federation={"sites": 56}), None)
+    prepare(runner.study(federation={"sites": 56, "partition": "iid"}, privacy={"unit": "none"}), None)
 
 
 def test_data_that_are_not_there_are_data_errors(runner, tmp_path: Path) -> None:

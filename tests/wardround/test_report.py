@@ -149,6 +149,7 @@ def _result(made: MadeUp, name: str, records: list[RoundRecord]) -> Result:
         engine="in-process", seed=7, outcome=made.outcome, synthetic=made.synthetic,
         sites=[_summary(made, site) for site in made.sites], rounds_completed=made.rounds, primary_metric=made.primary,
         metrics=metrics, metrics_ci95=ci95, per_site={site: _site_values(made, site) for site in made.sites} if done else {},
+        per_site_support={site: {"no disease": 20, "disease": 11} for site in made.sites} if done and made.classes == 2 else {},
         per_site_baselines={"local_only": alone} if made.baselines and done else {},
         folds=[made.metrics(_total(made, 2.3 + 0.1 * fold)) for fold in range(1, made.folds + 1)] if made.folds > 1 and done else [],
         privacy=RunPrivacy(

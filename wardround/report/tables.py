@@ -28,6 +28,8 @@ from wardround.report.wording import (
     upper_bound,
 )
 
+MAX_SUPPORT = 4  # classes whose test patients are written below their number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -72,15 +74,21 @@ def site_table(run: RunFiles) -> Table:
     rows = tuple(
         Row(
             name=name,
-            cells=(*_size_cells(summaries.get(name), result.per_site.get(name, {})), *(_site_metric(run, name, metric) for metric in metrics)),
+            cells=(
+                *_size_cells(summaries.get(name), result.per_site.get(name, {}), result.per_site_support.get(name, {})),
+                *(_site_metric(run, name, metric) for metric in metrics),
+            ),
             strip=interval_strip(axis, value, interval) if axis else None,
         )
         for name, value, interval in zip(names, drawn, intervals, strict=True)
     )
     heads = ("Patients", "Train", "Test", *(metric_title(metric) for metric in metrics))
     missing = any(cell.text == DASH for row in rows for cell in row.cells)
+    classes = next(iter(result.per_site_support.values()), {})
+    support = f"Below the test patients, by class: {' + '.join(classes)}. " if 1 < len(classes) <= MAX_SUPPORT else ""
     note = f"“{DASH}” means that there is no number: the site did not report it, or its test patients do not determine it." if missing else ""
-    return Table(heads=heads, rows=rows, strip_head=metric_title(primary) if axis else "", scale=strip_scale(axis) if axis else None, note=note)
+    strip_head, scale = (metric_title(primary), strip_scale(axis)) if axis else ("", None)
+    return Table(heads=heads, rows=rows, strip_head=strip_head, scale=scale, note=support + note)
 
 
 def metric_names(run: RunFiles) -> list[str]:
@@ -91,9 +99,10 @@ def metric_names(run: RunFiles) -> list[str]:
     return [primary, *(name for name in found if name != primary)]
 
 
-def _size_cells(site: SiteSummary | None, values: dict[str, float | int | Interval]) -> tuple[Cell, ...]:
+def _size_cells(site: SiteSummary | None, values: dict[str, float | int | Interval], support: dict[str, int]) -> tuple[Cell, ...]:
     if site is not None:
-        return tuple(Cell(text=count(value)) for value in (site.num_patients, site.num_train, site.num_test))
+        by_class = " + ".join(count(number) for number in support.values()) if 1 < len(support) <= MAX_SUPPORT else ""
+        return Cell(text=count(site.num_patients)), Cell(text=count(site.num_train)), Cell(text=count(site.num_test), below=by_class)
     tested = finite(values.get("num_test"))
     return Cell(text=DASH), Cell(text=DASH), Cell(text=DASH if tested is None else count(round(tested)))
 

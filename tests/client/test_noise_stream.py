@@ -1,0 +1,112 @@
+"""The noise is Gaussian with the standard deviation asked for, and no two keys or draws share any of it.
+
+Every test of a distribution has fixed keys; the false-alarm rate is what a fresh key would have.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from client.noise import KEY_BYTES, GaussianNoise
+from shared.seeding import derive_key
+
+
+def key(index: int) -> bytes:
+    return derive_key(11, "test of noise", index)
+
+
+def draws(index: int, count: int, std: float = 1.0) -> np.ndarray:
+    return GaussianNoise(key(index)).normal((count,), std).numpy()
+
+
+@pytest.mark.parametrize("std", [1e-8, 0.37, 1.0, 4.3e6])
+def test_standard_deviation_and_mean(std: float) -> None:
+    """100,000 draws: the standard deviation is known to 0.22 %, so 3 % is 13 standard errors; the mean within 5 (1 in 2 million)."""
+    values = draws(1, 100_000, std)
+    assert values.std() == pytest.approx(std, rel=0.03)
+    assert abs(values.mean()) < 5 * std / np.sqrt(100_000)
+
+
+@pytest.mark.parametrize("shape", [(100_000,), (101, 991)])
+def test_normality(shape: tuple[int, ...]) -> None:
+    """Kolmogorov-Smirnov and the fourth moment; false-alarm rate 1e-4 and 6e-7."""
+    values = GaussianNoise(key(2)).normal(shape, 2.5).numpy().ravel() / 2.5
+    assert stats.kstest(values, "norm").pvalue > 1e-4
+    assert abs(stats.kurtosis(values)) < 5 * np.sqrt(24 / values.size)
+    assert abs(stats.skew(values)) < 5 * np.sqrt(6 / values.size)
+
+
+def test_the_two_halves_of_box_and_muller_are_independent() -> None:
+    """Values, squares and magnitudes of cosine and sine halves: correlations within 5 / sqrt(n), 1 in 2 million each."""
+    values = draws(3, 100_000)
+    first, second = values[:50_000], values[50_000:]
+    for transform in (np.asarray, np.square, np.abs):
+        assert abs(np.corrcoef(transform(first), transform(second))[0, 1]) < 5 / np.sqrt(50_000)
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 / np.sqrt(100_000)
+
+
+def test_no_correlation_between_keys() -> None:
+    """Twenty keys, 190 pairs, 5 / sqrt(n): a false alarm in 9,000."""
+    rows = np.array([draws(index, 4000) for index in range(20)])
+    assert np.abs(np.corrcoef(rows) - np.eye(20)).max() < 5 / np.sqrt(4000)
+
+
+def test_a_key_is_one_stream() -> None:
+    assert np.array_equal(draws(1, 999), draws(1, 999))
+    assert not np.array_equal(draws(1, 999), draws(2, 999))
+    noise = GaussianNoise(key(1))
+    steps = [noise.normal((500,), 1.0).numpy() for _ in range(4)]
+    assert len({step.tobytes() for step in steps}) == 4  # no step repeats another's noise
+    assert abs(np.corrcoef(steps) - np.eye(4)).max() < 6 / np.sqrt(500)
+    assert np.array_equal(steps[0], draws(1, 500))
+
+
+def test_keys_that_differ_in_one_bit_share_nothing() -> None:
+    near = bytes([key(1)[0] ^ 1]) + key(1)[1:]
+    other = GaussianNoise(near).normal((4000,), 1.0).numpy()
+    assert abs(np.corrcoef(draws(1, 4000), other)[0, 1]) < 5 / np.sqrt(4000)
+
+
+def test_fresh_keys_come_from_the_system_and_differ() -> None:
+    keys = {GaussianNoise.fresh_key() for _ in range(50)}
+    assert len(keys) == 50 and {len(item) for item in keys} == {KEY_BYTES}
+
+
+def test_uniforms_have_53_bits_and_are_never_zero() -> None:
+    """With 24 or 32 bits no draw passes 5.8 or 6.7 standard deviations; with 53 the tail reaches 8.6."""
+    values = GaussianNoise(key(4)).uniforms(100_000)
+    assert values.min() > 0 and values.max() <= 1
+    assert stats.kstest(values, "uniform").pvalue > 1e-4
+    assert len(np.unique(values)) == 100_000  # 32 bits would collide with probability 0.69
+    low_bits = (values * 2**53).astype(np.uint64) & np.uint64(2**20 - 1)
+    assert stats.kstest(low_bits / 2**20, "uniform").pvalue > 1e-4
+    assert np.sqrt(-2 * np.log(2.0**-54)) > 8.6
+    assert np.isfinite(draws(4, 10)).all()
+
+
+@pytest.mark.slow
+def test_values_beyond_what_32_bit_noise_can_give_do_occur() -> None:
+    """Three in 100 million draws pass 5.6; torch's own float32 noise stops at 5.768. 60 million: expected beyond 5.3 is 7; none, 1 in 1,000."""
+    noise = GaussianNoise(key(5))
+    beyond = sum(int((noise.normal((4_000_000,), 1.0).abs() > 5.3).sum()) for _ in range(15))
+    assert 1 <= beyond <= 22
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (2, 0, 3), (5, 7)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    values = GaussianNoise(key(6)).normal(shape, 1.0)
+    assert values.shape == torch.Size(shape) and values.dtype == torch.float64 and torch.isfinite(values).all()
+
+
+def test_torchs_generator_is_neither_used_nor_moved() -> None:
+    before = torch.get_rng_state()
+    first = draws(7, 10)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert np.array_equal(draws(7, 10), first)
+
+
+def test_a_key_of_another_length_is_refused() -> None:
+    with pytest.raises(AssertionError):
+        GaussianNoise(b"short")
