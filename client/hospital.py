@@ -5,9 +5,11 @@ from pathlib import Path
 
 from client.policy import SiteFile
 from client.site import Site, SiteSettings
-from shared.errors import StorageError
+from shared.errors import LedgerError, StorageError
 from shared.files import storage_errors
 from shared.task import Task
+
+LEDGER = "ledger.sqlite"
 
 KEY_BYTES = 32
 
@@ -23,7 +25,7 @@ def open_site(path: Path, file: SiteFile, task: Task) -> Site:
         declared_size=declared.declared_size,
         declared_num_patients=declared.declared_size + declared.declared_test_size,
         declared_num_test=declared.declared_test_size,
-        ledger_path=state / "ledger.sqlite",
+        ledger_path=state / LEDGER,
         split_key=site_key(state),
         policy=file.policy,
         cohort_id=file.name,
@@ -35,12 +37,18 @@ def site_key(state: Path) -> bytes:
     """The site's secret key for patient hashes and splits: made once, 32 bytes, mode 0600.
 
     Raises:
+        LedgerError: there is a ledger, and its key is gone.
         StorageError: the state folder cannot be written, or the key there is damaged.
     """
     path = state / "patient-hash.key"
     with storage_errors(path, "make or read the site's key"):
         state.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            if (state / LEDGER).exists():
+                raise LedgerError(
+                    f"{path}: expected the site's key beside its ledger, found none",
+                    "restore it from backup: the ledger knows its patients by this key",
+                )
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(os.urandom(KEY_BYTES))

@@ -47,10 +47,13 @@ class Policy(Settings):
                 f"policy.min_patients: expected at least {self.min_patients} declared patients, got {plan.declared_size}", "ask the hospital"
             )
 
-    def releases(self, task: Task, statistic: str, *, num_test: int) -> bool:
-        """True when the exact sums of this statistic may leave the site."""
+    def withholds(self, task: Task, statistic: str, *, num_test: int) -> str | None:
+        """The rule that keeps the exact sums of this statistic at the site; None where they may leave."""
+        if num_test < self.min_metric_patients:
+            return "policy.min_metric_patients: too few test patients"
         names = [metric.name for metric in task.metrics if metric.statistic.name == statistic]
-        return num_test >= self.min_metric_patients and all(name in self.allowed_metrics for name in names)
+        kept = [name for name in names if name not in self.allowed_metrics]
+        return f"policy.allowed_metrics: {statistic} also gives {', '.join(kept)}" if kept else None
 
 
 class CohortFile(Settings):

@@ -128,18 +128,19 @@ class Site:
         """
         admission = self._admitted(task)
         train_part, test_part = self._parts(admission.study, task.fold)
-        statistics = self._statistics(test_part, parameters)
+        statistics, withheld = self._statistics(test_part, parameters)
         updated = self._train_part(task, admission, train_part, parameters)
         update: Parameters = {name: np.asarray(updated[name] - parameters[name]) for name in parameters}
-        reply = Trained(name=self.settings.name, round=task.round, fold=task.fold, privacy=self._spent(admission))
+        reply = Trained(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=self._spent(admission))
         return reply, update, statistics
 
     def evaluate(self, task: EvaluateTask, parameters: Parameters) -> tuple[Evaluated, Statistics | None]:
         """The statistics of these parameters on the fold's test patients."""
         admission = self._admitted(task)
         _, test_part = self._parts(admission.study, task.fold)
-        reply = Evaluated(name=self.settings.name, round=task.round, fold=task.fold, privacy=self._spent(admission, cross_check=True))
-        return reply, self._statistics(test_part, parameters)
+        statistics, withheld = self._statistics(test_part, parameters)
+        privacy = self._spent(admission, cross_check=True)
+        return Evaluated(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy), statistics
 
     @property
     def template(self) -> Template:
@@ -204,13 +205,15 @@ class Site:
             self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
         return self._split[fold, study.evaluation.folds]
 
-    def _statistics(self, test_part: Cohort, parameters: Parameters) -> Statistics | None:
+    def _statistics(self, test_part: Cohort, parameters: Parameters) -> tuple[Statistics | None, str | None]:
+        """What may leave, and the rule that keeps the rest; the rule looks at the declared number of test patients, never the exact one."""
         policy = self.settings.policy
         statistics = evaluate_parameters(self._task, test_part, parameters, model=self._model)
         if policy is None:
-            return statistics
-        released = {name: value for name, value in statistics.items() if policy.releases(self._task, name, num_test=test_part.num_patients)}
-        return released or None
+            return statistics, None
+        rules = {name: policy.withholds(self._task, name, num_test=self.settings.declared_num_test) for name in statistics}
+        released = {name: value for name, value in statistics.items() if rules[name] is None}
+        return released or None, next((rule for rule in rules.values() if rule is not None), None)
 
     def _train_part(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
         model = self._model

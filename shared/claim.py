@@ -30,6 +30,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, i
             covered=[], not_covered=["everything that left the sites"], accountants=[], sites={}, versions=versions,
         )  # fmt: skip
     rounds = study.rounds.count * study.evaluation.folds
+    by_record = ["a patient with several records: the promise is for each record alone"] if study.privacy.unit == "record" else []
     return PrivacyClaim(
         unit=study.privacy.unit,
         neighbouring_relation=f"add or remove one {study.privacy.unit} of a site's training patients",
@@ -41,7 +42,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, i
         covered=[
             f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"
         ],
-        not_covered=NOT_COVERED,
+        not_covered=[*by_record, *NOT_COVERED],
         accountants=["dp-accounting PLD (add/remove one)", "Opacus PRV (cross-check)"],
         sites={
             name: SiteClaim(

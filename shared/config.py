@@ -77,6 +77,8 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
             return f"{source}: {key}: expected {expected}, got {got!r}"
         case "union_tag_invalid":
             return f"{source}: {key}.name: expected one of {context.get('expected_tags')}, got {context.get('tag')!r}"
+        case "too_short":
+            return f"{source}: {key}: expected at least {context.get('min_length')}, got {context.get('actual_length')}"
         case "finite_number":
             return f"{source}: {key}: expected a finite number, got {got!r}"
         case _:

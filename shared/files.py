@@ -46,16 +46,18 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """`line` and a newline stand at the end of `path`, flushed.
+    """`line` and a newline stand at the end of `path`, on the disk.
 
     Raises:
         StorageError: the file cannot be written to; what a failed write left is cut off again.
     """
-    with storage_errors(path, "append to"), open(path, "ab") as file:
+    with storage_errors(path, "append to"), open(path, "ab", buffering=0) as file:
         start = file.tell()
+        rest = memoryview(line.encode() + b"\n")
         try:
-            file.write(line.encode() + b"\n")
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
         except OSError:
             with contextlib.suppress(OSError):
                 os.truncate(path, start)

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import ProtocolError
 from shared.models import Parameters, Template, check_parameters
@@ -24,6 +24,7 @@ JSON = "json"
 PARAMETERS = "parameters"
 STATISTICS = "statistics"
 MAX_JSON_BYTES = 1_000_000
+MAX_NAME = 200  # characters of a site's name
 NPY = "numpy.ndarray"  # Flower's name for data in .npy format
 NPY_PREFIX = 10  # magic, version and header length, in bytes
 
@@ -49,7 +50,7 @@ class Enrolled(Content):
     """A site's plan: all the coordinator ever learns about its size. Exact counts only where the policy calls them public."""
 
     kind: Literal["enrolled"] = "enrolled"
-    name: str
+    name: str = Field(min_length=1, max_length=MAX_NAME)
     declared_size: int
     declared_num_patients: int
     declared_num_test: int
@@ -76,12 +77,13 @@ class EvaluateTask(Content):
 
 
 class Trained(Content):
-    """A site's update rides as `parameters`, its statistics of the received model as `statistics` (absent: not released)."""
+    """A site's update rides as `parameters`, its statistics of the received model as `statistics`; `withheld` names the rule that kept some."""
 
     kind: Literal["trained"] = "trained"
     name: str
     round: int
     fold: int
+    withheld: str | None = Field(default=None, max_length=300)
     privacy: SitePrivacy | None
 
 
@@ -92,6 +94,7 @@ class Evaluated(Content):
     name: str
     round: int
     fold: int
+    withheld: str | None = Field(default=None, max_length=300)
     privacy: SitePrivacy | None
 
 
@@ -99,9 +102,9 @@ class Refused(Content):
     """No, and why: a stable code and one fixed sentence. An ordinary reply; never an exception's own text."""
 
     kind: Literal["refused"] = "refused"
-    name: str
-    code: str
-    reason: str
+    name: str = Field(min_length=1, max_length=MAX_NAME)
+    code: str = Field(pattern=r"^E\d{3}$")
+    reason: str = Field(max_length=300)
 
 
 ContentT = TypeVar("ContentT", bound=Content)

@@ -21,6 +21,7 @@ DELTA_CEILING = 1e-4
 LOSS_INTERVAL = 1e-3  # grid of the privacy loss, rounded pessimistically: epsilon comes out at most 0.1 % high
 COARSE_BELOW = 0.3  # noise multiplier under which losses grow as 1/noise^2, and the grid with them: as many points, as good relatively
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
+MIN_NOISE_MULTIPLIER = 0.1  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
 MAX_NOISE_MULTIPLIER = 1e6
 
 
@@ -36,11 +37,13 @@ class PrivacyEvent:
     steps: int
 
     def __post_init__(self) -> None:
-        usable = math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0 and 0 < self.sample_rate <= 1 and self.steps >= 0
+        usable = (
+            math.isfinite(self.noise_multiplier) and self.noise_multiplier >= MIN_NOISE_MULTIPLIER and 0 < self.sample_rate <= 1 and self.steps >= 0
+        )
         if not usable:
             raise ConfigurationError(
-                f"privacy event: expected noise multiplier > 0, sample rate in (0, 1], steps >= 0, got {self.noise_multiplier}, {self.sample_rate}, {self.steps}",
-                "an event without noise has no epsilon",
+                f"privacy event: expected noise multiplier >= {MIN_NOISE_MULTIPLIER}, sample rate in (0, 1], steps >= 0, got {self.noise_multiplier}, {self.sample_rate}, {self.steps}",
+                "an event without noise has no epsilon, and one with less has none worth naming",
             )
 
 

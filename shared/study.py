@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shared.config import Settings, TomlTable, read_toml, validate
 from shared.errors import ConfigurationError
+from shared.privacy import MIN_NOISE_MULTIPLIER
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h)$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -142,8 +143,8 @@ class Privacy(Settings):
     """The promise a study asks every site to keep. The site's policy can only make it stricter."""
 
     unit: Literal["patient", "record", "none"] = "patient"
-    epsilon: Real | None = Field(default=None, gt=0, le=1e4, description="the whole study's budget at each site")
-    noise_multiplier: Real | None = Field(default=None, ge=0.01, le=1e6, description="instead of epsilon")
+    epsilon: Real | None = Field(default=None, gt=0, le=100, description="the whole study's budget at each site; above 100 promises nothing")
+    noise_multiplier: Real | None = Field(default=None, ge=MIN_NOISE_MULTIPLIER, le=1e6, description="instead of epsilon")
     delta: Real | None = Field(default=None, gt=0, lt=0.1, description="omitted: min(1e-4, 1/(10 x smallest declared size))")
     max_grad_norm: Real = Field(default=1.0, ge=1e-6, le=1e6, description="C; far below, float32 could not keep a clipped norm under it")
     noise_source: Literal["seeded", "os"] = Field(default="seeded", description="simulation only; a site's own ledger takes 'os' always")

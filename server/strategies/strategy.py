@@ -167,7 +167,7 @@ class FederatedStrategy(Strategy):
         _check_statistics(statistics or {})
         if current.training:
             current.mean.add(decode_parameters(record, self._template(current)), member.weight)
-        return Answer(name=member.name, status="ok", statistics=statistics, privacy=content.privacy)
+        return Answer(name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy)
 
     @staticmethod
     def _template(current: Round) -> Template:

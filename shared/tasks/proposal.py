@@ -90,8 +90,13 @@ def _column_named(given: str | None, usual: tuple[str, ...], names: list[str], o
         if given not in names:
             raise ConfigurationError(f"{option}: no column {given!r}{nearest(given, names)}", f"columns: {', '.join(names[:20])}")
         return given
-    lowered = {name.lower(): name for name in names}
-    return next((lowered[name] for name in usual if name in lowered), None)
+    plain = {_plain(name): name for name in names}
+    return next((plain[_plain(name)] for name in usual if _plain(name) in plain), None)
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces and punctuation: "Patient ID" is "patient_id"."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _column_lines(values: "pd.Series[str]", name: str, questions: list[str], *, is_label: bool) -> list[str]:
@@ -105,6 +110,10 @@ def _column_lines(values: "pd.Series[str]", name: str, questions: list[str], *, 
         lines += ['type = "binary"', f"categories = {json.dumps(distinct)}  # the second counts as 1"]
     elif few and (numbers.isna().any() or (is_label and len(distinct) <= 5)):
         lines += ['type = "category"', f"categories = {json.dumps(distinct)}"]
+    elif _looks_like_identifier(present, numbers):
+        lines += ["# Every row has another whole number here: an identifier? Remove this column, or name it above as patient."]
+        lines += ['type = "number"', "# low =", "# high ="]
+        questions.append(f"{name}: an identifier? Remove it, or name it as patient with --patient")
     elif len(present) and numbers.notna().all():
         lines += [
             'type = "number"',
@@ -119,6 +128,11 @@ def _column_lines(values: "pd.Series[str]", name: str, questions: list[str], *, 
     if not is_label:
         lines.append('missing = "impute"  # or "indicator", or "drop"')
     return lines
+
+
+def _looks_like_identifier(present: "pd.Series[str]", numbers: "pd.Series[float]") -> bool:
+    """Whole numbers, all different, in at least twenty rows."""
+    return len(present) >= 20 and bool(present.is_unique) and bool(present.str.fullmatch(r"\d+").all()) and bool(numbers.notna().all())
 
 
 def _unit_of(name: str) -> str:

@@ -52,7 +52,11 @@ class LabelRule:
 
 
 def label_rule(label: Column) -> LabelRule:
-    """Logistic loss for two categories, cross-entropy for more, squared error on the scaled range for a number."""
+    """Logistic loss for two categories, cross-entropy for more; for a number the quasi-likelihood of a fraction of its declared range.
+
+    That is logistic loss with the label scaled to [0, 1] (Papke and Wooldridge 1996): it is least at the mean, as squared error is, and its
+    gradient stays bounded at the learning rates that suit classification.
+    """
     if label.type == "binary":
         return LabelRule(num_outputs=1, loss=logistic_loss, predict=lambda outputs: torch.sigmoid(outputs[:, 0]), metrics=BINARY_METRICS)
     if label.type == "category":
@@ -61,8 +65,8 @@ def label_rule(label: Column) -> LabelRule:
     low, span = label.low, label.high - label.low
     return LabelRule(
         num_outputs=1,
-        loss=lambda outputs, labels: (outputs[:, 0] - (labels - low) / span) ** 2,
-        predict=lambda outputs: outputs[:, 0] * span + low,
+        loss=lambda outputs, labels: logistic_loss(outputs, (labels - low) / span),
+        predict=lambda outputs: torch.sigmoid(outputs[:, 0]) * span + low,
         metrics=error_metrics(label.low, label.high),
     )
 
@@ -152,7 +156,7 @@ def only_csv(path: Path) -> Path:
 
 
 def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
-    """A CSV file as text columns, empty where a field is empty.
+    """A CSV file as text columns, empty where a field is empty. Commas, tabs, or semicolons (then decimal commas too), as in the first line.
 
     Args:
         names: the columns of a file without a header line.
@@ -165,16 +169,7 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(
-                path,
-                dtype=str,
-                keep_default_na=False,
-                names=names,
-                header=None if names else 0,
-                index_col=False,  # else a field too many in every line shifts all columns, in silence
-                skipinitialspace=True,
-                encoding="utf-8-sig",
-            )
+            return _read_separated(path, names)
     except FileNotFoundError:
         raise DataMissingError(f"{path}: expected a CSV file, found none", "check the path given with --data") from None
     except PermissionError:
@@ -187,6 +182,23 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         raise SchemaError(f"{path}: expected the same number of fields in every line, got a line with more", "check separators and quotes") from None
     except OSError as error:
         raise DataError(f"{path}: could not be read ({type(error).__name__})", "check the file system") from None
+
+
+def _read_separated(path: Path, names: list[str] | None) -> pd.DataFrame:
+    with open(path, encoding="utf-8-sig") as file:
+        separator = max(",;\t", key=file.readline().count)
+    frame = pd.read_csv(
+        path,
+        dtype=str,
+        keep_default_na=False,
+        names=names,
+        header=None if names else 0,
+        index_col=False,  # else a field too many in every line shifts all columns, in silence
+        sep=separator,
+        skipinitialspace=True,
+        encoding="utf-8-sig",
+    )
+    return frame.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True) if separator == ";" else frame
 
 
 def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, synthetic: bool = False) -> Cohort:

@@ -259,7 +259,6 @@ sys.exit(1)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="shared.files.append_line: closing the file writes the rest of its buffer after the cut")
 def test_a_line_shorter_than_the_buffer_is_cut_off_whole_on_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "rounds.jsonl"
     path.write_text("a" * 100 + "\n")
