@@ -163,11 +163,11 @@ class Coordinator:
         parameters = start.parameters
         for number in range(start.round_number + 1, self._study.rounds.count + 1):
             parameters = self._run_round(grid, start.fold, number, parameters)
-        statistics = self._close_fold(grid, start.fold, parameters)
-        self.history.folds.append(FoldResult(fold=start.fold, parameters=parameters, statistics=statistics))
         name = "final" if self._study.evaluation.folds == 1 else f"fold-{start.fold}"
         header = {"study": self._study.name, "study_hash": self._study.fingerprint(), "task": self._task.name, "architecture": self._architecture}
         self._folder.write_model(name, parameters, header)
+        statistics = self._close_fold(grid, start.fold, parameters)
+        self.history.folds.append(FoldResult(fold=start.fold, parameters=parameters, statistics=statistics))
 
     def _run_round(self, grid: Grid, fold: int, number: int, parameters: Parameters) -> Parameters:
         started = time.monotonic()
@@ -276,6 +276,8 @@ class Coordinator:
         self._take_privacy(answers)
         for name, reason in sorted(_reasons(answers).items()):
             logger.warning("closing evaluation of fold %d: %s: %s", fold, name, reason)
+        if all(answer.status != "ok" for answer in answers.values()):
+            self._hold_quorum(0, _reasons(answers), what=f"closing evaluation of fold {fold}")
         return {name: answer.statistics for name, answer in sorted(answers.items()) if answer.statistics is not None}
 
 
@@ -286,6 +288,7 @@ COMMON_ERRORS: tuple[tuple[type[WardroundError], str, str], ...] = (
     (DataError, "E5", "the sites' own logs say what their data lack"),
     (ConfigurationError, "E3", "correct the study, or install the same version at both sides"),
     (StorageError, "E103", "free space, then resume with --resume"),
+    (QuorumLostError, "E102", "if the updates grew without bound, lower training.learning_rate and start a new run"),
 )
 
 

@@ -1,5 +1,6 @@
 """A run's folder: everything one execution of a study leaves behind. Files appear whole or not at all."""
 
+import functools
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from server.strategies.server_optimizer import State
 from shared.errors import ModelMismatchError, StorageError
 from shared.files import append_line, json_text, storage_errors, write_atomic
 from shared.models import Parameters
-from shared.results import PrivacyClaim, Result, RoundRecord, StoredStatistics
+from shared.results import Outcome, PrivacyClaim, Result, RoundRecord, RunStart, StoredStatistics
 from shared.study import Study
 
 HEADER = "wardround"
@@ -41,8 +42,8 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, out: Path, study: Study) -> "RunFolder":
-        """A new folder in `out` (made if absent) with the resolved study in it.
+    def create(cls, out: Path, study: Study, *, baselines: bool = False, patients_sha256: str | None = None) -> "RunFolder":
+        """A new folder in `out` (made if absent) with the resolved study in it, and what the run begins with.
 
         Raises:
             StorageError: it cannot be written.
@@ -54,6 +55,8 @@ class RunFolder:
             (folder.path / "model").mkdir()
             (folder.path / "checkpoint").mkdir()
         write_atomic(folder.path / "study.toml", study.to_toml())
+        start = RunStart(run=folder.path.name, baselines=baselines, patients_sha256=patients_sha256)
+        write_atomic(folder.path / "run.json", json_text(start.model_dump(mode="json")))
         return folder
 
     @classmethod
@@ -69,8 +72,28 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The run's name, also where the path is `.` or a link."""
-        return self.path.resolve().name
+        """The run's name, whatever the folder is called by now."""
+        return self.start.run
+
+    @functools.cached_property
+    def start(self) -> RunStart:
+        """run.json.
+
+        Raises:
+            StorageError: it is missing or damaged.
+        """
+        try:
+            return RunStart.model_validate_json((self.path / "run.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StorageError(
+                f"{self.path}: expected a run.json of ours, could not read it ({type(error).__name__})", "restore the folder, or start a new run"
+            ) from error
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended; None where it has not, or was killed."""
+        path = self.path / "result.json"
+        return Result.model_validate_json(path.read_bytes()).outcome if path.is_file() else None
 
     @property
     def study(self) -> Study:

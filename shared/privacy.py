@@ -93,21 +93,21 @@ def _single_release(noise_multiplier: float, sample_rate: float, interval: float
 
 @functools.lru_cache(maxsize=4096)
 def solve_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """The least noise multiplier (within 0.2 %) whose `steps` releases cost at most `epsilon` at `delta`.
+    """The least noise multiplier (within 0.2 %, and never below `MIN_NOISE_MULTIPLIER`) whose `steps` releases cost at most `epsilon` at `delta`.
 
     Raises:
         ConfigurationError: no noise multiplier up to a million does.
     """
 
     def excess(log_noise: float) -> float:
-        event = PrivacyEvent(noise_multiplier=math.exp(log_noise), sample_rate=sample_rate, steps=steps)
+        event = PrivacyEvent(noise_multiplier=max(math.exp(log_noise), MIN_NOISE_MULTIPLIER), sample_rate=sample_rate, steps=steps)
         return math.log(max(_epsilon_pld((event,), delta), 1e-12)) - math.log(epsilon * SOLVE_MARGIN)
 
     low, high = _bracket(excess, math.log(_rough_guess(epsilon, delta, sample_rate, steps)))
     while high - low > 1e-3:
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-    return math.exp(high)
+    return max(math.exp(high), MIN_NOISE_MULTIPLIER)
 
 
 def _rough_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
@@ -124,8 +124,9 @@ def _bracket(excess: Callable[[float], float], start: float) -> tuple[float, flo
             if high > math.log(MAX_NOISE_MULTIPLIER):
                 raise ConfigurationError("privacy.epsilon: no noise is enough for this budget", "raise epsilon, or lower rounds or batch_size")
     else:
-        while excess(low) <= 0 and low > math.log(1e-2):
-            low, high, width = low - width, low, width * 2
+        floor = math.log(MIN_NOISE_MULTIPLIER)
+        while excess(low) <= 0 and low > floor:
+            low, high, width = max(low - width, floor), low, width * 2
     return low, high
 
 

@@ -18,6 +18,14 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class RunStart(Record):
+    """run.json: what a run began with, beside its study, so that it can be resumed as it was, also from a renamed folder."""
+
+    run: str
+    baselines: bool
+    patients_sha256: str | None  # of a simulation's patients; a resumed run must have the same
+
+
 class SiteRound(Record):
     """One site in one round. `metrics` are of the model that the site received, on its own test patients."""
 

@@ -151,10 +151,15 @@ def _by_attribute(cohort: Cohort, federation: Federation) -> Partition:
         what = "data that name their hospitals" if name == "site" else f"an attribute {name!r}"
         raise PartitionError(
             f"federation.partition {federation.partition!r}: expected {what}, got attributes: {known}",
-            "choose another partition or column, for example with --sites",
+            "choose another partition, for example 'iid', or another column",
         )
     values = cohort.attributes[name]
     parts = {str(value): np.flatnonzero(values == value) for value in dict.fromkeys(values.tolist())}
+    if len(parts) * federation.min_patients > cohort.num_patients:
+        raise PartitionError(
+            f"federation.partition {federation.partition!r}: expected at least {federation.min_patients} patients at every site, got {len(parts)} sites for {cohort.num_patients} patients",
+            "choose a column with few values, or lower federation.min_patients",
+        )
     small = [site for site, part in parts.items() if len(part) < federation.min_patients]
     if small:
         raise PartitionError(

@@ -17,7 +17,6 @@ from server.app import server_app
 from server.coordinator import Coordinator
 from server.run_folder import RunFolder
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
-from shared.files import write_atomic
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
 from shared.study import Study
@@ -30,7 +29,6 @@ from simulations.outcome import RunOutcome, write_outcome
 logger = logging.getLogger(__name__)
 
 ENGINE = "in-process"
-PATIENTS_FILE = "patients.sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +56,7 @@ def prepare(study: Study, data: Path | None) -> Setting:
     probe_model(task, study)
     files = site_files(data)
     if files:
+        logger.info("the sites are those of the site files; the study's [federation] is not used")
         real = real_sites(files, task)
         check_quorum(study, len(real))
         sizes = [site.settings.declared_size for site in real.values()]
@@ -80,6 +79,16 @@ def check_quorum(study: Study, num_sites: int) -> None:
         )
 
 
+def check_baselines(setting: Setting) -> None:
+    """Raise `ConfigurationError` where baselines cannot be: at real sites, whose patients are not pooled, and in a cross-validation."""
+    if setting.federation is None:
+        raise ConfigurationError("--baselines: expected virtual sites, got real ones, whose patients are not pooled", "leave it out")
+    if setting.study.evaluation.folds > 1:
+        raise ConfigurationError(
+            f"--baselines: expected evaluation.folds = 1, got {setting.study.evaluation.folds}", "compare with one fold, or leave it out"
+        )
+
+
 @contextlib.contextmanager
 def at_site(name: str) -> Iterator[None]:
     """Say at which site a study cannot be planned."""
@@ -89,12 +98,10 @@ def at_site(name: str) -> Iterator[None]:
         raise ConfigurationError(f"site {name}: {error.what}", error.remedy) from None
 
 
-def start_run(setting: Setting, out: Path) -> RunFolder:
+def start_run(setting: Setting, out: Path, *, baselines: bool = False) -> RunFolder:
     """A new run's folder in `out` with the resolved study in it."""
-    folder = RunFolder.create(out, setting.study)
-    if setting.federation is not None:
-        write_atomic(folder.path / PATIENTS_FILE, setting.federation.fingerprint() + "\n")
-    return folder
+    fingerprint = setting.federation.fingerprint() if setting.federation is not None else None
+    return RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint)
 
 
 def resume_run(setting: Setting, path: Path) -> RunFolder:
@@ -107,8 +114,8 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
     folder = RunFolder.open(path)
     if folder.study_hash != setting.study.fingerprint():
         raise ModelMismatchError(f"{path}: expected the study that this run began with, got another", "start a new run")
-    known = folder.path / PATIENTS_FILE
-    if setting.federation is not None and known.is_file() and known.read_text().strip() != setting.federation.fingerprint():
+    fingerprint = setting.federation.fingerprint() if setting.federation is not None else None
+    if folder.start.patients_sha256 != fingerprint:
         raise ModelMismatchError(f"{path}: expected the patients that this run began with, got others", "give the same --data as before")
     return folder
 
@@ -165,11 +172,10 @@ def _federation(setting: Setting) -> VirtualFederation:
 
 
 def _baselines(setting: Setting) -> dict[str, Baseline]:
-    """Baselines pool patients, so they exist for virtual sites alone; a cross-validation has none."""
-    if setting.federation is None or setting.study.evaluation.folds > 1:
-        return {}
+    """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
+    federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    return run_baselines(setting.federation.cohorts, setting.task, setting.study)
+    return run_baselines(federation.cohorts, setting.task, setting.study)
 
 
 @contextlib.contextmanager

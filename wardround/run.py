@@ -1,12 +1,13 @@
 """`simulate(study)` and the run that comes back."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.run_folder import RunFolder
-from shared.errors import StorageError
+from shared.errors import DataMissingError, StorageError
 from shared.results import MetricValues, Result, RoundRecord, RunPrivacy
 from shared.study import Study
 from wardround.quiet import quiet_flower_log, root_log_unchanged, switch_off_telemetry
@@ -84,12 +85,26 @@ class Run:
         return write_report(self.path)
 
 
+def check_places(data: Path | None, out: Path) -> None:
+    """Look at both places before seconds are spent on imports and data.
+
+    Raises:
+        DataMissingError: there is nothing at `data`.
+        StorageError: `out` is no folder and cannot become one.
+    """
+    if data is not None and not data.exists():
+        raise DataMissingError(f"{data}: expected data, found nothing", "check the path given with --data")
+    existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise StorageError(f"{out}: could not make the run's folder: {existing} is not a folder that can be written to", "give another with --out")
+
+
 def simulate(
     study: Study | str | Path,
     *,
     data: str | Path | None = None,
     out: str | Path = "runs",
-    baselines: bool = False,
+    baselines: bool | None = None,
     resume: str | Path | None = None,
     observe: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Run:
@@ -99,8 +114,8 @@ def simulate(
         study: a study, or its TOML file. With `resume`, the study of that run is meant and this one must equal it.
         data: file or folder of the cohort; or a folder of site files (`*/site.toml`), whose policies and ledgers then hold.
         out: the folder in which the run's folder is made.
-        baselines: also train every site alone and all data pooled, without and with the study's privacy.
-        resume: an earlier run's folder, to go on from its last complete round.
+        baselines: also train every site alone and all data pooled, without and with the study's privacy. None: no, or as a resumed run began.
+        resume: an earlier run's folder, to go on from its last complete round; one that is complete is given back as it is.
         observe: called with every round's record.
 
     Raises:
@@ -109,16 +124,25 @@ def simulate(
     >>> run = simulate(Study.load("studies/breast-cancer.toml").replace(rounds={"count": 2}))  # doctest: +SKIP
     """
     switch_off_telemetry()
+    check_places(None if data is None else Path(data), Path(out))
     with root_log_unchanged():
-        from simulations.simulate import execute, prepare, resume_run, start_run
+        from simulations.simulate import check_baselines, execute, prepare, resume_run, start_run
 
     quiet_flower_log()
     study = study if isinstance(study, Study) else Study.load(study)
     setting = prepare(study, None if data is None else Path(data))
-    folder = start_run(setting, Path(out)) if resume is None else resume_run(setting, Path(resume))
+    if baselines:
+        check_baselines(setting)
+    if resume is None:
+        folder = start_run(setting, Path(out), baselines=bool(baselines))
+    else:
+        folder = resume_run(setting, Path(resume))
+        baselines = folder.start.baselines if baselines is None else baselines
+        if folder.outcome == "completed":
+            return Run(folder.path)
     run = Run(folder.path)
     try:
-        execute(setting, folder, baselines=baselines, observe=observe)
+        execute(setting, folder, baselines=bool(baselines), observe=observe)
     except BaseException:
         with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none
             run.report()

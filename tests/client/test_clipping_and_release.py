@@ -164,8 +164,15 @@ def test_no_patient_contributes_more_than_the_clip(seed: int, size: float, clip:
 def _plan_and_round(task: Task, clip: float) -> tuple[SitePlan, LocalRound]:
     study = Study.from_table({"name": "s", "task": "tiny", "privacy": {"epsilon": 1.0, "delta": 1e-3, "max_grad_norm": clip}})
     plan = SitePlan(
-        unit="patient", declared_size=9, sample_rate=1.0, steps_per_round=1, expected_batch_size=9.0, rounds=1, noise_multiplier=1.0, max_grad_norm=clip
-    )  # fmt: skip
+        unit="patient",
+        declared_size=9,
+        sample_rate=1.0,
+        steps_per_round=1,
+        expected_batch_size=9.0,
+        rounds=1,
+        noise_multiplier=1.0,
+        max_grad_norm=clip,
+    )
     return plan, LocalRound(study=study, task=task, round_number=1)
 
 

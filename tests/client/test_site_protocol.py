@@ -46,8 +46,13 @@ def changes_of(parameters: Parameters) -> np.ndarray:
 
 def virtual_site(task: Task, cohort: Cohort, folder: Path, name: str = "a") -> Site:
     settings = SiteSettings(
-        name=name, declared_size=60, declared_num_patients=80, declared_num_test=20, ledger_path=folder / f"{name}.sqlite", split_key=SIMULATION_SPLIT_KEY
-    )  # fmt: skip
+        name=name,
+        declared_size=60,
+        declared_num_patients=80,
+        declared_num_test=20,
+        ledger_path=folder / f"{name}.sqlite",
+        split_key=SIMULATION_SPLIT_KEY,
+    )
     return Site(settings, task, lambda: cohort)
 
 

@@ -15,6 +15,7 @@ from scipy.special import log_ndtr
 
 from shared.errors import ConfigurationError
 from shared.privacy import (
+    MIN_NOISE_MULTIPLIER,
     PrivacyEvent,
     default_delta,
     epsilon_of,
@@ -55,7 +56,7 @@ def test_full_batch_epsilon_is_that_of_one_gaussian_with_less_noise(noise: float
     assert exact * (1 - 1e-9) <= ours <= exact * 1.003 + 1e-3  # an upper bound, and a tight one
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.1, 0.2, 0.29])
+@pytest.mark.parametrize("noise", [0.1, 0.15, 0.2, 0.29])
 def test_little_noise_keeps_a_tight_upper_bound_in_bounded_time(noise: float) -> None:
     exact = gaussian_epsilon(noise, DELTA)
     assert exact * (1 - 1e-9) <= epsilon_of([event(noise, 1.0, 1)], DELTA) <= exact * 1.003
@@ -135,8 +136,14 @@ def test_nothing_released_costs_nothing() -> None:
     [(0.0, 0.1, 1), (-1.0, 0.1, 1), (math.nan, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.01, 1), (1.0, math.nan, 1), (1.0, 0.1, -1)],
 )
 def test_events_without_a_theorem_are_refused(noise: float, rate: float, steps: int) -> None:
-    with pytest.raises(ConfigurationError, match="privacy event: expected noise multiplier > 0"):
+    with pytest.raises(ConfigurationError, match="privacy event: expected noise multiplier >= 0.1"):
         event(noise, rate, steps)
+
+
+@pytest.mark.parametrize(("epsilon", "rate"), [(100.0, 0.01), (100.0, 1e-4), (30.0, 1e-3), (8.0, 1e-4)])
+def test_a_budget_that_needs_next_to_no_noise_gets_the_least_there_is(epsilon: float, rate: float) -> None:
+    noise = solve_noise_multiplier(epsilon=epsilon, delta=DELTA, sample_rate=rate, steps=1)
+    assert MIN_NOISE_MULTIPLIER <= noise < 0.6 and epsilon_of([event(noise, rate, 1)], DELTA) <= epsilon
 
 
 def test_no_noise_fits_an_impossible_budget() -> None:

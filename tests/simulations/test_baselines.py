@@ -6,6 +6,7 @@ import torch
 
 from client.local_training import LocalRound, torch_seeded, train_round
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, test_patients
+from shared.errors import ConfigurationError
 from shared.models import get_parameters, initial_parameters, set_parameters
 from shared.seeding import generator
 from shared.task import Task, resolve_task
@@ -104,5 +105,5 @@ def test_a_delta_that_suits_every_site_but_not_the_pool_does_not_end_the_run(run
 
 
 def test_a_cross_validation_has_no_baselines(runner) -> None:
-    run = runner.run(runner.study(evaluation={"folds": 2}, privacy={"unit": "none"}, rounds={"count": 1}), baselines=True)
-    assert run.result.metrics["pooled"] == {} and run.result.per_site_baselines == {}
+    with pytest.raises(ConfigurationError, match=r"--baselines: expected evaluation.folds = 1, got 2"):
+        runner.run(runner.study(evaluation={"folds": 2}, privacy={"unit": "none"}, rounds={"count": 1}), baselines=True)

@@ -33,7 +33,7 @@ def check(
 @app.command("fetch")
 def fetch(
     task: Annotated[str, typer.Argument(metavar="TASK", help="The task whose public data to download.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to put the files in (default: data/<task>).")] = Path("data"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder in which a folder named after the task is made.")] = Path("data"),
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

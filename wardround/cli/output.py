@@ -29,7 +29,7 @@ def report_error(error: WardroundError | None, *, as_json: bool) -> int:
         code, what, remedy, exit_code = (
             "E130",
             "interrupted",
-            "go on with 'wardround simulate --resume RUN', RUN being the folder printed above, and --data as before",
+            "if a run's folder was printed above, go on with 'wardround simulate --resume FOLDER', and --data as before",
             INTERRUPTED_EXIT_CODE,
         )
     else:

@@ -114,7 +114,7 @@ def spent(
             )
         )
         if ledger.limit is not None:
-            terminal.print(f"limit {ledger.limit:g}; what remains is what a next study may bring the total to, not a difference of epsilons")
+            terminal.print(f"limit {ledger.limit:g}: a next study is admitted while the total, composed as above, stays within it")
         terminal.print()
     if as_json:
         print_envelope({"ledgers": [ledger.to_table() for ledger in ledgers]})

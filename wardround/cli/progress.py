@@ -39,6 +39,7 @@ class RoundLines:
         self._started = time.monotonic()
         self._pending: RoundRecord | None = None
         self._handler = AnnouncementHandler(terminal)
+        self._told: set[str] = set()  # why a site is missing is said once, not every round
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -91,5 +92,7 @@ class RoundLines:
         parts.append(f"{seconds // 60}:{seconds % 60:02d}")
         self._terminal.print("  ".join(parts), markup=False)
         for site in asked:
-            if site.status != "ok":
-                self._terminal.print(f"  {site.name}: {site.status}: {site.reason or ''}", style="yellow", markup=False)
+            told = f"{site.name}: {site.status}: {site.reason}" if site.status != "ok" else f"{site.name}: no statistics: {site.reason}"
+            if site.reason and told not in self._told:
+                self._told.add(told)
+                self._terminal.print(f"  {told}", style="yellow", markup=False)

@@ -1,7 +1,7 @@
 """`wardround simulate`: a study over virtual sites on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -49,13 +49,16 @@ def simulate(
         typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named)."),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
+    engine: Annotated[Literal["in-process"], typer.Option("--engine", help="What carries the messages.")] = "in-process",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a study over virtual hospitals on this machine; with no argument, the embedded default study."""
     changes = overrides(sites=sites, rounds=rounds, epsilon=epsilon, task=task, seed=seed)
     chosen = resumed_study(resume, study, changes) if resume is not None else read_study(study, task, changes)
-    _run(chosen, data=data, out=out, baselines=study is None and task is None if baselines is None else baselines, resume=resume, as_json=as_json)
+    if baselines is None and resume is None:
+        baselines = study is None and task is None
+    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, as_json=as_json)
 
 
 def read_study(name: str | None, task: str | None, changes: dict[str, object]) -> "Study":
@@ -85,7 +88,7 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
     return RunFolder.open(resume).study
 
 
-def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool, resume: Path | None, as_json: bool) -> None:
+def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool) -> None:
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
     from wardround.run import simulate as run_simulation
@@ -109,9 +112,9 @@ def print_result(result: "Result", terminal: "Console") -> None:
     terminal.print()
     columns, rows = metric_rows(result)
     if rows:
-        terminal.print(table(f"{result.study}: test patients of all sites", columns, rows))
+        terminal.print(table(f"{result.study}: test patients of {evaluated_sites(result)}", columns, rows))
     else:
-        terminal.print("No evaluation statistic left a site: no policy lists its metrics under allowed_metrics.")
+        terminal.print("No evaluation statistic came from any site; the lines above say why.")
     terminal.print()
     columns, rows = site_rows(result)
     terminal.print(table("sites", columns, rows[:SHOWN_SITES]))
@@ -119,8 +122,16 @@ def print_result(result: "Result", terminal: "Console") -> None:
         terminal.print(f"... and {len(rows) - SHOWN_SITES} more sites in the report")
     if result.synthetic:
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
+    if result.privacy.unit == "none":
+        terminal.print("\nNo privacy: every update was sent as it was.", style="yellow")
     if result.privacy.seeded_noise:
         terminal.print("\nSeeded noise: this is a simulation and protects nobody. In a deployment each site draws its own noise.", style="yellow")
+
+
+def evaluated_sites(result: "Result") -> str:
+    """`all sites`, or the number of sites whose test patients stand behind the metrics."""
+    evaluated = sum(any(isinstance(value, float) for value in values.values()) for values in result.per_site.values())
+    return "all sites" if evaluated == len(result.sites) else f"{evaluated} of {len(result.sites)} sites"
 
 
 def metric_rows(result: "Result") -> tuple[list[str], list[list[str]]]:

@@ -81,8 +81,9 @@ def lead(run: RunFiles) -> str:
     if value is None:
         return f"No model was evaluated, so there is no {metric} to report."
     final = result.metrics.get("federated", {}).get(result.primary_metric) is not None
-    together = "together " if len(result.sites) > 1 else ""
-    model = f"The model trained {together}by {plural(len(result.sites), 'site')}" if final else "The last model evaluated before the run ended"
+    num_sites = len(trained_sites(run))
+    together = "together " if num_sites > 1 else ""
+    model = f"The model trained {together}by {plural(num_sites, 'site')}" if final else "The last model evaluated before the run ended"
     sentences = [f"{model} reached {metric} {number(value)}{_interval_words(interval)} on {plural(num_tested(run), 'test patient')}."]
     compared = [part for source, words in _COMPARISONS if (part := _comparison(run, source, words))]
     if compared and final:
@@ -93,6 +94,11 @@ def lead(run: RunFiles) -> str:
 
 
 _COMPARISONS = (("local_only", "a single site’s own model, on average over the sites,"), ("pooled", "one model on all data in one place"))
+
+
+def trained_sites(run: RunFiles) -> set[str]:
+    """The sites that gave at least one usable update."""
+    return {site.name for record in run.rounds for site in record.sites if site.status == "ok"}
 
 
 def num_tested(run: RunFiles) -> int:
@@ -121,8 +127,12 @@ def key_numbers(run: RunFiles) -> list[KeyNumber]:
     return [
         KeyNumber(name=metric_title(result.primary_metric), value=number(value), below=interval_text(interval) or "no interval"),
         _epsilon_number(run),
-        KeyNumber(name="Sites", value=count(len(result.sites)), below=_answered(run)),
-        KeyNumber(name="Patients", value=count(sum(site.num_patients for site in result.sites)), below=f"{declared}{tested:,} for testing"),
+        KeyNumber(name="Sites", value=count(len(trained_sites(run))), below=_answered(run)),
+        KeyNumber(
+            name="Patients",
+            value=count(sum(site.num_patients for site in result.sites if site.name in trained_sites(run))),
+            below=f"{declared}{tested:,} for testing",
+        ),
         KeyNumber(name="Rounds", value=count(result.rounds_completed), below=f"of {run.study.rounds.count:,}{folds}"),
         KeyNumber(
             name="Time",
@@ -136,6 +146,9 @@ def _answered(run: RunFiles) -> str:
     absent = {site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked")}
     if not run.rounds:
         return "no round completed"
+    never = len(run.result.sites) - len(trained_sites(run))
+    if never:
+        return f"of {len(run.result.sites)}; {never} never took part"
     return f"{len(absent)} missed rounds" if absent else "all in every round"
 
 
