@@ -127,6 +127,8 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
         WardroundError: what stopped the study; the folder's outcome is then "failed".
         KeyboardInterrupt: passed on; the outcome is "interrupted".
     """
+    if baselines:
+        check_baselines(setting)
     started = time.monotonic()
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe)
