@@ -1,0 +1,117 @@
+"""A study rehearsed with hospitals' own site files: their policies and ledgers hold, and the printout says what each kept back."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.wardround.conftest import Command
+
+SCHEMA = """
+name = "stay"
+patient = "patient"
+[label]
+name = "died"
+type = "binary"
+[[columns]]
+name = "age"
+type = "number"
+low = 18
+high = 110
+"""
+SITE = """
+name = "{name}"
+[cohort]
+path = "cohort.csv"
+declared_size = 100
+declared_test_size = 40
+[policy]
+max_epsilon = 2.0
+max_delta = 1e-3
+allowed_tasks = ["stay"]
+allowed_metrics = [{metrics}]
+"""
+ALL = '"auroc", "accuracy", "auprc", "brier", "calibration_error"'
+STUDY = 'name = "rehearsal"\ntask = "stay.toml"\n[rounds]\ncount = 2\n[privacy]\nepsilon = 1.0\n'
+
+
+def make_site(folder: Path, name: str, metrics: str) -> None:
+    """A hospital's folder: site file and 140 synthetic patients."""
+    folder.mkdir(parents=True)
+    rows = [f"{name}-{index},{20 + index % 80},{int(index % 80 > 40)}" for index in range(140)]
+    (folder / "cohort.csv").write_text("patient,age,died\n" + "\n".join(rows) + "\n")
+    (folder / "site.toml").write_text(SITE.format(name=name, metrics=metrics))
+
+
+@pytest.fixture
+def rehearsal(tmp_path: Path) -> Path:
+    """A study, its schema, and two hospitals, one of which lets only some metrics out."""
+    (tmp_path / "stay.toml").write_text(SCHEMA)
+    (tmp_path / "study.toml").write_text(STUDY)
+    make_site(tmp_path / "sites" / "north", "north", ALL)
+    make_site(tmp_path / "sites" / "south", "south", '"auroc"')
+    return tmp_path
+
+
+def test_policies_and_ledgers_hold_until_the_budget_is_spent(command: Command, rehearsal: Path) -> None:
+    first = command("simulate", "study.toml", "--data", "sites")
+    assert first.code == 0
+    assert "test patients of 1 of 2 sites" in first.out
+    assert first.out.count("south: no statistics: policy.allowed_metrics: score_histogram also gives accuracy") == 1
+    assert "protects nobody" not in first.out
+    codes = [command("simulate", "study.toml", "--data", "sites", "--json").code for _ in range(7)]
+    assert codes[-1] == 7
+    spent = command("privacy", "spent", "sites/north/site.toml", "--json").data["ledgers"]
+    assert isinstance(spent, list)
+    assert spent[0]["epsilon"] <= spent[0]["limit"] == 2.0
+    assert len(spent[0]["studies"]) == 1 + codes.count(0)
+
+
+def test_the_folder_of_one_site_is_that_site(command: Command, rehearsal: Path) -> None:
+    outcome = command("simulate", "study.toml", "--data", "sites/north", "--json")
+    assert outcome.code == 0
+    assert [site["name"] for site in outcome.data["sites"]] == ["north"]  # type: ignore[attr-defined]  # a list of tables
+    assert (rehearsal / "sites" / "north" / "state" / "ledger.sqlite").is_file()
+
+
+def test_a_lost_key_is_not_made_anew_beside_a_ledger(command: Command, rehearsal: Path) -> None:
+    assert command("simulate", "study.toml", "--data", "sites").code == 0
+    key = rehearsal / "sites" / "north" / "state" / "patient-hash.key"
+    assert key.stat().st_mode & 0o077 == 0
+    key.unlink()
+    outcome = command("simulate", "study.toml", "--data", "sites", "--json")
+    assert (outcome.code, outcome.data["code"]) == (1, "E104")
+    assert not key.exists()
+
+
+def test_a_policy_refusal_is_told_with_its_exit_code(command: Command, rehearsal: Path) -> None:
+    assert command("simulate", "study.toml", "--data", "sites", "--epsilon", "none", "--json").code == 6
+    assert command("simulate", "study.toml", "--data", "sites", "--epsilon", "3", "--json").code == 6
+
+
+def test_real_sites_have_no_baselines(command: Command, rehearsal: Path) -> None:
+    outcome = command("simulate", "study.toml", "--data", "sites", "--baselines", "--json")
+    assert (outcome.code, outcome.data["code"]) == (3, "E300")
+
+
+def test_a_number_as_label_learns_at_the_default_settings(command: Command, tmp_path: Path) -> None:
+    label = 'type = "number"\nlow = 0\nhigh = 40\nunit = "days"\n'
+    (tmp_path / "los.toml").write_text(SCHEMA.replace('type = "binary"\n', label).replace('"stay"', '"los"'))
+    rows = [f"p{index};{20 + index % 80};{(20 + index % 80) / 4 + index % 3:.1f}".replace(".", ",") for index in range(400)]
+    (tmp_path / "los.csv").write_text("patient;age;died\n" + "\n".join(rows) + "\n")
+    for epsilon in ("3", "none"):
+        outcome = command("simulate", "--task", "los.toml", "--data", "los.csv", "--epsilon", epsilon, "--json")
+        assert outcome.code == 0
+        metrics = outcome.data["metrics"]
+        assert isinstance(metrics, dict)
+        assert metrics["federated"]["mae"] < 3.0
+        assert metrics["federated"]["r2"] > 0.6
+
+
+def test_a_finished_run_is_resumed_as_it_is(command: Command) -> None:
+    data = command("simulate", "--rounds", "1", "--sites", "2", "--json").data
+    run = Path(str(data["run_dir"]))
+    before = (run / "result.json").read_bytes()
+    renamed = run.rename(run.with_name("renamed"))
+    again = command("simulate", "--resume", renamed, "--json")
+    assert again.code == 0
+    assert (renamed / "result.json").read_bytes() == before
