@@ -122,7 +122,7 @@ class Ledger:
         Raises:
             BudgetExhaustedError: it does not; it says what is spent, asked and allowed.
         """
-        spent = [spend.event for spend in self.spends()]
+        spent = [other for events in self.charged().values() for other in events]
         after = epsilon_of([*spent, event], limit.delta)
         if after > limit.epsilon * (1 + 1e-9):
             before = epsilon_of(spent, limit.delta)
@@ -147,10 +147,9 @@ class Ledger:
                 self._insert(spend)
 
     def _check_spend(self, spend: Spend, limit: Limit, planned: PrivacyEvent) -> None:
-        charged = self.spends()
-        own = [other.event for other in charged if other.run == spend.run and _same_mechanism(other.event, planned)]
-        own_steps = sum(event.steps for event in own) + spend.event.steps
-        others = [other.event for other in charged if other.run != spend.run or not _same_mechanism(other.event, planned)]
+        charged = [(run, other) for run, events in self.charged().items() for other in events]
+        own_steps = spend.event.steps + sum(other.steps for run, other in charged if run == spend.run and _same_mechanism(other, planned))
+        others = [other for run, other in charged if run != spend.run or not _same_mechanism(other, planned)]
         if _same_mechanism(spend.event, planned) and own_steps <= planned.steps and epsilon_of([*others, planned], limit.delta) <= limit.epsilon:
             return
         self.check_room(spend.event, limit)
@@ -194,7 +193,16 @@ class Ledger:
 
     def epsilon(self, delta: float) -> float:
         """Epsilon at `delta` of everything charged."""
-        return epsilon_of([spend.event for spend in self.spends()], delta)
+        return epsilon_of([event for events in self.charged().values() for event in events], delta)
+
+    def charged(self) -> dict[str, list[PrivacyEvent]]:
+        """What each run was charged, merged by mechanism (noise multiplier, sample rate)."""
+        with self._storage():
+            rows = self._database.execute("SELECT run, noise_multiplier, sample_rate, SUM(steps) FROM spend GROUP BY 1, 2, 3").fetchall()
+        by_run: dict[str, list[PrivacyEvent]] = {}
+        for run, noise, rate, steps in rows:
+            by_run.setdefault(run, []).append(PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps))
+        return by_run
 
     def bind_patients(self, hashes: list[bytes]) -> None:
         """Remember the keyed hashes of the cohort's patients; later versions of the cohort may add and lose some.

@@ -188,7 +188,7 @@ class Site:
         return admission
 
     def _already_charged(self, run: str, plan: SitePlan) -> bool:
-        charged = {(spend.event.noise_multiplier, spend.event.sample_rate) for spend in self.ledger_for(plan).spends() if spend.run == run}
+        charged = {(event.noise_multiplier, event.sample_rate) for event in self.ledger_for(plan).charged().get(run, [])}
         if charged - {(plan.noise_multiplier, plan.sample_rate)}:
             raise ProtocolError("run: expected a name of its own, got that of a run with another noise or sample rate")
         return bool(charged)
@@ -246,7 +246,7 @@ class Site:
         if not plan.private:
             return None
         assert plan.noise_multiplier is not None and plan.delta is not None
-        steps = sum(spend.event.steps for spend in self.ledger_for(plan).spends() if spend.run == admission.run)
+        steps = sum(event.steps for event in self.ledger_for(plan).charged().get(admission.run, []))
         return site_privacy(plan, steps, cross_check=cross_check)
 
 
