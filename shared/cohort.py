@@ -93,7 +93,7 @@ def patient_hash(key: bytes, patient_id: str) -> bytes:
     return hmac.new(key, patient_id.encode(), hashlib.sha256).digest()
 
 
-def test_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
+def tested_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
     """`(P,)`, True for the patients tested on; a function of each patient's id and the site's key alone.
 
     With one fold: the task's published split, or `TEST_FRACTION` by keyed hash. With more: a patient is tested in one fold.
@@ -104,6 +104,3 @@ def test_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) 
     if folds == 1:
         return hashes < np.uint64(int(TEST_FRACTION * 2**64))
     return np.asarray(hashes % np.uint64(folds) == np.uint64(fold - 1))
-
-
-test_patients.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest makes of its name
