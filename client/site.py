@@ -21,7 +21,7 @@ from client.noise import GaussianNoise
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
-from shared.cohort import Cohort, patient_hash, tested_patients
+from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import Enrolled, EnrolTask, Evaluated, EvaluateTask, Statistics, Trained, TrainTask
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
@@ -201,7 +201,7 @@ class Site:
     def _parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
         cohort = self.cohort()
         if (fold, study.evaluation.folds) not in self._split:
-            test = tested_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds)
+            test = held_out_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds)
             self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
         return self._split[fold, study.evaluation.folds]
 

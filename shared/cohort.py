@@ -93,7 +93,7 @@ def patient_hash(key: bytes, patient_id: str) -> bytes:
     return hmac.new(key, patient_id.encode(), hashlib.sha256).digest()
 
 
-def tested_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
+def held_out_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
     """`(P,)`, True for the patients tested on; a function of each patient's id and the site's key alone.
 
     With one fold: the task's published split, or `TEST_FRACTION` by keyed hash. With more: a patient is tested in one fold.

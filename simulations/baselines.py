@@ -12,7 +12,7 @@ from client.noise import GaussianNoise
 from client.private_training import Randomness, train_round_private
 from client.site import evaluate_parameters
 from server.evaluation import add_statistics
-from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.plan import plan_site
@@ -47,7 +47,7 @@ def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study) -> dict[
 
 
 def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
-    test = tested_patients(cohort, SIMULATION_SPLIT_KEY)
+    test = held_out_patients(cohort, SIMULATION_SPLIT_KEY)
     return cohort.select(~test), cohort.select(test)
 
 

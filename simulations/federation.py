@@ -12,7 +12,7 @@ import numpy as np
 from client.hospital import open_site
 from client.policy import SiteFile
 from client.site import Site, SiteSettings
-from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.files import storage_errors
 from shared.privacy import default_delta
@@ -133,7 +133,7 @@ def real_sites(files: list[Path], task: Task) -> dict[str, Site]:
 
 
 def _summary(name: str, cohort: Cohort, task: Task, study: Study) -> SiteSummary:
-    test = tested_patients(cohort, SIMULATION_SPLIT_KEY, fold=1, folds=study.evaluation.folds)
+    test = held_out_patients(cohort, SIMULATION_SPLIT_KEY, fold=1, folds=study.evaluation.folds)
     return SiteSummary(
         name=name,
         num_patients=cohort.num_patients,
@@ -155,7 +155,7 @@ def _class_counts(cohort: Cohort, task: Task) -> dict[str, int] | None:
 
 def _check_training_patients(name: str, cohort: Cohort, study: Study) -> None:
     for fold in range(1, study.evaluation.folds + 1):
-        test = tested_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=study.evaluation.folds)
+        test = held_out_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=study.evaluation.folds)
         if test.all():
             raise PartitionError(
                 f"site {name}: expected a patient to train on, got none in fold {fold}", "use fewer sites, or raise federation.min_patients"

@@ -18,7 +18,7 @@ import simulations.in_process
 from client.local_training import LocalRound, torch_seeded, train_round
 from server.evaluation import add_statistics
 from server.run_folder import RunFolder, read_tensors
-from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import BudgetExhaustedError, DataError, PolicyRefusedError, QuorumLostError
 from shared.messages import Enrolled, EnrolTask, Refused, Statistics, TrainTask, decode, decode_statistics, encode
 from shared.metrics import finish_metrics
@@ -129,7 +129,7 @@ def test_the_closing_metrics_are_those_of_all_test_patients_in_one_place(make_ri
     rig = make_rig()
     history = rig.run(rig.new_folder())
     fold = history.folds[0]
-    tests = [cohort.select(tested_patients(cohort, SIMULATION_SPLIT_KEY)) for cohort in rig.cohorts.values()]
+    tests = [cohort.select(held_out_patients(cohort, SIMULATION_SPLIT_KEY)) for cohort in rig.cohorts.values()]
     together = statistics_of(task, pool(tests), fold.parameters)
     summed = add_statistics(fold.statistics.values())
     assert finish_metrics(task.metrics, summed) == finish_metrics(task.metrics, together)
@@ -141,7 +141,7 @@ def test_round_metrics_are_of_the_model_that_was_received(make_rig: MakeRig, tas
     rig.run(rig.new_folder())
     start = initial_parameters(task.model(), rig.study.seed)
     for site in rig.records[0].sites:
-        test = rig.cohorts[site.name].select(tested_patients(rig.cohorts[site.name], SIMULATION_SPLIT_KEY))
+        test = rig.cohorts[site.name].select(held_out_patients(rig.cohorts[site.name], SIMULATION_SPLIT_KEY))
         assert site.num_test == test.num_patients
         assert site.metrics == finish_metrics(task.metrics, statistics_of(task, test, start))
 
@@ -151,7 +151,7 @@ def test_one_site_equals_centralised_training(make_rig: MakeRig, task: Task) -> 
     rig = make_rig(sizes=(120,), rounds={"count": 8}, training={"local_epochs": 2, "momentum": 0.5})
     federated = rig.run(rig.new_folder()).folds[0].parameters
     cohort = rig.cohorts["site-1"]
-    train = cohort.select(~tested_patients(cohort, SIMULATION_SPLIT_KEY))
+    train = cohort.select(~held_out_patients(cohort, SIMULATION_SPLIT_KEY))
     model = task.model()
     set_parameters(model, initial_parameters(model, rig.study.seed))
     for number in range(1, 9):
@@ -649,7 +649,7 @@ def test_rounds_of_later_folds_say_how_many_were_tested(make_rig: MakeRig) -> No
     rig.run(rig.new_folder())
 
     def tested(cohort: Cohort, fold: int) -> int:
-        return int(tested_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=3).sum())
+        return int(held_out_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=3).sum())
 
     for record in rig.records:
         assert {site.name: site.num_test for site in record.sites} == {name: tested(cohort, record.fold) for name, cohort in rig.cohorts.items()}

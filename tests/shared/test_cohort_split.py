@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.cohort import TEST_FRACTION, Cohort, patient_hash, tested_patients
+from shared.cohort import TEST_FRACTION, Cohort, held_out_patients, patient_hash
 
 KEY = b"k" * 32
 
@@ -66,17 +66,17 @@ def test_the_split_depends_on_key_and_identifier_alone(order: list[int], folds: 
     cohort = dataclasses.replace(make_cohort([1] * 25), published_test=None)
     moved = dataclasses.replace(cohort, patient_ids=tuple(cohort.patient_ids[index] for index in order))
     for fold in range(1, folds + 1):
-        before = dict(zip(cohort.patient_ids, tested_patients(cohort, KEY, fold=fold, folds=folds), strict=True))
-        after = dict(zip(moved.patient_ids, tested_patients(moved, KEY, fold=fold, folds=folds), strict=True))
+        before = dict(zip(cohort.patient_ids, held_out_patients(cohort, KEY, fold=fold, folds=folds), strict=True))
+        after = dict(zip(moved.patient_ids, held_out_patients(moved, KEY, fold=fold, folds=folds), strict=True))
         assert before == after
         smaller = moved.select(np.arange(10))
-        assert dict(zip(smaller.patient_ids, tested_patients(smaller, KEY, fold=fold, folds=folds), strict=True)).items() <= before.items()
+        assert dict(zip(smaller.patient_ids, held_out_patients(smaller, KEY, fold=fold, folds=folds), strict=True)).items() <= before.items()
 
 
 @given(st.integers(2, 10))
 def test_folds_test_every_patient_exactly_once(folds: int) -> None:
     cohort = make_cohort([1] * 60)
-    tested = np.sum([tested_patients(cohort, KEY, fold=fold, folds=folds) for fold in range(1, folds + 1)], axis=0)
+    tested = np.sum([held_out_patients(cohort, KEY, fold=fold, folds=folds) for fold in range(1, folds + 1)], axis=0)
     assert np.array_equal(tested, np.ones(60))
 
 
@@ -84,17 +84,17 @@ def test_shares_are_as_declared() -> None:
     """Binomial with 6,000 patients: five standard deviations, a false alarm in 2 million for each count; fixed keys."""
     cohort = dataclasses.replace(make_cohort([1] * 6000), published_test=None)
     for key in (KEY, b"another key"):
-        assert tested_patients(cohort, key).mean() == pytest.approx(TEST_FRACTION, abs=5 * (0.3 * 0.7 / 6000) ** 0.5)
+        assert held_out_patients(cohort, key).mean() == pytest.approx(TEST_FRACTION, abs=5 * (0.3 * 0.7 / 6000) ** 0.5)
         for fold in range(1, 5):
-            assert tested_patients(cohort, key, fold=fold, folds=4).mean() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 6000) ** 0.5)
-    agreement = (tested_patients(cohort, KEY) == tested_patients(cohort, b"another key")).mean()
+            assert held_out_patients(cohort, key, fold=fold, folds=4).mean() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 6000) ** 0.5)
+    agreement = (held_out_patients(cohort, KEY) == held_out_patients(cohort, b"another key")).mean()
     assert agreement == pytest.approx(0.3**2 + 0.7**2, abs=5 * 0.5 / 6000**0.5)  # another key is another split
 
 
 def test_a_published_split_is_taken_where_there_is_one_fold() -> None:
     cohort = make_cohort([1] * 12)
-    assert np.array_equal(tested_patients(cohort, KEY), cohort.published_test)
-    assert not np.array_equal(tested_patients(cohort, KEY, fold=1, folds=2), cohort.published_test)
+    assert np.array_equal(held_out_patients(cohort, KEY), cohort.published_test)
+    assert not np.array_equal(held_out_patients(cohort, KEY, fold=1, folds=2), cohort.published_test)
 
 
 def test_patient_hashes_are_keyed() -> None:

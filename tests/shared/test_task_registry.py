@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cohort import tested_patients as split_of
+from shared.cohort import held_out_patients as split_of
 from shared.errors import ConfigurationError, DataMissingError, ProtocolError, SchemaError, StorageError, UnknownTaskError
 from shared.models import check_parameters, get_parameters, initial_parameters, mlp, predict_in_batches, set_parameters, template_of
 from shared.task import Task, architecture_hash, resolve_task, task_names

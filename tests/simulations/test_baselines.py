@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from client.local_training import LocalRound, torch_seeded, train_round
-from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError
 from shared.models import get_parameters, initial_parameters, set_parameters
 from shared.seeding import generator
@@ -15,7 +15,7 @@ from simulations.federation import virtual_federation
 
 
 def split(cohort: Cohort) -> tuple[Cohort, Cohort]:
-    test = tested_patients(cohort, SIMULATION_SPLIT_KEY)
+    test = held_out_patients(cohort, SIMULATION_SPLIT_KEY)
     return cohort.select(~test), cohort.select(test)
 
 

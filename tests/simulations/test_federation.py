@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.cohort import SIMULATION_SPLIT_KEY, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.study import Study
 from shared.task import Task, resolve_task
@@ -22,7 +22,7 @@ def test_summaries_are_exact(runner, task: Task) -> None:
     federation = virtual_federation(task, runner.study(), None)
     for summary in federation.summaries(task, runner.study()):
         cohort = federation.cohorts[summary.name]
-        test = tested_patients(cohort, SIMULATION_SPLIT_KEY)
+        test = held_out_patients(cohort, SIMULATION_SPLIT_KEY)
         assert (summary.num_patients, summary.num_train, summary.num_test) == (cohort.num_patients, int((~test).sum()), int(test.sum()))
         assert summary.classes == {"benign": int((cohort.labels == 0).sum()), "malignant": int((cohort.labels == 1).sum())}
 
@@ -32,7 +32,7 @@ def test_the_split_of_a_patient_does_not_depend_on_seed_or_sites(runner, task: T
     for changes in ({}, {"seed": 99}, {"federation": {"sites": 7}}):
         federation = virtual_federation(task, runner.study(**changes), None)
         tested.append(
-            {name for cohort in federation.cohorts.values() for name in cohort.select(tested_patients(cohort, SIMULATION_SPLIT_KEY)).patient_ids}
+            {name for cohort in federation.cohorts.values() for name in cohort.select(held_out_patients(cohort, SIMULATION_SPLIT_KEY)).patient_ids}
         )
     assert tested[0] == tested[1] == tested[2]
 

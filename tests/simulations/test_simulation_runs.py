@@ -10,7 +10,7 @@ import torch
 import client.site
 from client.ledger import Ledger
 from server.run_folder import RunFolder, read_tensors
-from shared.cohort import SIMULATION_SPLIT_KEY, tested_patients
+from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import BudgetExhaustedError, ConfigurationError, DataMissingError, ModelMismatchError, PolicyRefusedError, QuorumLostError
 from shared.metrics import finish_metrics
 from shared.models import set_parameters
@@ -73,7 +73,7 @@ def test_the_final_metrics_are_those_of_the_final_model_on_all_test_patients(run
     task = resolve_task("breast-cancer")
     parameters = run.folder.read_model("final", architecture_hash(task.model()))
     sites = virtual_federation(task, run.folder.study, None).cohorts
-    tests = {name: cohort.select(tested_patients(cohort, SIMULATION_SPLIT_KEY)) for name, cohort in sites.items()}
+    tests = {name: cohort.select(held_out_patients(cohort, SIMULATION_SPLIT_KEY)) for name, cohort in sites.items()}
     result = run.result
     assert result.metrics["federated"] == evaluated(task, pool(list(tests.values())), parameters)
     assert sum(cohort.num_patients for cohort in sites.values()) == 569
@@ -283,7 +283,7 @@ def test_an_interrupted_cross_validation_counts_only_those_tested(runner) -> Non
     result = runner.latest().result
     cohorts = virtual_federation(resolve_task("breast-cancer"), study, None).cohorts
     for name, cohort in cohorts.items():
-        tested = sum(int(tested_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=3).sum()) for fold in (1, 2))
+        tested = sum(int(held_out_patients(cohort, SIMULATION_SPLIT_KEY, fold=fold, folds=3).sum()) for fold in (1, 2))
         assert result.per_site[name]["num_test"] == tested < cohort.num_patients
 
 
