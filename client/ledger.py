@@ -196,12 +196,10 @@ class Ledger:
         return epsilon_of([event for events in self.charged().values() for event in events], delta)
 
     def charged(self) -> dict[str, list[PrivacyEvent]]:
-        """What each run was charged, merged by mechanism (noise multiplier, sample rate)."""
-        with self._storage():
-            rows = self._database.execute("SELECT run, noise_multiplier, sample_rate, SUM(steps) FROM spend GROUP BY 1, 2, 3").fetchall()
+        """What each run was charged, row by row, each checked to be an event: a sum in SQL would hide an edited row."""
         by_run: dict[str, list[PrivacyEvent]] = {}
-        for run, noise, rate, steps in rows:
-            by_run.setdefault(run, []).append(PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps))
+        for spend in self.spends():
+            by_run.setdefault(spend.run, []).append(spend.event)
         return by_run
 
     def bind_patients(self, hashes: list[bytes]) -> None:

@@ -91,9 +91,11 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
 def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool) -> None:
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
-    from wardround.run import simulate as run_simulation
 
     terminal = console(as_json=as_json)
+    terminal.print("loading torch, Opacus and Flower ...", style="dim")
+    from wardround.run import simulate as run_simulation
+
     lines = RoundLines(study, terminal)
     with lines:
         run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe)
