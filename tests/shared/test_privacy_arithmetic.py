@@ -92,7 +92,7 @@ def test_order_and_splitting_do_not_matter(events: list[PrivacyEvent], random: o
     assert epsilon_of(split, DELTA) == epsilon_of(events, DELTA)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(EVENTS, st.floats(1.05, 2.0))
 def test_more_steps_rate_or_less_noise_costs_more(base: PrivacyEvent, factor: float) -> None:
     now = epsilon_of([base], DELTA)
@@ -107,7 +107,7 @@ def test_more_steps_rate_or_less_noise_costs_more(base: PrivacyEvent, factor: fl
     assert epsilon_of([base, base], DELTA) > now
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.sampled_from([0.1, 0.5, 1.0, 3.0, 8.0, 30.0]), st.sampled_from([0.01, 0.16, 1.0]), st.integers(1, 1500), st.sampled_from([1e-4, 1e-6]))
 def test_solved_noise_keeps_the_budget_and_wastes_little(epsilon: float, rate: float, steps: int, delta: float) -> None:
     noise = solve_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps)
