@@ -21,6 +21,8 @@ from shared.seeding import derive_key, generator
 from shared.study import Study
 from shared.task import Task
 
+POOLED = "all sites\n"  # no site's name has a line break, so no site shares the pooled model's randomness
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
@@ -61,7 +63,7 @@ def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Stud
 
 def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
     union = pool([train for train, _ in parts.values()])
-    own = _tested_everywhere(parts, task, train_alone(union, task, _with_delta_for(study, union.num_patients), who="pooled"))
+    own = _tested_everywhere(parts, task, train_alone(union, task, _with_delta_for(study, union.num_patients), who=POOLED))
     return Baseline(models={"all": add_statistics(own.values())}, own=own)
 
 

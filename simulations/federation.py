@@ -82,10 +82,14 @@ def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
 
 
 def resolve_delta(study: Study, declared_sizes: list[int]) -> Study:
-    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out."""
-    if study.private and study.privacy.delta is None:
-        return study.replace(privacy={"delta": default_delta(min(declared_sizes))})
-    return study
+    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out.
+
+    From the smallest size; where that would not be below 1 / size at the largest site, from the largest.
+    """
+    if not study.private or study.privacy.delta is not None:
+        return study
+    delta = default_delta(min(declared_sizes))
+    return study.replace(privacy={"delta": delta if delta * max(declared_sizes) < 1 else default_delta(max(declared_sizes))})
 
 
 def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledgers: Path) -> dict[str, Site]:

@@ -10,7 +10,7 @@ from shared.errors import ConfigurationError
 from shared.models import get_parameters, initial_parameters, set_parameters
 from shared.seeding import generator
 from shared.task import Task, resolve_task
-from simulations.baselines import pool, run_baselines, train_alone
+from simulations.baselines import POOLED, pool, run_baselines, train_alone
 from simulations.federation import virtual_federation
 
 
@@ -49,7 +49,7 @@ def test_pooled_is_training_on_the_union_and_local_only_on_each_site(runner, tas
     baselines = run_baselines(cohorts, task, study)
     assert list(baselines) == ["local_only", "pooled"]
     parts = {name: split(cohort) for name, cohort in cohorts.items()}
-    union = plain_loop(pool([train for train, _ in parts.values()]), task, study, "pooled")
+    union = plain_loop(pool([train for train, _ in parts.values()]), task, study, POOLED)
     everyone = pool([test for _, test in parts.values()])
     assert np.array_equal(baselines["pooled"].models["all"]["score_histogram"], statistics(task, everyone, union)["score_histogram"])
     assert set(baselines["local_only"].models) == set(cohorts)

@@ -39,7 +39,7 @@ def test_the_split_of_a_patient_does_not_depend_on_seed_or_sites(runner, task: T
 
 def test_delta_is_filled_in_only_where_it_is_asked_for() -> None:
     study = Study.from_table({"name": "x", "task": "breast-cancer", "privacy": {"epsilon": 1.0}})
-    assert resolve_delta(study, [50, 20_000]).privacy.delta == 1e-4
+    assert resolve_delta(study, [50, 9_000]).privacy.delta == 1e-4
     assert resolve_delta(study, [50_000, 20_000]).privacy.delta == 1 / 200_000
     given = study.replace(privacy={"delta": 1e-6})
     assert resolve_delta(given, [50]) == given
@@ -89,3 +89,11 @@ def test_data_that_are_not_there_are_data_errors(runner, tmp_path: Path) -> None
 def test_a_quorum_of_more_sites_than_there_are_is_refused(runner) -> None:
     with pytest.raises(ConfigurationError, match=r"rounds\.require"):
         prepare(runner.study(rounds={"require": 4}), None)
+
+
+def test_a_default_delta_suits_the_largest_site_as_well() -> None:
+    study = Study.from_table({"name": "s", "task": "breast-cancer", "privacy": {"epsilon": 3.0}})
+    assert resolve_delta(study, [50, 900]).privacy.delta == 1e-4
+    assert resolve_delta(study, [2000, 5000]).privacy.delta == 1 / 20_000
+    assert resolve_delta(study, [50, 20_000]).privacy.delta == 1 / 200_000
+    assert resolve_delta(study.replace(privacy={"delta": 1e-3}), [50, 20_000]).privacy.delta == 1e-3
