@@ -69,6 +69,7 @@ def _context(run: RunFiles) -> dict[str, object]:
         "epsilon": epsilon_chart(run),
         "roc": roc_chart(histograms),
         "calibration": calibration_chart(histograms),
+        "class_names": dict(enumerate(next(iter(run.result.per_site_support.values()), {}))),
         "confusions": [(source_title(source), shares_by_row(matrix)) for source, matrix in confusions.items()],
         "sites": site_table(run),
         "baselines": baseline_table(run),
