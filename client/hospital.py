@@ -1,6 +1,8 @@
 """A real hospital, as its site.toml describes it: its cohort, its policy, its durable ledger and its secret key."""
 
+import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from client.policy import SiteFile
@@ -49,14 +51,24 @@ def site_key(state: Path) -> bytes:
                     f"{path}: expected the site's key beside its ledger, found none",
                     "restore it from backup: the ledger knows its patients by this key",
                 )
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(os.urandom(KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
+            _make_key(path)
         key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise StorageError(
             f"{path}: expected a key of {KEY_BYTES} bytes, got {len(key)}", "restore it from backup: splits and the ledger's patients hang on it"
         )
     return key
+
+
+def _make_key(path: Path) -> None:
+    """A new key at `path`, whole or not at all; where another process was first, its key stands."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.urandom(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from shared.cohort import Cohort, IntArray
 
 
 class PatientIndex:
-    """Records grouped by patient: `records_of(p)` in constant time."""
+    """Records grouped by patient, so that one of each sampled patient is drawn without a search."""
 
     def __init__(self, cohort: Cohort) -> None:
         self.num_patients = cohort.num_patients

@@ -148,7 +148,7 @@ class RunFolder:
         if not path.exists():
             return None
         header, tensors = read_tensors(path)
-        if header.get("study") != self.study_hash:
+        if header.get("study") != self.study.fingerprint():
             raise ModelMismatchError(
                 f"{path}: expected a checkpoint of this study, got another's", "do not edit study.toml of a run; start a new one"
             )
@@ -160,9 +160,9 @@ class RunFolder:
         parameters = {name: tensors[f"parameters/{name}"] for name in header["parameters"]}  # type: ignore[attr-defined]  # as written above
         return Checkpoint(fold=int(str(header["fold"])), round_number=int(str(header["round"])), parameters=parameters, state=state)  # type: ignore[arg-type]  # float64 arrays
 
-    @property
+    @functools.cached_property
     def study_hash(self) -> str:
-        """Fingerprint of the resolved study."""
+        """Fingerprint of the resolved study, read once for all that is written; what is read back is held against the file as it is."""
         return self.study.fingerprint()
 
     def write_model(self, name: str, parameters: Parameters, header: dict[str, str]) -> None:
@@ -179,7 +179,7 @@ class RunFolder:
         """
         path = self.path / "model" / f"{name}.safetensors"
         header, tensors = read_tensors(path)
-        if (header.get("study_hash"), header.get("architecture")) != (self.study_hash, architecture):
+        if (header.get("study_hash"), header.get("architecture")) != (self.study.fingerprint(), architecture):
             raise ModelMismatchError(f"{path}: expected a model of this study and architecture, got another's", "start a new run")
         return {key: tensors[key] for key in str(header["order"]).split("\n")}
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +16,7 @@ from shared.schema import TableSchema
 from shared.seeding import Step
 from shared.task import Task
 from simulations.baselines import Baseline
-
-if TYPE_CHECKING:
-    from simulations.simulate import Setting
+from simulations.setting import Setting
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "numpy")
 
@@ -28,7 +25,7 @@ PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "numpy")
 class RunOutcome:
     """A run that has ended, one way or another."""
 
-    setting: "Setting"
+    setting: Setting
     coordinator: Coordinator
     folder: RunFolder
     engine: str

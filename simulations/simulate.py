@@ -4,7 +4,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,30 +19,16 @@ from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
 from shared.study import Study
-from shared.task import Task, resolve_task
+from shared.task import resolve_task
 from simulations.baselines import Baseline, run_baselines
 from simulations.federation import VirtualFederation, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.outcome import RunOutcome, write_outcome
+from simulations.setting import Setting
 
 logger = logging.getLogger(__name__)
 
 ENGINE = "in-process"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """Everything a run needs but its folder."""
-
-    study: Study
-    task: Task
-    federation: VirtualFederation | None  # None: real sites, from their site files
-    real: dict[str, Site]
-
-    @property
-    def site_names(self) -> list[str]:
-        """The sites, in the order in which they are asked."""
-        return sorted(self.federation.cohorts) if self.federation is not None else sorted(self.real)
 
 
 def prepare(study: Study, data: Path | None) -> Setting:
