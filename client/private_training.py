@@ -20,6 +20,7 @@ stays zero; more units than fit in memory are summed in physical batches with no
 """
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,16 @@ class Randomness:
 
     sampling: np.random.Generator
     noise: GaussianNoise
+
+    @classmethod
+    def from_key(cls, key: bytes) -> "Randomness":
+        """All of a round's randomness from one 32-byte key that is used for this round alone."""
+        sampling = np.random.Generator(np.random.Philox(key=int.from_bytes(_subkey(key, b"sampling")[:16], "big")))
+        return cls(sampling=sampling, noise=GaussianNoise(_subkey(key, b"noise")))
+
+
+def _subkey(key: bytes, purpose: bytes) -> bytes:
+    return hashlib.blake2b(purpose, key=key, digest_size=32).digest()
 
 
 class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped

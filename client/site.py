@@ -6,6 +6,7 @@ comes from. A refusal is an ordinary answer; an exception's own text never leave
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from client.cross_check import epsilon_prv
 from client.ledger import Ledger, Limit, Spend
 from client.local_training import LocalRound, torch_seeded, train_round
-from client.noise import GaussianNoise
+from client.noise import KEY_BYTES
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
@@ -28,7 +29,7 @@ from shared.models import Parameters, Template, get_parameters, predict_in_batch
 from shared.plan import SitePlan, plan_site
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import SitePrivacy
-from shared.seeding import derive_key, generator
+from shared.seeding import derive_key
 from shared.study import Study
 from shared.task import Task
 
@@ -220,16 +221,14 @@ class Site:
         set_parameters(model, parameters)
         local = LocalRound(study=admission.study, task=self._task, round_number=task.round)
         path = ("train", self.settings.name, task.fold, task.round)
-        sampling = generator(admission.study.seed, *path) if self._seeded(admission) else np.random.default_rng()
-        with torch_seeded(int(sampling.integers(2**32))):
+        key = derive_key(admission.study.seed, *path) if self._seeded(admission) else os.urandom(KEY_BYTES)
+        with torch_seeded(int.from_bytes(key[:4], "big")):
             if admission.plan.private:
-                key = derive_key(admission.study.seed, "noise", *path) if self._seeded(admission) else GaussianNoise.fresh_key()
                 release = self._reserve(task, admission, parameters, key)
-                randomness = Randomness(sampling=sampling, noise=GaussianNoise(key))
-                steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=randomness)
+                steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=Randomness.from_key(key))
                 self.ledger_for(admission.plan).commit(release, steps=steps)
             else:
-                train_round(model, train_part, local, rng=sampling)
+                train_round(model, train_part, local, rng=np.random.default_rng(int.from_bytes(key, "big")))
         return get_parameters(model)
 
     def _seeded(self, admission: Admission) -> bool:

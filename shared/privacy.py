@@ -130,6 +130,54 @@ def _bracket(excess: Callable[[float], float], start: float) -> tuple[float, flo
     return low, high
 
 
+def renyi_divergence(event: PrivacyEvent, order: float) -> float:
+    """Renyi divergence of `order` that `event` costs at most, by dp-accounting (Mironov, Talwar and Zhang 2019); infinite where it cannot say.
+
+    Additive over events, also over events chosen after seeing earlier results (Feldman and Zrnic 2021, theorem 3.1), which epsilon is not.
+
+    Args:
+        order: above 1.
+    """
+    return event.steps * _renyi_of_one_step(event.noise_multiplier, event.sample_rate, order)
+
+
+@functools.lru_cache(maxsize=65536)
+def _renyi_of_one_step(noise_multiplier: float, sample_rate: float, order: float) -> float:
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant(orders=[order])
+    accountant.compose(dp_event.PoissonSampledDpEvent(sample_rate, dp_event.GaussianDpEvent(noise_multiplier)))
+    tiny = 1e-300  # at any delta epsilon and divergence differ by a constant; at this one epsilon is not cut off at zero
+    return max(0.0, float(accountant.get_epsilon(tiny)) - _renyi_margin(order, tiny))
+
+
+def renyi_epsilon(divergence: float, *, order: float, delta: float) -> float:
+    """Epsilon at `delta` that a total Renyi divergence of `order` implies (Canonne, Kamath and Steinke 2020, proposition 12); at least 0."""
+    return max(0.0, divergence + _renyi_margin(order, delta))
+
+
+def renyi_budget(epsilon: float, *, order: float, delta: float) -> float:
+    """The total Renyi divergence of `order` that keeps within `epsilon` at `delta`; negative where even nothing would not be within by this order."""
+    return epsilon - _renyi_margin(order, delta)
+
+
+def _renyi_margin(order: float, delta: float) -> float:
+    return math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+
+
+FILTER_ORDERS = (*(1 + step / 10 for step in range(1, 100)), *(float(order) for order in range(11, 513)))
+
+
+def filter_order(epsilon: float, delta: float) -> float:
+    """The order at which a Renyi filter for (epsilon, delta) has room for most Gaussian releases; fixed before any of them.
+
+    A Gaussian release costs in proportion to the order, so the best order has the largest budget per order. A limit that is looser in both
+    has an order that is no higher, and so has room for every plan that passes the tighter limit at its own order.
+    """
+    return max(FILTER_ORDERS, key=lambda order: renyi_budget(epsilon, order=order, delta=delta) / order)
+
+
 def default_delta(smallest_declared_size: int) -> float:
     """min(1e-4, 1 / (10 x smallest declared size)); from declared sizes, never from exact counts."""
     return min(DELTA_CEILING, 1 / (10 * max(smallest_declared_size, 1)))
