@@ -1,18 +1,20 @@
 """A real hospital, as its site.toml describes it: its cohort, its policy, its durable ledger and its secret key."""
 
-import contextlib
+import hashlib
 import os
-import secrets
 from pathlib import Path
 
-from client.policy import SiteFile
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from client.chain import public_key_text
+from client.ledger import Ledger, reading
+from client.policy import LEDGERS, SiteFile
 from client.site import Site, SiteSettings
-from shared.errors import LedgerError, StorageError
-from shared.files import storage_errors
+from shared.errors import DataMissingError, LedgerError, StorageError
+from shared.files import storage_errors, write_secret
 from shared.task import Task
 
-LEDGER = "ledger.sqlite"
-
+RELEASES = "releases"
 KEY_BYTES = 32
 
 
@@ -22,21 +24,29 @@ def open_site(path: Path, file: SiteFile, task: Task) -> Site:
     state = folder / file.state
     cohort_path = folder / file.cohort.path
     declared = file.cohort
+    key = site_key(state)
     settings = SiteSettings(
         name=file.name,
         declared_size=declared.declared_size,
         declared_num_patients=declared.declared_size + declared.declared_test_size,
         declared_num_test=declared.declared_test_size,
-        ledger_path=state / LEDGER,
-        split_key=site_key(state),
+        ledger_path=file.ledger_path(path),
+        releases_path=state / RELEASES,
+        split_key=key,
+        signer=signing_key(key),
         policy=file.policy,
         cohort_id=file.name,
     )
     return Site(settings, task, lambda: task.load_cohort(cohort_path, dict(declared.options)))
 
 
+def signing_key(key: bytes) -> Ed25519PrivateKey:
+    """The key that signs the ledger's rows, derived from the site's one secret."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.blake2b(b"ledger", key=key, digest_size=32).digest())
+
+
 def site_key(state: Path) -> bytes:
-    """The site's secret key for patient hashes and splits: made once, 32 bytes, mode 0600.
+    """The site's secret, for patient hashes, splits and the ledger's signatures: made once, 32 bytes, mode 0600.
 
     Raises:
         LedgerError: there is a ledger, and its key is gone.
@@ -46,12 +56,12 @@ def site_key(state: Path) -> bytes:
     with storage_errors(path, "make or read the site's key"):
         state.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            if (state / LEDGER).exists():
+            if list((state / LEDGERS).glob("*.sqlite")):
                 raise LedgerError(
                     f"{path}: expected the site's key beside its ledger, found none",
-                    "restore it from backup: the ledger knows its patients by this key",
+                    "restore it from backup: the ledger knows its patients, and is signed, by this key",
                 )
-            _make_key(path)
+            write_secret(path, os.urandom(KEY_BYTES))
         key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise StorageError(
@@ -60,15 +70,28 @@ def site_key(state: Path) -> bytes:
     return key
 
 
-def _make_key(path: Path) -> None:
-    """A new key at `path`, whole or not at all; where another process was first, its key stands."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(os.urandom(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def open_ledger(path: Path) -> Ledger:
+    """The existing ledger of the cohort in the site file at `path`, for writing.
+
+    Raises:
+        DataMissingError: there is none yet.
+        LedgerError: it does not verify, or is another site's.
+    """
+    file = SiteFile.load(path)
+    ledger = file.ledger_path(path)
+    if not ledger.is_file():
+        raise DataMissingError(f"{ledger}: no ledger yet: nothing was ever spent on this cohort", "it is made by the first study")
+    with reading(ledger) as existing:
+        unit = existing.unit
+    return Ledger(ledger, cohort=file.name, unit=unit, limit=file.policy.limit, signer=signing_key(site_key(path.parent / file.state)))
+
+
+def check_ledger_key(path: Path, ledger: Ledger) -> None:
+    """Return where `ledger` is signed with the key of the site file at `path`: a forger would have begun it with a key of his own.
+
+    Raises:
+        LedgerError: it is not.
+    """
+    key = signing_key(site_key(path.parent / SiteFile.load(path).state))
+    if ledger.public_key != public_key_text(key):
+        raise LedgerError(f"{ledger.path}: expected a ledger signed with this site's key, got another", "restore the ledger that belongs to this key")

@@ -1,252 +1,424 @@
-"""A site's durable account of the privacy spent on a cohort, over all studies: reserve before the first gradient, commit after.
+"""A site's durable account of the privacy spent on a cohort, over all studies: admit a plan, reserve before the first gradient, commit after.
 
-SQLite, one file per site and cohort. A reservation is durable before training starts; a commit may only lower it to the steps really
-taken, so a crash in between leaves the full charge standing: never an under-count. The ledger keeps events, never only an epsilon.
-
-A release is identified by what determines it: run, fold, round, the parameters received and the noise key. The same release asked for
-again (a resumed simulation with seeded noise) is the same bits and no new charge; with noise from the operating system the key is new
-and so is the charge.
+A study is admitted once, as a whole plan; `client.account` states the theorem that keeps the cohort's limit over all plans. A reservation is
+durable before training starts; a commit may only lower it to the steps really taken, so a crash in between leaves the full charge
+standing: never an under-count. Rows are never changed (`client.chain`), and each holds the event, never only an epsilon.
 """
 
 import contextlib
-import sqlite3
-import time
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
-from shared.errors import BudgetExhaustedError, ConfigurationError, LedgerError, StorageError
-from shared.privacy import PrivacyEvent, epsilon_of
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS genesis (cohort TEXT NOT NULL, relation TEXT NOT NULL, created TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS spend (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, release TEXT NOT NULL UNIQUE, run TEXT NOT NULL, study TEXT NOT NULL,
-    fold INTEGER NOT NULL, round INTEGER NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL,
-    steps INTEGER NOT NULL, state TEXT NOT NULL CHECK (state IN ('reserved', 'committed')), time TEXT NOT NULL
-);
-CREATE TABLE IF NOT EXISTS patient (hash BLOB PRIMARY KEY) WITHOUT ROWID;
-"""
+from client.account import Account, AccountName, Admit, Bind, Charge, Close, Commit, Entry, Event, Genesis, Plan, Refuse, Repair, Reserve
+from client.chain import GENESIS, REMEDY_DAMAGED, Chain, Row, public_key_text
+from shared.errors import BudgetExhaustedError, LedgerError, ProtocolError
+from shared.files import write_atomic
+from shared.plan import Limit
+from shared.privacy import PrivacyEvent, epsilon_of, filter_order, renyi_budget, renyi_divergence, renyi_epsilon
+
 RELATION = "add or remove one {unit}"
-LOCK_TIMEOUT_SECONDS = 30
-REMEDY_DAMAGED = "restore it from backup; without it no study can start"
+TRAIN, TEST, BOTH = "train", "test", "both"
+WITHIN = 1 + 1e-9  # of a budget: rounding of sums is not spending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spend:
-    """One row: what a round at this site costs. `state` "reserved" is a full charge that was not lowered."""
+class PlannedStudy:
+    """What a study asks of a ledger: one event on the training patients, and perhaps one on the test patients."""
 
-    release: str
     run: str
     study: str
-    fold: int
-    round: int
-    event: PrivacyEvent
-    state: str = "reserved"
-    time: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limit:
-    """What a cohort may spend over all studies."""
-
-    epsilon: float
-    delta: float
+    study_hash: str
+    training: PrivacyEvent
+    evaluation: PrivacyEvent | None = None
+    cross_validated: bool = False
+    coordinator_key: str | None = None  # Ed25519, hex: who counter-signs
 
 
 class Ledger:
-    """The account of one cohort. Safe for several processes: every reservation is one exclusive transaction.
+    """The account of one cohort. Safe for several processes: whatever is written is one exclusive transaction.
 
     Args:
         path: the SQLite file; created if absent.
         cohort: the cohort's id; a ledger of another cohort is refused.
         unit: "patient" or "record"; a ledger keeps one neighbouring relation.
-        durable: False only for a simulation's ledger, which ends with its run (no fsync; a killed process still loses nothing).
+        limit: what the cohort may spend; it fixes the filter's order when the ledger is begun. None: a simulation's, which ends with its run.
+        signer: the site's key; None only for a simulation's.
 
     Raises:
-        LedgerError: the file is damaged or belongs to another cohort or unit.
+        LedgerError: a row does not verify, or the file belongs to another cohort, unit or site.
         StorageError: it cannot be written.
     """
 
-    def __init__(self, path: Path, *, cohort: str, unit: str, durable: bool = True) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, cohort: str, unit: str, limit: Limit | None = None, signer: Ed25519PrivateKey | None = None) -> None:
         self.unit = unit
-        with self._storage():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
-            self._write_ahead()
-            self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-            self._database.executescript(_TABLES)
-            with self._transaction():
-                self._check_genesis(cohort, RELATION.format(unit=unit))
+        self.limit = limit
+        self._chain = Chain(path, signer=signer, durable=signer is not None)
+        self._account = Account()
+        genesis = _genesis(cohort=cohort, unit=unit, limit=limit, signer=signer)
+        with self._chain.transaction():
+            if not self._chain.rows:
+                self._check_never_begun()
+                self._append(genesis)
+            self._check_genesis(genesis)
+            self.check_patients()
+        self._mark_begun()
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """An existing ledger, opened for reading only.
+        """An existing ledger, verified, for reading only.
 
         Raises:
             LedgerError, StorageError: it is damaged or cannot be read.
         """
         ledger = cls.__new__(cls)
-        ledger._path = path
-        with ledger._storage():
-            ledger._database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
+        ledger._chain, ledger._account = Chain.reading(path), Account()
+        with ledger._chain.snapshot():
+            ledger._chain.catch_up()
+            ledger.check_patients()
+        genesis = ledger.account.genesis
+        if genesis is None:
+            raise LedgerError(f"{path}: expected a ledger, got a file without rows", REMEDY_DAMAGED)
+        ledger.unit, ledger.limit = genesis.relation.rsplit(" ", 1)[-1], genesis.limit
         return ledger
 
-    def _write_ahead(self) -> None:
-        """Switch to a write-ahead log. SQLite does not wait here for another process that does so to the same new file, so we do."""
-        deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
-        while True:
-            try:
-                self._database.execute("PRAGMA journal_mode=WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+    def _check_never_begun(self) -> None:
+        if begun_mark(self.path).exists():
+            raise LedgerError(f"{self.path}: expected the ledger that was begun here, found none or an empty one: it was lost", REMEDY_DAMAGED)
 
-    def _check_genesis(self, cohort: str, relation: str) -> None:
-        row = self._database.execute("SELECT cohort, relation FROM genesis").fetchone()
-        if row is None:
-            self._database.execute("INSERT INTO genesis VALUES (?, ?, ?)", (cohort, relation, _now()))
-        elif row != (cohort, relation):
+    def _mark_begun(self) -> None:
+        """Leave a mark beside a hospital's ledger, so that a file that is deleted is missed."""
+        mark = begun_mark(self.path)
+        if self.signed and not mark.exists():
+            write_atomic(mark, f"{self._chain.rows[0].hash}\n")
+
+    @classmethod
+    def write_restored(cls, path: Path, rows: list[Row], repair: Repair, *, cohort: str, unit: str, limit: Limit, signer: Ed25519PrivateKey) -> None:
+        """A new file with `rows`, which verified in an earlier one (a genesis where there are none), and `repair` after them, all or nothing."""
+        ledger = cls.__new__(cls)
+        ledger._chain, ledger._account = Chain(path, signer=signer), Account()
+        with ledger._chain.transaction():
+            ledger._chain.restore(rows)
+            if not rows:
+                ledger._append(_genesis(cohort=cohort, unit=unit, limit=limit, signer=signer))
+            ledger._append(repair)
+        ledger.close()
+
+    def _check_genesis(self, expected: Genesis) -> None:
+        genesis = self.account.genesis
+        if genesis is None:
+            raise LedgerError(f"{self.path}: row 1: expected the genesis of a ledger, got another row", REMEDY_DAMAGED)
+        if (genesis.cohort, genesis.relation) != (expected.cohort, expected.relation):
             raise LedgerError(
-                f"{self._path}: expected the ledger of cohort {cohort!r} ({relation}), got that of {row[0]!r} ({row[1]})",
+                f"{self.path}: expected the ledger of cohort {expected.cohort!r} ({expected.relation}), got that of {genesis.cohort!r} ({genesis.relation})",
                 "point state at the folder of this cohort; a ledger is never reused",
             )
-
-    def check_room(self, event: PrivacyEvent, limit: Limit) -> None:
-        """Return where `event`, on top of everything charged, stays within `limit`.
-
-        Raises:
-            BudgetExhaustedError: it does not; it says what is spent, asked and allowed.
-        """
-        spent = [other for events in self.charged().values() for other in events]
-        after = epsilon_of([*spent, event], limit.delta)
-        if after > limit.epsilon * (1 + 1e-9):
-            before = epsilon_of(spent, limit.delta)
-            raise BudgetExhaustedError(
-                f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort; spent {before:.3g}, with this {after:.3g}",
-                "ask for less (epsilon, rounds), or let the hospital raise its limit",
+        if genesis.public_key != expected.public_key:
+            raise LedgerError(
+                f"{self.path}: expected a ledger signed with this site's key, got another site's", "restore the ledger that belongs to this key"
             )
 
-    def reserve(self, spend: Spend, limit: Limit, *, planned: PrivacyEvent) -> None:
-        """Charge `spend` in full, durably, if there is room. The same release again is no new charge.
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._chain.path
 
-        Args:
-            planned: the whole study's event. While a run stays within it, one look at plan and ledger settles all of its rounds.
+    @property
+    def account(self) -> Account:
+        """The state after all rows known."""
+        rows = self._chain.rows
+        if self._account.num_rows > len(rows):  # a transaction was taken back
+            self._account = Account()
+        if self._account.num_rows < len(rows):
+            self._account.apply(rows[self._account.num_rows :])
+        return self._account
+
+    @property
+    def num_rows(self) -> int:
+        """Rows known."""
+        return len(self._chain.rows)
+
+    @property
+    def public_key(self) -> str | None:
+        """The key (hex) that the rows are signed with; None in a simulation's ledger."""
+        return None if self.account.genesis is None else self.account.genesis.public_key
+
+    @property
+    def signed(self) -> bool:
+        """True for a hospital's ledger."""
+        return self.public_key is not None
+
+    @property
+    def head(self) -> str:
+        """Hash (hex) of the last row: what a coordinator remembers."""
+        return self._chain.head
+
+    def check_head(self, remembered: str) -> None:
+        """Return where this ledger holds the row that somebody else saw as its head.
 
         Raises:
-            BudgetExhaustedError: there is no room; nothing is written.
+            LedgerError: it does not: it was lost, replaced, or put back to an earlier state.
         """
-        with self._storage(), self._transaction():
-            known = self._database.execute("SELECT 1 FROM spend WHERE release = ?", (spend.release,)).fetchone()
-            if known is None:
-                self._check_spend(spend, limit, planned)
-                self._insert(spend)
+        if not self.holds(remembered):
+            raise LedgerError(
+                f"{self.path}: expected a ledger that holds the row {remembered}, which the coordinator saw last; it does not: it was lost or put back",
+                f"restore the newest copy, or let 'wardround ledger repair SITE.TOML --head {remembered}' count the whole limit as spent",
+            )
 
-    def _check_spend(self, spend: Spend, limit: Limit, planned: PrivacyEvent) -> None:
-        charged = [(run, other) for run, events in self.charged().items() for other in events]
-        own_steps = spend.event.steps + sum(other.steps for run, other in charged if run == spend.run and _same_mechanism(other, planned))
-        others = [other for run, other in charged if run != spend.run or not _same_mechanism(other, planned)]
-        if _same_mechanism(spend.event, planned) and own_steps <= planned.steps and epsilon_of([*others, planned], limit.delta) <= limit.epsilon:
-            return
-        self.check_room(spend.event, limit)
+    def holds(self, head: str) -> bool:
+        """True where a row has this hash (hex), or a repair has answered for it."""
+        self._refresh()
+        return any(row.hash == head for row in self._chain.rows) or any(row.head == head for row in self.account.repairs)
 
-    def _insert(self, spend: Spend) -> None:
-        event = spend.event
-        row = (spend.release, spend.run, spend.study, spend.fold, spend.round, event.noise_multiplier, event.sample_rate, event.steps, _now())
-        self._database.execute(
-            "INSERT INTO spend (release, run, study, fold, round, noise_multiplier, sample_rate, steps, state, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'reserved', ?)",
-            row,
-        )
+    # What a study may do ------------------------------------------------------------------------------------------------------
 
-    def commit(self, release: str, *, steps: int) -> None:
-        """Lower the charge of a reserved release to the steps really taken.
+    def check_room(self, study: PlannedStudy) -> None:
+        """Return where `study` would be admitted; without room the refusal is written down.
+
+        Raises:
+            BudgetExhaustedError: the filter has no room for the whole plan; it says what is spent, asked and allowed.
+            ProtocolError: the run's name was used for another study.
+        """
+        try:
+            self._check_plan(study)
+        except BudgetExhaustedError:
+            entry = Refuse(run=study.run, study=study.study, study_hash=study.study_hash, rule="policy.max_epsilon")
+            if entry not in self.account.refused:
+                with self._chain.transaction():
+                    self._append(entry)
+            raise
+
+    def _check_plan(self, study: PlannedStudy) -> None:
+        self._refresh()
+        plan = self.account.plans.get(study.run)
+        if plan is not None:
+            if (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != (study.study_hash, study.training, study.evaluation):
+                raise ProtocolError("run: expected a name of its own, got that of a run with another study, noise or sample rate")
+            if not plan.closed:
+                return
+        if self.limit is not None:
+            self._check_filter(study, reopened=plan)
+
+    def _check_filter(self, study: PlannedStudy, *, reopened: Plan | None) -> None:
+        limit, account = self.limit, self.account
+        assert limit is not None and account.genesis is not None and account.genesis.order is not None
+        order, merged = account.genesis.order, account.merged or study.cross_validated
+        budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
+        wanted: list[tuple[AccountName, PrivacyEvent | None]] = [("training", study.training), ("evaluation", study.evaluation)]
+        asked = {name: 0.0 if event is None else renyi_divergence(event, order) for name, event in wanted}
+        if reopened is not None:  # what it was charged is in the total already
+            asked = {name: max(0.0, value - reopened.divergence(name, order)) for name, value in asked.items()}
+        if merged:
+            asked = dict.fromkeys(asked, sum(asked.values()))
+        for name, _ in wanted:
+            spent = account.divergence(name, merged=merged)
+            if asked[name] and spent + asked[name] > budget * WITHIN:
+                before, after = (renyi_epsilon(value, order=order, delta=limit.delta) if value else 0.0 for value in (spent, spent + asked[name]))
+                raise BudgetExhaustedError(
+                    f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort ({name} patients); "
+                    f"spent {before:.3g}, with the whole study {after:.3g} (Renyi filter of order {order:g})",
+                    "ask for less (epsilon, rounds), or let the hospital raise its limit",
+                    rule="policy.max_epsilon",
+                )
+
+    def admit(self, study: PlannedStudy) -> None:
+        """Agree to the whole plan of `study`, durably; a plan that is open already is not admitted twice.
+
+        Raises:
+            BudgetExhaustedError, ProtocolError: as `check_room`.
+        """
+        with self._chain.transaction():
+            self._check_plan(study)
+            plan = self.account.plans.get(study.run)
+            if plan is None or plan.closed:
+                evaluation = None if study.evaluation is None else Event.of(study.evaluation)
+                entry = Admit(
+                    run=study.run, study=study.study, study_hash=study.study_hash, training=Event.of(study.training), evaluation=evaluation,
+                    limit=self.limit, coordinator_key=study.coordinator_key,
+                )  # fmt: skip
+                self._append(entry)
+
+    def reserve(self, entry: Reserve, *, again: bool) -> int:
+        """Charge `entry` in full, durably, within its run's plan; the number of its row comes back.
+
+        Args:
+            again: False: the same request is the same release (its noise can be drawn again) and no new charge. True: a new charge always.
+
+        Raises:
+            BudgetExhaustedError: the plan has no steps left; nothing is written.
+            ProtocolError: no such plan was admitted here.
+        """
+        with self._chain.transaction():
+            plan = self.account.plans.get(entry.run)
+            known = None if again or plan is None else next((charge for charge in plan.charges if _same_release(charge.entry, entry)), None)
+            if known is not None:
+                return known.sequence
+            planned = plan.planned(entry.account) if plan is not None and not plan.closed else None
+            if plan is None or planned is None:
+                raise ProtocolError("expected a study that this site has agreed to, got one it has not, or has closed")
+            event = entry.event.privacy_event()
+            if (event.noise_multiplier, event.sample_rate) != (planned.noise_multiplier, planned.sample_rate):
+                raise ProtocolError("expected the noise and sample rate of the admitted plan, got others")
+            if plan.steps(entry.account) + event.steps > planned.steps:
+                raise BudgetExhaustedError(
+                    f"ledger: expected at most the {planned.steps} steps that were admitted for run {entry.run!r}, got {plan.steps(entry.account)} charged and {event.steps} more",
+                    "a crash or a repeated round used them up; plan for that with [privacy] spare_rounds",
+                    rule="privacy.spare_rounds",
+                )
+            return self._append(entry)
+
+    def commit(self, reserve: int, *, steps: int, update: str) -> None:
+        """Lower the reservation in row `reserve` to the steps really taken, and write down the hash (hex) of what is released.
 
         Raises:
             LedgerError: there is no such reservation, or it was for fewer steps.
         """
-        with self._storage(), self._transaction():
-            row = self._database.execute("SELECT steps FROM spend WHERE release = ?", (release,)).fetchone()
-            if row is None or not 0 <= steps <= row[0]:
-                raise LedgerError(f"{self._path}: expected a reservation of at least {steps} steps, got {row[0] if row else 'none'}", "report this")
-            self._database.execute("UPDATE spend SET steps = ?, state = 'committed' WHERE release = ?", (steps, release))
+        with self._chain.transaction():
+            charge = self.account.by_sequence.get(reserve)
+            if charge is None or not 0 <= steps <= charge.entry.event.steps:
+                raise LedgerError(f"{self.path}: expected a reservation of at least {steps} steps in row {reserve}, got none", "report this")
+            if not charge.committed:
+                self._append(Commit(reserve=reserve, steps=steps, update=update))
 
-    def spends(self) -> list[Spend]:
+    def close_plan(self, run: str) -> None:
+        """The run has ended: what its plan did not use returns to the cohort."""
+        with self._chain.transaction():
+            plan = self.account.plans.get(run)
+            if plan is not None and not plan.closed:
+                self._append(Close(run=run))
+
+    # What was spent -----------------------------------------------------------------------------------------------------------
+
+    def charges(self) -> list[Charge]:
         """Every charge, oldest first."""
-        with self._storage():
-            rows = self._database.execute(
-                "SELECT release, run, study, fold, round, noise_multiplier, sample_rate, steps, state, time FROM spend ORDER BY sequence"
-            ).fetchall()
-        try:
-            return [
-                Spend(
-                    release=release, run=run, study=study, fold=fold, round=number, state=state, time=time,
-                    event=PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps),
-                )
-                for release, run, study, fold, number, noise, rate, steps, state, time in rows
-            ]  # fmt: skip
-        except (ConfigurationError, TypeError) as error:
-            raise LedgerError(f"{self._path}: the ledger is damaged: a row holds no privacy event", REMEDY_DAMAGED) from error
+        self._refresh()
+        return sorted(self.account.by_sequence.values(), key=lambda charge: charge.sequence)
 
-    def epsilon(self, delta: float) -> float:
-        """Epsilon at `delta` of everything charged."""
-        return epsilon_of([event for events in self.charged().values() for event in events], delta)
+    def charged(self, run: str, account: AccountName = "training") -> list[PrivacyEvent]:
+        """What this run was charged."""
+        self._refresh()
+        plan = self.account.plans.get(run)
+        return [] if plan is None else plan.charged(account)
 
-    def charged(self) -> dict[str, list[PrivacyEvent]]:
-        """What each run was charged, row by row, each checked to be an event: a sum in SQL would hide an edited row."""
-        by_run: dict[str, list[PrivacyEvent]] = {}
-        for spend in self.spends():
-            by_run.setdefault(spend.run, []).append(spend.event)
-        return by_run
+    def epsilon(self, delta: float, account: AccountName = "training") -> float:
+        """Epsilon at `delta` of everything charged to `account`, composed by privacy loss distributions; infinite after a loss."""
+        self._refresh()
+        if self.account.repairs:
+            return float("inf")
+        return epsilon_of(self.account.events(account), delta)
 
-    def bind_patients(self, hashes: list[bytes]) -> None:
-        """Remember the keyed hashes of the cohort's patients; later versions of the cohort may add and lose some.
+    def epsilon_filter(self, limit: Limit, account: AccountName = "training") -> float:
+        """What the filter holds against `limit`: open plans in full."""
+        self._refresh()
+        genesis = self.account.genesis
+        assert genesis is not None and genesis.order is not None
+        total = self.account.divergence(account)
+        return renyi_epsilon(total, order=genesis.order, delta=limit.delta) if total else 0.0
+
+    # Whose patients -----------------------------------------------------------------------------------------------------------
+
+    def bind_patients(self, hashes: Sequence[bytes], *, test: Sequence[bool], merged: bool) -> None:
+        """Remember the keyed hashes of the cohort's patients and their sides; later versions of the cohort may add and lose some.
+
+        Args:
+            test: for each hash, whether that patient is tested on.
+            merged: a cross-validation: everybody is on both sides.
 
         Raises:
-            LedgerError: the ledger knows patients, and none of these is among them: it is another population's.
+            LedgerError: the ledger knows patients, and none of these is among them; or some are in another ledger beside this one.
         """
-        with self._storage(), self._transaction():
-            known = {row[0] for row in self._database.execute("SELECT hash FROM patient")}
-            if known and known.isdisjoint(hashes):
+        now = {digest: BOTH if merged else TEST if held_out else TRAIN for digest, held_out in zip(hashes, test, strict=True)}
+        self._check_overlap(set(now))
+        with self._chain.transaction():
+            known: dict[bytes, str] = dict(self._chain.database.execute("SELECT hash, part FROM patient"))
+            if known and known.keys().isdisjoint(now):
                 raise LedgerError(
-                    f"{self._path}: expected the patients that this ledger was begun with, got none of them", "give each cohort its own state folder"
+                    f"{self.path}: expected the patients that this ledger was begun with, got none of them", "give each cohort a site file of its own"
                 )
-            self._database.executemany("INSERT OR IGNORE INTO patient VALUES (?)", [(value,) for value in hashes])
+            parts = {digest: part if known.get(digest, part) == part else BOTH for digest, part in now.items()}
+            changed = [(digest, part) for digest, part in parts.items() if known.get(digest) != part]
+            self._chain.database.executemany("INSERT INTO patient VALUES (?, ?) ON CONFLICT (hash) DO UPDATE SET part = excluded.part", changed)
+            if changed:
+                self._append(Bind(patients=_digest({**known, **parts}), merged=BOTH in parts.values()))
+
+    def _check_overlap(self, hashes: set[bytes]) -> None:
+        for other in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
+            if other.resolve() == self.path.resolve():
+                continue
+            neighbour = Ledger.read(other)
+            shared = not hashes.isdisjoint(neighbour.patients())
+            genesis = neighbour.account.genesis
+            neighbour.close()
+            if shared and genesis is not None:
+                raise LedgerError(
+                    f"{self.path}: expected patients of no other ledger, got some that are in that of cohort {genesis.cohort!r} beside it",
+                    "a patient has one ledger, whatever the cohort is called: give the cohort its former name, or divide the patients",
+                )
+
+    def patients(self) -> set[bytes]:
+        """The keyed hashes of all patients ever bound."""
+        with self._chain.storage():
+            return {row[0] for row in self._chain.database.execute("SELECT hash FROM patient")}
+
+    def check_patients(self) -> None:
+        """Return where the table of patients is the one that the rows answer for.
+
+        Raises:
+            LedgerError: patients were added to it or taken from it.
+        """
+        with self._chain.storage():
+            table: dict[bytes, str] = dict(self._chain.database.execute("SELECT hash, part FROM patient"))
+        expected = self.account.patients
+        if (table or expected is not None) and _digest(table) != expected:
+            raise LedgerError(f"{self.path}: the table of patients is not the one that was signed", REMEDY_DAMAGED)
+
+    def mark_repaired(self, repair: Repair) -> None:
+        """Write down that something was lost, and what counts as spent for it."""
+        with self._chain.transaction():
+            self._append(repair)
 
     def close(self) -> None:
         """Release the file."""
-        self._database.close()
+        self._chain.close()
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+    def _append(self, entry: Entry) -> int:
+        kind = GENESIS if isinstance(entry, Genesis) else type(entry).__name__.lower()
+        return self._chain.append(kind, entry.model_dump(mode="json")).sequence
 
-    @contextlib.contextmanager
-    def _storage(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(f"{self._path}: {error.strerror}", "check free space and permissions of the state folder") from error
-        except sqlite3.OperationalError as error:
-            raise StorageError(
-                f"{self._path}: the ledger could not be written: {error}", "check free space and permissions of the state folder"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(f"{self._path}: the ledger is damaged: {error}", REMEDY_DAMAGED) from error
+    def _refresh(self) -> None:
+        if not self._chain.database.in_transaction:
+            self._chain.catch_up()
 
 
-def _same_mechanism(one: PrivacyEvent, other: PrivacyEvent) -> bool:
-    return (one.noise_multiplier, one.sample_rate) == (other.noise_multiplier, other.sample_rate)
+def begun_mark(path: Path) -> Path:
+    """The file that says a ledger was begun at `path`."""
+    return path.with_suffix(".begun")
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _genesis(*, cohort: str, unit: str, limit: Limit | None, signer: Ed25519PrivateKey | None) -> Genesis:
+    order = None if limit is None else filter_order(limit.epsilon, limit.delta)
+    return Genesis(cohort=cohort, relation=RELATION.format(unit=unit), limit=limit, order=order, public_key=public_key_text(signer))
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[Ledger]:
+    """`Ledger.read(path)`, closed after the block."""
+    ledger = Ledger.read(path)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def _same_release(one: Reserve, other: Reserve) -> bool:
+    return (one.request, one.account, one.event) == (other.request, other.account, other.event)
+
+
+def _digest(table: dict[bytes, str]) -> str:
+    digest = hashlib.sha256()
+    for key, part in sorted(table.items()):
+        digest.update(key + part.encode() + b"\n")
+    return digest.hexdigest()

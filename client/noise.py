@@ -1,42 +1,98 @@
-"""Gaussian noise from a cryptographic stream: ChaCha20 keystream, 53-bit uniforms, Box-Muller in float64.
+"""Gaussian noise that holds in floating point: ChaCha20 keystream, 53-bit uniforms, Box-Muller in float64, and one grid for sum and noise.
 
 In a deployment the key comes from the operating system and is forgotten; a simulation derives it from (seed, round, site, fold), and its
 result says so. One key is one stream: two steps never share noise, and two keys never do. torch's own CPU generator has 32-bit seeds and
-is not used. Not covered yet: rounding of sum and noise to a common grid, so the low bits of a float are not protected.
+is not used.
+
+Added in floating point, the low bits of a noised sum tell what was in it (Mironov 2012). So the sum is rounded to a public grid first, the
+noise is rounded to the same grid, and the two add without error, as whole numbers below 2**53. A rounded sum plus rounded noise is the
+rounding of (rounded sum + noise), hence post-processing of a Gaussian mechanism on the rounded sum, whose sensitivity `NoiseGrid` states.
 """
 
-import os
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 KEY_BYTES = 32
+ROUNDING_SHARE = 2.0**-12
+ARITHMETIC_SHARE = 2.0**-12
+_ZEROS = bytes(65_536)
+
+
+class KeyedStream:
+    """A stream of independent uniforms, determined by a 32-byte key: the keystream of ChaCha20 (RFC 8439)."""
+
+    def __init__(self, key: bytes) -> None:
+        assert len(key) == KEY_BYTES
+        self._keystream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def uniforms(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+        """`(count,)` in (0, 1]: the middles of 2**53 equal intervals, rounded to float64, so never 0 and at least 2**-54."""
+        words = np.empty(count, dtype="<u8")
+        into = memoryview(words.view(np.uint8))  # type: ignore[arg-type]  # a buffer, though numpy's types do not say so
+        for start in range(0, 8 * count, len(_ZEROS)):
+            part = into[start : start + len(_ZEROS)]
+            self._keystream.update_into(_ZEROS[: len(part)], part)
+        words >>= np.uint64(11)
+        uniform = words.astype(np.float64)
+        uniform += 0.5
+        uniform *= 2.0**-53
+        return uniform
 
 
 class GaussianNoise:
     """A stream of independent N(0, 1) draws, determined by a 32-byte key."""
 
     def __init__(self, key: bytes) -> None:
-        assert len(key) == KEY_BYTES
-        self._keystream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-
-    @staticmethod
-    def fresh_key() -> bytes:
-        """A key from the operating system, to be used once and forgotten."""
-        return os.urandom(KEY_BYTES)
-
-    def uniforms(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-        """`(count,)` in (0, 1]: the middles of 2**53 equal intervals, rounded to float64, so never 0 and at least 2**-54."""
-        words = np.frombuffer(self._keystream.update(bytes(8 * count)), dtype=np.uint64)
-        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        self._stream = KeyedStream(key)
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> torch.Tensor:
         """A float64 tensor of `shape` with independent N(0, std^2) entries (Box and Muller 1958)."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         half = (count + 1) // 2
-        uniform = self.uniforms(2 * half)
-        radius = np.sqrt(-2.0 * np.log(uniform[:half]))
-        angle = 2.0 * np.pi * uniform[half:]
-        draws = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
-        return torch.from_numpy(std * draws).reshape(shape)
+        uniform = self._stream.uniforms(2 * half)
+        radius = torch.from_numpy(std * np.sqrt(-2.0 * np.log(uniform[:half])))
+        angle = torch.from_numpy(uniform[half:]).mul_(2.0 * math.pi)
+        draws = torch.empty(2 * half, dtype=torch.float64)
+        torch.cos(angle, out=draws[:half]).mul_(radius)
+        torch.sin(angle, out=draws[half:]).mul_(radius)
+        return draws[:count].reshape(shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseGrid:
+    """Where sums are released: whole multiples of `spacing`. It follows from two public numbers, C and the number d of parameters.
+
+    Attributes:
+        spacing: g, a power of two, at most C 2**-12 / sqrt(d); so a patient's share of a sum, at most C, is many grid points wide.
+        sensitivity: how far one unit moves a rounded sum in L2, at most: C, plus g sqrt(d) for the two roundings, plus C 2**-12 for what
+            is computed in floating point before them (see `client.private_training`).
+
+    >>> NoiseGrid.of(1.0, 10_000)
+    NoiseGrid(spacing=1.9073486328125e-06, sensitivity=1.0004348754882812)
+    """
+
+    spacing: float
+    sensitivity: float
+
+    @classmethod
+    def of(cls, max_grad_norm: float, num_parameters: int) -> "NoiseGrid":
+        """The grid for a sum over units of vectors with `num_parameters` entries, each clipped to `max_grad_norm`."""
+        root = math.sqrt(max(num_parameters, 1))
+        _, exponent = math.frexp(ROUNDING_SHARE * max_grad_norm / root)
+        spacing = 2.0 ** (exponent - 1)
+        return cls(spacing=spacing, sensitivity=max_grad_norm * (1 + ARITHMETIC_SHARE) + spacing * root)
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest grid points, float64."""
+        return (values / self.spacing).round_().mul_(self.spacing)
+
+    def release(self, total: torch.Tensor, noise: GaussianNoise, noise_multiplier: float) -> torch.Tensor:
+        """`total` (float64) rounded, plus noise of standard deviation noise_multiplier x sensitivity, rounded; the addition is exact."""
+        std = noise_multiplier * self.sensitivity / self.spacing
+        assert 9 * std < 2**52  # no draw passes 8.7 standard deviations
+        points = (total / self.spacing).round_()
+        return points.add_(noise.normal(total.shape, std).round_()).mul_(self.spacing)

@@ -6,9 +6,12 @@ from pydantic import Field, field_validator
 
 from shared.config import Settings, read_toml, validate
 from shared.errors import PolicyRefusedError
-from shared.plan import SitePlan
+from shared.plan import Limit, SitePlan
 from shared.study import NAME_PATTERN, Real, Study
 from shared.task import Task
+
+
+LEDGERS = "ledgers"  # folder in a site's state
 
 
 class Policy(Settings):
@@ -16,13 +19,21 @@ class Policy(Settings):
 
     max_epsilon: Real = Field(gt=0, description="of this cohort, over all studies together")
     max_delta: Real = Field(default=1e-4, gt=0, lt=0.1)
+    max_grad_norm: Real = Field(default=1000.0, gt=0, description="largest clipping norm a study may ask for")
+    max_steps: int = Field(default=1_000_000, ge=1, description="most training steps of one study")
     min_patients: int = Field(default=20, ge=2, description="smallest training cohort that may take part")
     min_metric_patients: int = Field(default=20, ge=1, description="fewest test patients for which statistics may leave")
     allowed_tasks: tuple[str, ...] = Field(min_length=1, strict=False)
-    allowed_metrics: tuple[str, ...] = Field(
-        default=(), strict=False, description="exact statistics leave only when every metric made of them is here"
-    )
+    allowed_metrics: tuple[str, ...] = Field(default=(), strict=False, description="statistics leave only when every metric made of them is here")
+    exact_metrics: bool = Field(default=False, description="whether a private study's statistics may leave without noise")
+    round_counts_to: int = Field(default=1, ge=1, description="statistics that count patients leave rounded to multiples of this")
+    allow_record_unit: bool = Field(default=False, description="whether a promise to single records, not to patients, may ever be accepted")
     allow_no_privacy: bool = Field(default=False, description="whether a study without privacy may ever be accepted")
+
+    @property
+    def limit(self) -> Limit:
+        """What the cohort may spend over all studies."""
+        return Limit(epsilon=self.max_epsilon, delta=self.max_delta)
 
     def check(self, study: Study, task: Task, plan: SitePlan) -> None:
         """Return where the policy allows this plan.
@@ -30,30 +41,48 @@ class Policy(Settings):
         Raises:
             PolicyRefusedError: it does not; the message names the rule.
         """
-        if task.name not in self.allowed_tasks:
-            raise PolicyRefusedError(f"policy.allowed_tasks: expected one of {', '.join(self.allowed_tasks)}, got {task.name!r}", "ask the hospital")
-        if not plan.private and not self.allow_no_privacy:
-            raise PolicyRefusedError(
-                "policy.allow_no_privacy: expected a study with differential privacy, got unit = 'none'", "set [privacy] epsilon"
-            )
-        if plan.delta is not None and plan.delta > self.max_delta:
-            raise PolicyRefusedError(f"policy.max_delta: expected delta at most {self.max_delta:g}, got {plan.delta:g}", "lower [privacy] delta")
-        if plan.epsilon is not None and plan.epsilon > self.max_epsilon:
-            raise PolicyRefusedError(
-                f"policy.max_epsilon: expected epsilon at most {self.max_epsilon:g}, got {plan.epsilon:.3g}", "lower [privacy] epsilon"
-            )
+        self._check_kind(study, task)
+        steps = plan.steps_per_round * (plan.rounds + plan.spare_rounds)
+        _at_most("max_steps", self.max_steps, steps, "lower [rounds] count, local_epochs or local_steps")
         if plan.declared_size < self.min_patients:
-            raise PolicyRefusedError(
-                f"policy.min_patients: expected at least {self.min_patients} declared patients, got {plan.declared_size}", "ask the hospital"
-            )
+            raise _refusal("min_patients", f"at least {self.min_patients} declared patients", str(plan.declared_size), "ask the hospital")
+        if plan.private:
+            assert plan.delta is not None and plan.epsilon is not None and plan.max_grad_norm is not None
+            _at_most("max_delta", self.max_delta, plan.delta, "lower [privacy] delta")
+            _at_most("max_epsilon", self.max_epsilon, plan.epsilon, "lower [privacy] epsilon, or raise noise_multiplier")
+            _at_most("max_grad_norm", self.max_grad_norm, plan.max_grad_norm, "lower [privacy] max_grad_norm")
+            _at_most("max_epsilon", self.max_epsilon, study.privacy.evaluation_epsilon or 0.0, "lower [privacy] evaluation_epsilon")
 
-    def withholds(self, task: Task, statistic: str, *, num_test: int) -> str | None:
-        """The rule that keeps the exact sums of this statistic at the site; None where they may leave."""
+    def _check_kind(self, study: Study, task: Task) -> None:
+        if task.name not in self.allowed_tasks:
+            raise _refusal("allowed_tasks", f"one of {', '.join(self.allowed_tasks)}", repr(task.name), "ask the hospital")
+        if not study.private and not self.allow_no_privacy:
+            raise _refusal("allow_no_privacy", "a study with differential privacy", "unit = 'none'", "set [privacy] epsilon")
+        if study.privacy.unit == "record" and not self.allow_record_unit:
+            raise _refusal("allow_record_unit", "a promise to patients", "unit = 'record'", "set [privacy] unit = 'patient'")
+
+    def withholds(self, task: Task, statistic: str, *, num_test: int, exact: bool) -> str | None:
+        """The rule that keeps the sums of this statistic at the site; None where they may leave.
+
+        Args:
+            exact: they would leave without noise, in a private study.
+        """
         if num_test < self.min_metric_patients:
             return "policy.min_metric_patients: too few test patients"
+        if exact and not self.exact_metrics:
+            return "policy.exact_metrics: a private study's statistics leave with noise only; set [privacy] evaluation_epsilon"
         names = [metric.name for metric in task.metrics if metric.statistic.name == statistic]
         kept = [name for name in names if name not in self.allowed_metrics]
         return f"policy.allowed_metrics: {statistic} also gives {', '.join(kept)}" if kept else None
+
+
+def _at_most(rule: str, most: float, got: float, remedy: str) -> None:
+    if got > most:
+        raise _refusal(rule, f"at most {most:g}", f"{got:.6g}", remedy)
+
+
+def _refusal(rule: str, expected: str, got: str, remedy: str) -> PolicyRefusedError:
+    return PolicyRefusedError(f"policy.{rule}: expected {expected}, got {got}", remedy, rule=f"policy.{rule}")
 
 
 class CohortFile(Settings):
@@ -79,6 +108,10 @@ class SiteFile(Settings):
         if not text.strip():
             raise ValueError("expected a folder, got an empty text")
         return text
+
+    def ledger_path(self, path: Path) -> Path:
+        """The cohort's ledger, for the site file at `path`: one file a cohort, side by side, so that no patient is in two."""
+        return path.parent / self.state / LEDGERS / f"{self.name}.sqlite"
 
     @classmethod
     def load(cls, path: Path) -> "SiteFile":

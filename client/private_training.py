@@ -4,39 +4,51 @@ Theorem (Abadi et al. 2016, with Poisson sampling as in Mironov et al. 2019; com
 training parts of a site's cohort that differ in one patient, with all of that patient's records (unit "patient"), or in one record (unit
 "record"). The update of a round is a function of `steps` releases; each is
 
-    sum over sampled units of clip(gradient, C)  +  N(0, (noise_multiplier C)^2 I)
+    round(S) + round(Z),    S = sum over sampled units of clip(gradient, C),    Z ~ N(0, (noise_multiplier L)^2 I)
 
-where every unit is sampled independently with probability q, one record of each sampled patient is taken, and C is `max_grad_norm`. A unit
-moves each sum by at most C in L2, so a release is a Poisson-subsampled Gaussian mechanism with parameters (noise_multiplier, q), and the
-round is `PrivacyEvent(noise_multiplier, q, steps)`. Division by the public expected batch size, momentum, weight decay, the proximal term
-and the optimizer's step see only releases: post-processing.
+where every unit is sampled independently with probability q, C is `max_grad_norm`, and a unit's gradient is that of one of the patient's
+records, drawn uniformly (`records_per_patient` "one"), the mean over all of the patient's records ("all"), or the record's (unit "record").
+`round` goes to the nearest multiple of g = `NoiseGrid.spacing`, and L = C (1 + 2**-12) + g sqrt(d) for d trainable parameters.
 
-Assumes: q, steps, C and the denominator come from declared, public numbers (`SitePlan`); no layer mixes records (`private_probe.probe_model`);
-noise is drawn from a key that is never used again. Released: the parameters after the last step. Not covered: statistics of evaluation,
-refusals, timing, and the low bits of floating-point noise.
+Proof. round(S) is a multiple of g, so round(S) + round(Z) = round(round(S) + Z): rounding is post-processing of the Gaussian mechanism on
+round(S). One unit moves S by at most C, arithmetic aside (below), and the two roundings move each entry by at most g/2 each, so round(S) by
+at most L in L2. Poisson subsampling amplifies any Gaussian mechanism of sensitivity L alike (Zhu, Dong and Wang 2022: its dominating pair
+depends on noise / sensitivity and q alone), so a release is dominated by the pair of (noise_multiplier, q), and the round is
+`PrivacyEvent(noise_multiplier, q, steps)`. All of the sum and the addition are whole numbers of g below 2**53, so the addition is exact and
+the low bits of a float say no more than its value. Division by the public expected batch size, rounding to the parameter's type, momentum,
+weight decay, the proximal term and the optimizer's step see only releases: post-processing.
 
-Edge cases: an empty batch adds noise to a zero sum and counts as a step; a non-finite gradient of a unit counts as zero; a zero gradient
-stays zero; more units than fit in memory are summed in physical batches with noise once at the end.
+Arithmetic. A gradient is the float32 numbers that the backward pass gives; norms, clip factors and sums are float64. A clipped norm is at
+most C (1 + 1e-9), and a sum of B of them is off by at most B^2 2**-52 C, together below C 2**-13 for B up to 700,000.
+
+Assumes: q, steps, C and the denominator come from declared, public numbers (`SitePlan`). No layer mixes records
+(`private_probe.probe_model`): in exact arithmetic a record's gradient depends on that record and the parameters alone; in float32 the shape
+of a batch may change its last bits, and over a whole batch these changes stay below C 2**-13 (measured: 2e-7 C a record at most). Noise and
+sampling come from a key that is never used again, ChaCha20 is taken for random, and Box-Muller in float64 (error about 2**-50 of a draw's
+radius) for exact, on a grid that is many orders coarser. Released: the parameters after the last step. Not covered: statistics of
+evaluation, refusals, timing.
+
+Edge cases: an empty batch adds noise to a zero sum and counts as a step; a unit without finite gradient counts as zero, whoever it is; a
+zero gradient stays zero; more records than fit in memory are summed in physical batches with noise once at the end, and a patient with
+more records than that, in pieces, is clipped once all the same; a buffer that changes ends the round with a refusal.
 """
 
-import contextlib
 import hashlib
 import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.local_training import LocalRound, record_losses
-from client.noise import GaussianNoise
+from client.noise import GaussianNoise, KeyedStream, NoiseGrid
 from client.optimizers import ProximalTerm, local_optimizer
-from client.sampling import PatientIndex, poisson_sample
+from client.record_gradients import RecordGradients, record_gradients
+from client.sampling import PatientIndex, poisson_sample, whole_patients
 from shared.cohort import Cohort, IntArray
+from shared.errors import ModelRefusedError
 from shared.plan import SitePlan
 
 logger = logging.getLogger(__name__)
@@ -46,14 +58,13 @@ logger = logging.getLogger(__name__)
 class Randomness:
     """Where a round's randomness comes from: which units are sampled, and the noise on their sum."""
 
-    sampling: np.random.Generator
+    sampling: KeyedStream
     noise: GaussianNoise
 
     @classmethod
     def from_key(cls, key: bytes) -> "Randomness":
         """All of a round's randomness from one 32-byte key that is used for this round alone."""
-        sampling = np.random.Generator(np.random.Philox(key=int.from_bytes(_subkey(key, b"sampling")[:16], "big")))
-        return cls(sampling=sampling, noise=GaussianNoise(_subkey(key, b"noise")))
+        return cls(sampling=KeyedStream(_subkey(key, b"sampling")), noise=GaussianNoise(_subkey(key, b"noise")))
 
 
 def _subkey(key: bytes, purpose: bytes) -> bytes:
@@ -61,87 +72,159 @@ def _subkey(key: bytes, purpose: bytes) -> bytes:
 
 
 class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
-    """Opacus' flat-clipping optimizer with our noise: drawn in float64 from a keyed stream, added before rounding to the gradient's type."""
+    """Opacus' flat-clipping optimizer with sums in float64 and noise from a keyed stream on a grid.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, plan: SitePlan, noise: GaussianNoise) -> None:
+    `summed_grad` of every parameter is a float64 view into one vector of all d trainable parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, gradients: RecordGradients, *, plan: SitePlan, noise: GaussianNoise) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             expected_batch_size=plan.expected_batch_size,
-            loss_reduction="mean",
+            loss_reduction="sum",
         )
+        self.num_without_gradient = 0
+        self._gradients = gradients
         self._noise = noise
+        self._parameters = self.params
+        size = sum(parameter.numel() for parameter in self._parameters)
+        self._grid = NoiseGrid.of(self.max_grad_norm, size)
+        self._total = torch.zeros(size, dtype=torch.float64)
+        self._unit = torch.empty(0, dtype=torch.float64)  # gradient of the unit under way; only where a unit has several records
+        for parameter, part in zip(self._parameters, self._views(self._total), strict=True):
+            parameter.summed_grad = part
+
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        parts = torch.split(flat, [parameter.numel() for parameter in self._parameters])
+        return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
+
+    def clear(self) -> None:
+        """The sum becomes zero."""
+        self._total.zero_()
+
+    def clip_and_accumulate(self) -> None:
+        """Add the gradient of each record of the last backward pass, clipped alone; every record is a unit."""
+        norms = self._gradients.norms(self._parameters)
+        factors = (self.max_grad_norm / norms).clamp_(max=1.0)
+        usable = norms.isfinite()
+        rows: torch.Tensor | slice = slice(None)
+        if not usable.all():
+            self.num_without_gradient += int((~usable).sum())
+            rows, factors = usable.nonzero().squeeze(1), factors[usable]
+        for parameter in self._parameters:
+            self._gradients.add_weighted_sum(parameter, factors, parameter.summed_grad, rows)
+
+    def add_to_unit(self, rows: slice, share: float) -> None:
+        """Add share x the gradient of each of these records of the last backward pass to the unit under way."""
+        if not len(self._unit):
+            self._unit = torch.zeros_like(self._total)
+        weights = torch.full((rows.stop - rows.start,), share, dtype=torch.float64)
+        for parameter, part in zip(self._parameters, self._views(self._unit), strict=True):
+            self._gradients.add_weighted_sum(parameter, weights, part, rows)
+
+    def close_unit(self) -> None:
+        """Add the gradient of the unit under way, clipped as one, and begin another."""
+        norm = float(torch.linalg.vector_norm(self._unit))
+        if norm < float("inf"):
+            self._total.add_(self._unit, alpha=min(1.0, self.max_grad_norm / norm) if norm else 1.0)
+        else:
+            self.num_without_gradient += 1
+        self._unit.zero_()
 
     def add_noise(self) -> None:
-        """The clipped sum of the whole batch plus noise becomes the gradient of each parameter."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noised = parameter.summed_grad.to(torch.float64) + self._noise.normal(parameter.summed_grad.shape, std)
-            parameter.grad = noised.to(parameter.dtype).view_as(parameter) / self.expected_batch_size
+        """The sum of the whole batch plus noise, over the public expected batch size, becomes the gradient of each parameter."""
+        release = self._grid.release(self._total, self._noise, self.noise_multiplier).div_(self.expected_batch_size)
+        for parameter, part in zip(self._parameters, self._views(release), strict=True):
+            parameter.grad = part.to(parameter.dtype)
 
 
 def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, plan: SitePlan, randomness: Randomness) -> int:
     """Train `model` in place under the theorem above; the number of steps taken comes back, always `plan.steps_per_round`.
 
     Raises:
+        ModelRefusedError: a buffer changed; the parameters must not be sent.
         opacus or torch errors where a layer has no per-record gradient; `private_probe.probe_model` finds them before a study starts.
     """
-    with wrapped_model(model) as wrapped:
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with record_gradients(model) as gradients:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = KeyedNoiseOptimizer(local_optimizer(local.study, trainable, local.round_number), plan=plan, noise=randomness.noise)
+        optimizer = KeyedNoiseOptimizer(local_optimizer(local.study, trainable, local.round_number), gradients, plan=plan, noise=randomness.noise)
         proximal = ProximalTerm(local.study, trainable)
         index = PatientIndex(cohort)
-        wrapped.train()
+        gradients.train()
         for _ in range(plan.steps_per_round):
-            records = sample_records(cohort, index, plan, randomness.sampling)
-            sum_clipped_gradients(wrapped, optimizer, cohort, records, local)
+            optimizer.clear()
+            sum_clipped_gradients(optimizer, gradients, cohort, sample_units(cohort, index, local, plan, randomness.sampling), local)
             optimizer.add_noise()
             proximal.add_to_gradients()
             optimizer.original_optimizer.step()
+    check_buffers(model, buffers)
+    if optimizer.num_without_gradient:
+        logger.warning("%d gradients were not finite and were counted as zero", optimizer.num_without_gradient)
     return plan.steps_per_round
 
 
-@contextlib.contextmanager
-def wrapped_model(model: nn.Module) -> Iterator[GradSampleModule]:
-    """The model with Opacus' per-record gradients, for the block; the loss is a sum over records, so a gradient sample is a record's own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")  # expected: a cohort's inputs need no gradient
-        wrapped = GradSampleModule(model, loss_reduction="sum", strict=True)
-        try:
-            yield wrapped
-        finally:
-            wrapped.to_standard_module()
-
-
-def sample_records(cohort: Cohort, index: PatientIndex, plan: SitePlan, rng: np.random.Generator) -> IntArray:
-    """The records of a Poisson batch over the plan's unit."""
+def sample_units(cohort: Cohort, index: PatientIndex, local: LocalRound, plan: SitePlan, stream: KeyedStream) -> IntArray | list[IntArray]:
+    """A Poisson batch over the plan's unit: one record a unit, or all the records of each patient."""
     if plan.unit == "record":
-        return poisson_sample(cohort.num_records, plan.sample_rate, rng)
-    return index.one_record_each(poisson_sample(index.num_patients, plan.sample_rate, rng), rng)
+        return poisson_sample(cohort.num_records, plan.sample_rate, stream)
+    patients = poisson_sample(index.num_patients, plan.sample_rate, stream)
+    if local.study.privacy.records_per_patient == "all":
+        return index.all_records(patients)
+    return index.one_record_each(patients, stream)
 
 
-def sum_clipped_gradients(wrapped: GradSampleModule, optimizer: KeyedNoiseOptimizer, cohort: Cohort, records: IntArray, local: LocalRound) -> None:
-    """`summed_grad` of every parameter becomes the sum of clipped gradients over `records`, in physical batches; zero for no record."""
-    parameters = optimizer.params
-    for parameter in parameters:
-        parameter.summed_grad = torch.zeros_like(parameter)
+def sum_clipped_gradients(
+    optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, units: IntArray | list[IntArray], local: LocalRound
+) -> None:
+    """Add the clipped gradient of every unit to the optimizer's sum, in physical batches."""
     size = local.study.privacy.physical_batch_size
-    for start in range(0, len(records), size):
-        wrapped.zero_grad(set_to_none=True)
-        record_losses(wrapped, cohort, records[start : start + size], local.task).sum().backward()  # type: ignore[no-untyped-call]  # torch
-        zero_non_finite(parameters)
+    if isinstance(units, list):
+        for patients in whole_patients(units, size):
+            _sum_patients(optimizer, gradients, cohort, patients, local)
+        return
+    for start in range(0, len(units), size):
+        _backward(gradients, cohort, units[start : start + size], local)
         optimizer.clip_and_accumulate()
-        for parameter in parameters:
-            parameter.grad_sample = None
 
 
-def zero_non_finite(parameters: list[nn.Parameter]) -> None:
-    """A record whose gradient is not finite anywhere, or whose norm overflows, counts as a zero gradient; that it happened is logged locally."""
-    samples: list[torch.Tensor] = [parameter.grad_sample for parameter in parameters]  # type: ignore[attr-defined]  # Opacus sets it
-    squares = torch.stack([sample.to(torch.float64).reshape(len(sample), -1).square().sum(dim=1) for sample in samples]).sum(dim=0)
-    bad = ~(squares < float(torch.finfo(torch.float32).max))
-    if bad.any():
-        logger.warning("a gradient was not finite and was counted as zero")
-        for sample in samples:
-            sample[bad] = 0.0
+def _sum_patients(optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound) -> None:
+    """Several patients that fit into one physical batch, or one that may not and comes in pieces; each is clipped once, over all its records."""
+    size = local.study.privacy.physical_batch_size
+    if len(patients) == 1:
+        [records] = patients
+        for start in range(0, len(records), size):
+            piece = records[start : start + size]
+            _backward(gradients, cohort, piece, local)
+            optimizer.add_to_unit(slice(0, len(piece)), 1 / len(records))
+        optimizer.close_unit()
+        return
+    _backward(gradients, cohort, np.concatenate(patients), local)
+    stop = 0
+    for records in patients:
+        start, stop = stop, stop + len(records)
+        optimizer.add_to_unit(slice(start, stop), 1 / len(records))
+        optimizer.close_unit()
+
+
+def _backward(gradients: RecordGradients, cohort: Cohort, records: IntArray, local: LocalRound) -> None:
+    """The gradient of each of these records, in `gradients`."""
+    gradients.forget()
+    record_losses(gradients, cohort, records, local.task).sum().backward()  # type: ignore[no-untyped-call]  # torch
+
+
+def check_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Every buffer of `model` is bit for bit as it was `before`.
+
+    Raises:
+        ModelRefusedError: the first that is not, by its layer.
+    """
+    for name, buffer in model.named_buffers():
+        if name not in before or not torch.equal(buffer, before[name]):
+            layer, _, own = name.rpartition(".")
+            raise ModelRefusedError(
+                f"model: layer {layer or '(root)'!r} changes its buffer {own!r} in training, without clipping or noise",
+                "use a layer without running buffers",
+            )

@@ -1,12 +1,15 @@
-"""Which patients are in a batch. Poisson sampling over patients, and one record of each sampled patient."""
+"""Who is in a batch. Poisson sampling over units, one record or all records of each sampled patient; every draw from a keyed stream."""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from client.noise import KeyedStream
 from shared.cohort import Cohort, IntArray
 
 
 class PatientIndex:
-    """Records grouped by patient, so that one of each sampled patient is drawn without a search."""
+    """Records grouped by patient, so that those of a sampled patient are found without a search."""
 
     def __init__(self, cohort: Cohort) -> None:
         self.num_patients = cohort.num_patients
@@ -14,16 +17,36 @@ class PatientIndex:
         self._counts = np.bincount(cohort.patient_of_record, minlength=cohort.num_patients)
         self._starts = np.cumsum(self._counts) - self._counts
 
-    def one_record_each(self, patients: IntArray, rng: np.random.Generator) -> IntArray:
+    def one_record_each(self, patients: IntArray, stream: KeyedStream) -> IntArray:
         """A record of each patient, uniformly among its own, `(len(patients),)`; none of a patient without records, never another's."""
         patients = patients[self._counts[patients] > 0]
-        offset = (rng.random(len(patients)) * self._counts[patients]).astype(np.int64)
+        counts = self._counts[patients]
+        offset = np.minimum((stream.uniforms(len(patients)) * counts).astype(np.int64), counts - 1)  # a uniform may be 1
         return np.asarray(self._order[self._starts[patients] + offset])
 
+    def all_records(self, patients: IntArray) -> list[IntArray]:
+        """The records of each patient, in the cohort's order; a patient without records is left out."""
+        spans = zip(self._starts[patients], self._counts[patients], strict=True)
+        return [self._order[start : start + count] for start, count in spans if count]
 
-def poisson_sample(num_units: int, sample_rate: float, rng: np.random.Generator) -> IntArray:
-    """Indices of the units in a batch: each independently with probability `sample_rate`; often more, fewer or none."""
-    return np.flatnonzero(rng.random(num_units) < sample_rate)
+
+def poisson_sample(num_units: int, sample_rate: float, stream: KeyedStream) -> IntArray:
+    """Indices of the units in a batch: each independently with probability `sample_rate` (to 2**-54); often more, fewer or none."""
+    return np.flatnonzero(stream.uniforms(num_units) <= sample_rate)
+
+
+def whole_patients(patients: Sequence[IntArray], most_records: int) -> Iterator[list[IntArray]]:
+    """The patients in groups of at most `most_records` records; a patient with more is a group of its own."""
+    group: list[IntArray] = []
+    size = 0
+    for records in patients:
+        if group and size + len(records) > most_records:
+            yield group
+            group, size = [], 0
+        group.append(records)
+        size += len(records)
+    if group:
+        yield group
 
 
 def shuffled_batches(num_records: int, batch_size: int, rng: np.random.Generator) -> list[IntArray]:

@@ -4,32 +4,44 @@ The same code answers for a virtual site of a simulation and for a real one; the
 comes from. A refusal is an ordinary answer; an exception's own text never leaves.
 """
 
-import hashlib
 import logging
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from numpy.typing import NDArray
 from torch import nn
 
+from client.charging import Ask, Charging
 from client.cross_check import epsilon_prv
-from client.ledger import Ledger, Limit, Spend
+from client.evaluation_noise import evaluation_noise_multiplier, noise_statistics
+from client.ledger import Ledger, PlannedStudy
 from client.local_training import LocalRound, torch_seeded, train_round
-from client.noise import KEY_BYTES
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
+from client.releases import Arrays, Releases
 from shared.cohort import Cohort, held_out_patients, patient_hash
-from shared.errors import ConfigurationError, DataError, ProtocolError
-from shared.messages import Enrolled, EnrolTask, Evaluated, EvaluateTask, Statistics, Trained, TrainTask
+from shared.errors import ConfigurationError, DataError, LedgerError, ProtocolError
+from shared.messages import (
+    Enrolled,
+    EnrolTask,
+    Evaluated,
+    EvaluateTask,
+    Statistics,
+    Trained,
+    TrainTask,
+    WitnessedHead,
+    head_statement,
+)
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
-from shared.plan import SitePlan, plan_site
+from shared.plan import Limit, SitePlan, check_delta, plan_site
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import SitePrivacy
-from shared.seeding import derive_key
+from shared.seeding import generator_of
 from shared.study import Study
 from shared.task import Task
 
@@ -44,8 +56,9 @@ class SiteSettings:
         declared_size: training patients, as declared; a simulation declares exact numbers.
         policy: None only for a virtual site, which has nobody to protect.
         ledger_path: file of the ledger of this cohort.
+        releases_path: folder of what was released last; only where noise comes from the operating system.
         split_key: keys the hash that fixes each patient's split.
-        limit: None: the study's own budget (virtual sites, whose ledger is born and ends with the run).
+        signer: signs the ledger's rows; None for a virtual site.
     """
 
     name: str
@@ -53,7 +66,9 @@ class SiteSettings:
     declared_num_patients: int
     declared_num_test: int
     ledger_path: Path
-    split_key: bytes
+    releases_path: Path
+    split_key: bytes = field(repr=False)
+    signer: Ed25519PrivateKey | None = field(default=None, repr=False)
     policy: Policy | None = None
     cohort_id: str = "virtual"
 
@@ -61,6 +76,11 @@ class SiteSettings:
     def virtual(self) -> bool:
         """True for a site of a simulation without a site file: its noise may be seeded, its counts are exact."""
         return self.policy is None
+
+    @property
+    def limit(self) -> Limit | None:
+        """What the cohort may spend over all studies; a virtual site, whose ledger is born and ends with its run, has none."""
+        return None if self.policy is None else self.policy.limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +91,16 @@ class Admission:
     study: Study
     study_hash: str
     plan: SitePlan
+    evaluation: PrivacyEvent | None  # of the closing evaluation's noise
     template: Template
+    coordinator_key: str | None
+
+    def planned(self) -> PlannedStudy:
+        """What it asks of the ledger."""
+        return PlannedStudy(
+            run=self.run, study=self.study.name, study_hash=self.study_hash, training=self.plan.study_event(), evaluation=self.evaluation,
+            cross_validated=self.study.evaluation.folds > 1, coordinator_key=self.coordinator_key,
+        )  # fmt: skip
 
 
 class Site:
@@ -102,23 +131,48 @@ class Site:
         study = Study.from_table(task.study, source="study")
         if task.task_fingerprint != self._task.fingerprint():
             raise ConfigurationError("task: expected the same code at both sides, got another fingerprint", "install the same version at both sides")
-        plan = plan_site(study, self.settings.declared_size)
+        plan = plan_site(study, self.settings.declared_size, limit=self.settings.limit)
         if self.settings.policy is not None:
             self.settings.policy.check(study, self._task, plan)
             probe_model(self._task, study)
-        if plan.private and not self._already_charged(task.run, plan):
-            self.ledger_for(plan).check_room(plan.study_event(), self._limit(plan))
-        template = template_of(get_parameters(self._model))
-        cohort = self.cohort()
-        if plan.private and not self.settings.virtual:
-            self.ledger_for(plan).bind_patients([patient_hash(self.settings.split_key, name) for name in cohort.patient_ids])
-        self._admission = Admission(run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, template=template)
+        admission = Admission(
+            run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, evaluation=self._evaluation_event(study),
+            template=template_of(get_parameters(self._model)), coordinator_key=task.coordinator_key,
+        )  # fmt: skip
+        if plan.private:
+            self._admit(admission, task.heads.get(self.settings.name))
+        else:
+            self.cohort()
+        self._admission = admission
         return Enrolled(
             name=self.settings.name,
             declared_size=self.settings.declared_size,
             declared_num_patients=self.settings.declared_num_patients,
             declared_num_test=self.settings.declared_num_test,
+            ledger_head=self._head(plan),
         )
+
+    def _admit(self, admission: Admission, witnessed: WitnessedHead | None) -> None:
+        """The ledger agrees to the whole plan: before the cohort is opened that there is room, after it that these are its patients."""
+        ledger = self.ledger_for(admission.plan)
+        if witnessed is not None and not self.settings.virtual:
+            self._check_witness(witnessed, admission.coordinator_key)
+            ledger.check_head(witnessed.head)
+        ledger.check_room(admission.planned())
+        cohort = self.cohort()
+        if not self.settings.virtual:
+            folds = admission.study.evaluation.folds
+            test = held_out_patients(cohort, self.settings.split_key)
+            hashes = [patient_hash(self.settings.split_key, name) for name in cohort.patient_ids]
+            ledger.bind_patients(hashes, test=list(map(bool, test)), merged=folds > 1)
+        ledger.admit(admission.planned())
+
+    def _check_witness(self, witnessed: WitnessedHead, key: str | None) -> None:
+        try:
+            public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key or ""))
+            public.verify(bytes.fromhex(witnessed.signature), head_statement(self.settings.name, witnessed.head))
+        except (InvalidSignature, ValueError):
+            raise ProtocolError("expected the coordinator's signature on the ledger's head, got another") from None
 
     def train(self, task: TrainTask, parameters: Parameters) -> tuple[Trained, Parameters, Statistics | None]:
         """Evaluate the parameters received, then train on them: the reply, the update (trained minus received), the statistics.
@@ -129,19 +183,37 @@ class Site:
         """
         admission = self._admitted(task)
         train_part, test_part = self._parts(admission.study, task.fold)
-        statistics, withheld = self._statistics(test_part, parameters)
-        updated = self._train_part(task, admission, train_part, parameters)
-        update: Parameters = {name: np.asarray(updated[name] - parameters[name]) for name in parameters}
-        reply = Trained(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=self._spent(admission))
-        return reply, update, statistics
+        statistics, withheld = None, None
+        if admission.evaluation is None:
+            statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
+        update = self._update(task, admission, train_part, parameters)
+        return (
+            Trained(
+                name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=self._spent(admission),
+                ledger_head=self._head(admission.plan),
+            ),
+            update,
+            statistics,
+        )  # fmt: skip
 
     def evaluate(self, task: EvaluateTask, parameters: Parameters) -> tuple[Evaluated, Statistics | None]:
-        """The statistics of these parameters on the fold's test patients."""
+        """The statistics of these parameters on the fold's test patients; with the last fold's, the study ends here.
+
+        Raises:
+            ProtocolError: the study was not agreed to here.
+            BudgetExhaustedError: the ledger has no room for another noised evaluation.
+        """
         admission = self._admitted(task)
         _, test_part = self._parts(admission.study, task.fold)
-        statistics, withheld = self._statistics(test_part, parameters)
-        privacy = self._spent(admission, cross_check=True)
-        return Evaluated(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy), statistics
+        if admission.evaluation is None:
+            statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
+        else:
+            statistics, withheld = self._noised_statistics(task, admission, test_part, parameters)
+        if admission.plan.private and task.fold == admission.study.evaluation.folds:
+            self.ledger_for(admission.plan).close_plan(admission.run)
+        privacy, head = self._spent(admission, cross_check=True), self._head(admission.plan)
+        reply = Evaluated(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy, ledger_head=head)
+        return reply, statistics
 
     @property
     def template(self) -> Template:
@@ -174,8 +246,9 @@ class Site:
 
     def ledger_for(self, plan: SitePlan) -> Ledger:
         """The cohort's ledger, opened once."""
+        settings = self.settings
         if self._ledger is None or self._ledger.unit != plan.unit:  # opening it again for another unit refuses
-            self._ledger = Ledger(self.settings.ledger_path, cohort=self.settings.cohort_id, unit=plan.unit, durable=not self.settings.virtual)
+            self._ledger = Ledger(settings.ledger_path, cohort=settings.cohort_id, unit=plan.unit, limit=settings.limit, signer=settings.signer)
         return self._ledger
 
     def _admitted(self, task: TrainTask | EvaluateTask) -> Admission:
@@ -188,17 +261,6 @@ class Site:
             raise ProtocolError("expected a round and fold of the study, got another")
         return admission
 
-    def _already_charged(self, run: str, plan: SitePlan) -> bool:
-        charged = {(event.noise_multiplier, event.sample_rate) for event in self.ledger_for(plan).charged().get(run, [])}
-        if charged - {(plan.noise_multiplier, plan.sample_rate)}:
-            raise ProtocolError("run: expected a name of its own, got that of a run with another noise or sample rate")
-        return bool(charged)
-
-    def _limit(self, plan: SitePlan) -> Limit:
-        assert plan.epsilon is not None and plan.delta is not None
-        policy = self.settings.policy
-        return Limit(epsilon=plan.epsilon, delta=plan.delta) if policy is None else Limit(epsilon=policy.max_epsilon, delta=policy.max_delta)
-
     def _parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
         cohort = self.cohort()
         if (fold, study.evaluation.folds) not in self._split:
@@ -206,70 +268,128 @@ class Site:
             self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
         return self._split[fold, study.evaluation.folds]
 
-    def _statistics(self, test_part: Cohort, parameters: Parameters) -> tuple[Statistics | None, str | None]:
-        """What may leave, and the rule that keeps the rest; the rule looks at the declared number of test patients, never the exact one."""
-        policy = self.settings.policy
+    # What leaves --------------------------------------------------------------------------------------------------------------
+
+    def _rules(self, *, exact: bool) -> dict[str, str | None]:
+        """For each statistic the rule that keeps it here, or None; rules look at the declared number of test patients, never the exact one."""
+        names = {metric.statistic.name for metric in self._task.metrics}
+        policy, num_test = self.settings.policy, self.settings.declared_num_test
+        return {name: None if policy is None else policy.withholds(self._task, name, num_test=num_test, exact=exact) for name in sorted(names)}
+
+    def _statistics(self, test_part: Cohort, parameters: Parameters, *, exact: bool) -> tuple[Statistics | None, str | None]:
+        """What may leave, and the rule that keeps the rest."""
+        rules = self._rules(exact=exact)
+        withheld = next((rule for rule in rules.values() if rule is not None), None)
+        if all(rules.values()):
+            return None, withheld
         statistics = evaluate_parameters(self._task, test_part, parameters, model=self._model)
-        if policy is None:
-            return statistics, None
-        rules = {name: policy.withholds(self._task, name, num_test=self.settings.declared_num_test) for name in statistics}
-        released = {name: value for name, value in statistics.items() if rules[name] is None}
-        return released or None, next((rule for rule in rules.values() if rule is not None), None)
+        step = self.settings.policy.round_counts_to if self.settings.policy is not None else 1
+        counts = {metric.statistic.name for metric in self._task.metrics if metric.statistic.is_counts}
+        released = {name: rounded(value, step if name in counts else 1) for name, value in statistics.items() if rules[name] is None}
+        return released, withheld
 
-    def _train_part(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
+    def _noised_statistics(
+        self, task: EvaluateTask, admission: Admission, test_part: Cohort, parameters: Parameters
+    ) -> tuple[Statistics | None, str | None]:
+        assert admission.evaluation is not None
+        noise_multiplier = admission.evaluation.noise_multiplier
+        rules = self._rules(exact=False)
+        withheld = next((rule for rule in rules.values() if rule is not None), None)
+        if all(rules.values()):
+            return None, withheld
+
+        def make(key: bytes) -> tuple[Arrays, int]:
+            statistics, _ = self._statistics(test_part, parameters, exact=False)
+            assert statistics is not None
+            declared = {metric.statistic.name: metric.statistic for metric in self._task.metrics if metric.statistic.name in statistics}
+            return dict(noise_statistics(statistics, declared, noise_multiplier=noise_multiplier, key=key)), 1
+
+        noised = self._charging(admission).release(self._ask(task, admission), parameters, make)
+        return {name: np.asarray(value, dtype=np.float64) for name, value in noised.items()}, withheld
+
+    def _update(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
         model = self._model
-        set_parameters(model, parameters)
         local = LocalRound(study=admission.study, task=self._task, round_number=task.round)
-        path = ("train", self.settings.name, task.fold, task.round)
-        key = derive_key(admission.study.seed, *path) if self._seeded(admission) else os.urandom(KEY_BYTES)
-        with torch_seeded(int.from_bytes(key[:4], "big")):
-            if admission.plan.private:
-                release = self._reserve(task, admission, parameters, key)
-                steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=Randomness.from_key(key))
-                self.ledger_for(admission.plan).commit(release, steps=steps)
-            else:
-                train_round(model, train_part, local, rng=np.random.default_rng(int.from_bytes(key, "big")))
-        return get_parameters(model)
 
-    def _seeded(self, admission: Admission) -> bool:
-        return self.settings.virtual and admission.study.privacy.noise_source == "seeded"
+        def make(key: bytes) -> tuple[Arrays, int]:
+            set_parameters(model, parameters)
+            with torch_seeded(int.from_bytes(key[:4], "big")):
+                if admission.plan.private:
+                    steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=Randomness.from_key(key))
+                else:
+                    steps = train_round(model, train_part, local, rng=generator_of(key))
+            trained = get_parameters(model)
+            return {name: np.asarray(trained[name] - parameters[name]) for name in parameters}, steps
 
-    def _reserve(self, task: TrainTask, admission: Admission, parameters: Parameters, key: bytes) -> str:
-        release = release_id(task, parameters, key)
-        spend = Spend(release=release, run=task.run, study=admission.study.name, fold=task.fold, round=task.round, event=admission.plan.round_event())
-        self.ledger_for(admission.plan).reserve(spend, self._limit(admission.plan), planned=admission.plan.study_event())
-        return release
+        ask = self._ask(task, admission)
+        if not admission.plan.private:
+            return make(ask.key(self._seed(admission)))[0]
+        return self._charging(admission).release(ask, parameters, make, witnessed=task.heads.get(self.settings.name))
+
+    def _ask(self, task: TrainTask | EvaluateTask, admission: Admission) -> Ask:
+        training = isinstance(task, TrainTask)
+        event = admission.plan.round_event() if training and admission.plan.private else admission.evaluation
+        return Ask(
+            run=task.run, study_hash=task.study_hash, site=self.settings.name, account="training" if training else "evaluation",
+            fold=task.fold, round=task.round, event=event or NOTHING,
+        )  # fmt: skip
+
+    def _charging(self, admission: Admission) -> Charging:
+        seed = self._seed(admission)
+        releases = Releases(self.settings.releases_path) if seed is None else None
+        return Charging(ledger=self.ledger_for(admission.plan), releases=releases, seed=seed)
+
+    def _seed(self, admission: Admission) -> int | None:
+        """The seed of a simulation's noise; None where it comes from the operating system."""
+        study = admission.study
+        return study.seed if self.settings.virtual and study.privacy.noise_source == "seeded" else None
+
+    def _evaluation_event(self, study: Study) -> PrivacyEvent | None:
+        epsilon, delta = study.privacy.evaluation_epsilon, study.privacy.delta
+        if epsilon is None:
+            return None
+        assert delta is not None
+        check_delta(delta, self.settings.declared_num_test)
+        noise_multiplier = evaluation_noise_multiplier(epsilon, delta, releases=1)
+        return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=1.0, steps=1)
+
+    def _head(self, plan: SitePlan) -> str | None:
+        """What a coordinator may remember of a real ledger."""
+        return self.ledger_for(plan).head if plan.private and not self.settings.virtual else None
 
     def _spent(self, admission: Admission, *, cross_check: bool = False) -> SitePrivacy | None:
-        plan = admission.plan
-        if not plan.private:
+        if not admission.plan.private:
             return None
-        assert plan.noise_multiplier is not None and plan.delta is not None
-        steps = sum(event.steps for event in self.ledger_for(plan).charged().get(admission.run, []))
-        return site_privacy(plan, steps, cross_check=cross_check)
+        steps = sum(event.steps for event in self.ledger_for(admission.plan).charged(admission.run))
+        return site_privacy(admission.plan, steps, cross_check=cross_check)
+
+
+NOTHING = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=0)
 
 
 def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivacy:
-    """What `steps` steps of this plan cost, by one accountant, and by the other where `cross_check`."""
+    """What `steps` steps of this plan cost: the tighter of two upper bounds where `cross_check`, both by other methods and other code."""
     assert plan.noise_multiplier is not None and plan.delta is not None
     event = PrivacyEvent(noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, steps=steps)
+    pld = epsilon_of([event], plan.delta)
+    prv = epsilon_prv([event], plan.delta) if cross_check else None
+    prv_is_tighter = prv is not None and prv < pld
     return SitePrivacy(
-        epsilon=epsilon_of([event], plan.delta),
+        epsilon=prv if prv is not None and prv_is_tighter else pld,
         delta=plan.delta,
         noise_multiplier=plan.noise_multiplier,
         sample_rate=plan.sample_rate,
         steps=steps,
-        epsilon_cross_check=epsilon_prv([event], plan.delta) if cross_check else None,
+        accountant="prv" if prv_is_tighter else "pld",
+        epsilon_cross_check=pld if prv_is_tighter else prv,
+        cross_check_accountant="pld" if prv_is_tighter else "prv",
+        epsilon_planned=plan.epsilon,
     )
 
 
-def release_id(task: TrainTask, parameters: Parameters, key: bytes) -> str:
-    """SHA-256 (hex) of all that determines a round's release at a site."""
-    digest = hashlib.sha256(f"{task.run}\n{task.study_hash}\n{task.fold}\n{task.round}\n".encode() + hashlib.sha256(key).digest())
-    for name, value in parameters.items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
+def rounded(counts: NDArray[np.float64], step: int) -> NDArray[np.float64]:
+    """`counts` rounded to multiples of `step`; 1 leaves them as they are."""
+    return counts if step == 1 else np.round(counts / step) * step
 
 
 def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *, model: nn.Module) -> Statistics:
@@ -279,4 +399,10 @@ def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *
         return {name: np.zeros(statistic.shape) for name, statistic in statistics.items()}
     set_parameters(model, parameters)
     predictions: NDArray[np.float64] = task.predict(predict_in_batches(model, test_part.inputs)).numpy().astype(np.float64)
-    return {name: statistic.summarise(predictions, test_part) for name, statistic in statistics.items()}
+    summed = {name: np.asarray(statistic.summarise(predictions, test_part), dtype=np.float64) for name, statistic in statistics.items()}
+    for name, value in summed.items():
+        if value.shape != statistics[name].shape or not np.isfinite(value).all():
+            raise ConfigurationError(
+                f"task {task.name}: statistic {name}: expected finite values of shape {statistics[name].shape}, got others", "correct summarise"
+            )
+    return summed

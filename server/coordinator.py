@@ -12,6 +12,7 @@ from server.aggregation import MAX_WEIGHT
 from server.evaluation import add_statistics, count_tested, evaluate
 from server.run_folder import Checkpoint, RunFolder
 from server.strategies.strategy import Answer, FederatedStrategy, Member
+from server.witness import Witness
 from shared.errors import (
     BudgetExhaustedError,
     ConfigurationError,
@@ -33,6 +34,7 @@ from shared.messages import (
     Refused,
     Statistics,
     TrainTask,
+    WitnessedHead,
     decode,
     encode,
     from_array_record,
@@ -72,9 +74,13 @@ class Coordinator:
 
     Args:
         observe: called with every round's record as soon as it is on disk.
+        witness: remembers the sites' ledgers from run to run; None where the sites are virtual.
     """
 
-    def __init__(self, study: Study, task: Task, folder: RunFolder, *, observe: Callable[[RoundRecord], None] = lambda record: None) -> None:
+    def __init__(
+        self, study: Study, task: Task, folder: RunFolder, *, observe: Callable[[RoundRecord], None] = lambda record: None, witness: Witness | None = None
+    ) -> None:
+        self._witness = witness
         self._study = study
         self._task = task
         self._folder = folder
@@ -82,7 +88,9 @@ class Coordinator:
         model = task.model()
         self._architecture = architecture_hash(model)
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        self._strategy = FederatedStrategy(study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics)
+        self._strategy = FederatedStrategy(
+            study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics, noised_statistics=study.noised_statistics
+        )
         self._epsilons: dict[str, float] = {}  # by site, as last told
         self.history = History()
 
@@ -123,7 +131,10 @@ class Coordinator:
             self.history.folds.append(FoldResult(fold=fold, parameters=parameters, statistics=self._close_fold(grid, fold, parameters)))
 
     def _enrol(self, grid: Grid) -> None:
-        content = EnrolTask(run=self._folder.name, study=self._study.to_table(), task_fingerprint=self._task.fingerprint())
+        key = None if self._witness is None else self._witness.public_key
+        content = EnrolTask(
+            run=self._folder.name, study=self._study.to_table(), task_fingerprint=self._task.fingerprint(), coordinator_key=key, heads=self._heads()
+        )
         record = encode(content)
         messages = [Message(record, node_id, MessageType.QUERY) for node_id in sorted(grid.get_node_ids())]
         members = []
@@ -135,6 +146,7 @@ class Coordinator:
                 weight = enrolled.declared_size if self._study.strategy.weights == "declared" else 1
                 members.append(Member(name=enrolled.name, node_id=reply.metadata.src_node_id, weight=min(max(1, weight), MAX_WEIGHT)))
         self.history.refused.update({f"node {node_id}": LATE for node_id in sorted(silent)})
+        self._remember({site.name: site.ledger_head for site in self.history.enrolled.values()})
         self._strategy.set_members(members)
         logger.info("%d of %d sites enrolled", len(members), len(messages))
         self._hold_quorum(len(members), self.history.refused, what="enrolment")
@@ -171,7 +183,8 @@ class Coordinator:
 
     def _run_round(self, grid: Grid, fold: int, number: int, parameters: Parameters) -> Parameters:
         started = time.monotonic()
-        record = encode(TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold), parameters=parameters)
+        content = TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
+        record = encode(content, parameters=parameters)
         messages = self._strategy.configure_train(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)
         self._hold_quorum(sum(answer.status == "ok" for answer in answers.values()), _reasons(answers), what=f"round {number}")
@@ -189,6 +202,14 @@ class Coordinator:
         told = {name: answer.privacy for name, answer in answers.items() if answer.privacy is not None}
         self.history.privacy.update(told)
         self._epsilons.update({name: privacy.epsilon for name, privacy in told.items()})
+        self._remember({name: answer.ledger_head for name, answer in answers.items()})
+
+    def _heads(self) -> dict[str, WitnessedHead]:
+        return {} if self._witness is None else self._witness.heads()
+
+    def _remember(self, shown: dict[str, str | None]) -> None:
+        if self._witness is not None:
+            self._witness.remember({name: head for name, head in shown.items() if head is not None})
 
     def _collect(self, grid: Grid, messages: list[Message]) -> dict[str, Answer]:
         """The answers of all asked sites; those without one are "missing". With on_missing = "wait" they are asked again until the deadline."""

@@ -1,27 +1,44 @@
 """The claim sheet of a run (NIST SP 800-226): what is promised to whom, by which mechanism, and what is not covered."""
 
-from shared.results import PrivacyClaim, RunPrivacy, SiteClaim
+from collections.abc import Mapping
+
+from shared.privacy import PrivacyEvent, epsilon_of
+from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy
 from shared.study import Study
 
 MECHANISM = (
-    "DP-SGD: gradients of each unit clipped to L2 norm {clip:g} over all parameters, summed, Gaussian noise of noise_multiplier x {clip:g} added"
+    "DP-SGD: the gradient of each unit clipped to L2 norm {clip:g} over all trainable parameters; their sum rounded to a public grid, and "
+    "Gaussian noise of noise_multiplier x {clip:g} (a little more, for the rounding) added on the same grid"
 )
-SAMPLING = {
-    "patient": "Poisson: every training patient independently with the site's sample rate in every step; one record of each sampled patient",
-    "record": "Poisson: every training record independently with the site's sample rate in every step",
+SAMPLING = "Poisson: every training {unit} independently with the site's sample rate in every step{records}"
+RECORDS = {
+    ("patient", "one"): "; one record of each sampled patient, drawn anew",
+    ("patient", "all"): "; the mean gradient over all records of each sampled patient, clipped as one",
 }
-COMPOSITION = "privacy loss distributions composed numerically over all steps of all rounds (dp-accounting, pessimistic); cross-check by Opacus' PRV"
+COMPOSITION = (
+    "privacy loss distributions composed numerically over all steps of all rounds (dp-accounting, pessimistic), and by other code Opacus' PRV; "
+    "both are upper bounds and the tighter one is the claim. Over several studies a hospital's limit is held by a Renyi filter"
+)
+ACCOUNTANTS = ["dp-accounting PLD (add/remove one)", "Opacus PRV (add/remove one)"]
+ASSUMED = [
+    "ChaCha20 is taken for random, and the evaluation of the Box-Muller transform in float64 for exact",
+    "every site runs this code unchanged, on all records of its patients; nobody checks that from outside",
+    "in the model a patient's gradient depends on that patient's records and the parameters alone (real sites probe for it before they train)",
+]
 NOT_COVERED = [
     "numbers of patients and of test patients at each site (exact in a simulation, declared in a deployment)",
-    "evaluation metrics on test patients: exact sums, without noise; test patients are covered by no epsilon here",
     "baselines, which are trained beside the study",
-    "the choice of settings by looking at results of earlier runs",
     "whether a site took part, refused or was late, and how long it took",
-    "the low bits of floating-point noise",
+    "what is true of everybody: a model may say of a patient what it says of any like patient, who took part or not",
 ]
+EXACT_METRICS = "evaluation metrics on test patients: exact sums, without noise; test patients are covered by no epsilon here"
+CHOICE = (
+    "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
+    "average: wardround privacy epsilon --event {event} --delta {delta:g} --best-of 10"
+)
 
 
-def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, int], versions: dict[str, str]) -> PrivacyClaim:
+def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str, int], versions: dict[str, str]) -> PrivacyClaim:
     """The claim of a run. Without privacy it says that nothing is promised."""
     if not study.private:
         return PrivacyClaim(
@@ -29,47 +46,108 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: dict[str, i
             statement="This run promises no differential privacy: every update was sent as it was.",
             covered=[], not_covered=["everything that left the sites"], accountants=[], sites={}, versions=versions,
         )  # fmt: skip
-    rounds = study.rounds.count * study.evaluation.folds
-    by_record = ["a patient with several records: the promise is for each record alone"] if study.privacy.unit == "record" else []
+    unit = study.privacy.unit
+    federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
     return PrivacyClaim(
-        unit=study.privacy.unit,
-        neighbouring_relation=f"add or remove one {study.privacy.unit} of a site's training patients",
+        unit=unit,
+        neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more, at most twice as much)",
         mechanism=MECHANISM.format(clip=study.privacy.max_grad_norm),
-        sampling=SAMPLING[study.privacy.unit],
+        sampling=SAMPLING.format(unit=unit, records=RECORDS.get((unit, study.privacy.records_per_patient), "")),
         composition=COMPOSITION,
-        statement=_statement(study, privacy),
+        statement=_statement(study, privacy, federation),
         protects=not privacy.seeded_noise,
-        covered=[
-            f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"
-        ],
-        not_covered=[*by_record, *NOT_COVERED],
-        accountants=["dp-accounting PLD (add/remove one)", "Opacus PRV (cross-check)"],
-        sites={
-            name: SiteClaim(
-                epsilon=spent.epsilon,
-                delta=spent.delta,
-                epsilon_cross_check=spent.epsilon_cross_check,
-                noise_multiplier=spent.noise_multiplier,
-                sample_rate=spent.sample_rate,
-                steps=spent.steps,
-                declared_size=declared_sizes[name],
-                noise_source="seeded" if privacy.seeded_noise else "os",
-            )
-            for name, spent in privacy.sites.items()
-        },
+        covered=_covered(study),
+        not_covered=_not_covered(study, privacy),
+        assumed=ASSUMED
+        if federation is None or study.privacy.patients_overlap
+        else [*ASSUMED, "no patient is known to two sites (the study declares it)"],
+        accountants=ACCOUNTANTS,
+        sites={name: _site_claim(spent, declared_sizes[name], seeded=privacy.seeded_noise) for name, spent in privacy.sites.items()},
+        federation=federation,
+        evaluation_epsilon=study.privacy.evaluation_epsilon,
         versions=versions,
     )
 
 
-def _statement(study: Study, privacy: RunPrivacy) -> str:
+def across_sites(sites: Mapping[str, SitePrivacy], *, overlap: bool) -> FederationClaim | None:
+    """What one patient of the federation is promised; None where no site spent anything.
+
+    A patient of one site is touched by that site's releases alone (parallel composition), so the worst site's promise holds for everybody.
+    A patient who may be known to several sites is touched by all their releases, which compose.
+    """
+    if not sites:
+        return None
+    delta = max(site.delta for site in sites.values())
+    if not overlap:
+        worst = max(site.epsilon for site in sites.values())
+        return FederationClaim(epsilon=worst, delta=delta, basis="maximum, patients are disjoint by declaration")
+    return FederationClaim(
+        epsilon=epsilon_of([event_of(site) for site in sites.values()], delta), delta=delta, basis="composition, patients may be shared"
+    )
+
+
+def event_of(spent: SitePrivacy | SiteClaim) -> PrivacyEvent:
+    """What a site released, for the accountant."""
+    return PrivacyEvent(noise_multiplier=spent.noise_multiplier, sample_rate=spent.sample_rate, steps=spent.steps)
+
+
+def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> SiteClaim:
+    return SiteClaim(**spent.model_dump(), declared_size=declared_size, noise_source="seeded" if seeded else "os")
+
+
+def _covered(study: Study) -> list[str]:
+    rounds = study.rounds.count * study.evaluation.folds
+    covered = [f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"]
+    if study.privacy.evaluation_epsilon is not None:
+        covered.append(
+            "the test patients' statistics of the final model, released once by each site with discrete Gaussian noise: "
+            f"epsilon {study.privacy.evaluation_epsilon:g} for any one test patient, apart from the training patients' epsilon"
+        )
+    return covered
+
+
+def _not_covered(study: Study, privacy: RunPrivacy) -> list[str]:
+    by_record = ["a patient with several records: the promise is for each record alone"] if study.privacy.unit == "record" else []
+    exact = [EXACT_METRICS] if study.privacy.evaluation_epsilon is None else []
+    return [*by_record, *exact, *NOT_COVERED, _choice(privacy)]
+
+
+def _choice(privacy: RunPrivacy) -> str:
+    if not privacy.sites:
+        return "choosing among several runs by their results"
+    worst = max(privacy.sites.values(), key=lambda site: site.epsilon)
+    return CHOICE.format(event=f"{worst.noise_multiplier:.6g},{worst.sample_rate:.6g},{worst.steps}", delta=worst.delta)
+
+
+def _statement(study: Study, privacy: RunPrivacy, federation: FederationClaim | None) -> str:
     if privacy.seeded_noise:
         return (
             "The noise of this simulation was seeded and can be drawn again: it protects nobody. The numbers say what the same study would promise."
         )
-    if not privacy.sites:
+    if federation is None:
         return "No site sent an update, so nothing was spent."
-    worst = max(privacy.sites.values(), key=lambda site: site.epsilon)
+    unit = study.privacy.unit
+    whom = f"any one {unit}, known to any number of the sites" if study.privacy.patients_overlap else f"any one {unit} of any one site"
     return (
-        f"For any one {study.privacy.unit} of any one site: what the study's updates reveal would be nearly the same without that {study.privacy.unit}, "
-        f"in the sense of ({worst.epsilon:.3g}, {worst.delta:g})-differential privacy at worst, if hospitals share no patients."
+        f"For {whom}: what the study's updates reveal would be nearly the same without that {unit}, in the sense of "
+        f"({_rounded_up(federation.epsilon)}, {federation.delta:g})-differential privacy at worst"
+        f"{'' if study.privacy.patients_overlap else ', if hospitals share no patients'}.{_of_the_plan(privacy)}"
     )
+
+
+def _of_the_plan(privacy: RunPrivacy) -> str:
+    """For a run that stopped before its plan was used up."""
+    planned = [
+        site.epsilon_planned for site in privacy.sites.values() if site.epsilon_planned is not None and site.epsilon_planned > 1.01 * site.epsilon
+    ]
+    if not planned:
+        return ""
+    return (
+        " Not all that was planned was spent. When a run stops may depend on the patients' data; the promise that holds whatever made "
+        f"it stop is the whole plan's: epsilon {_rounded_up(max(planned))} at each site at worst."
+    )
+
+
+def _rounded_up(epsilon: float) -> str:
+    """Two decimals, never below the number."""
+    return f"{-(-epsilon * 100 // 1) / 100:g}"

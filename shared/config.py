@@ -50,7 +50,8 @@ def validate(model: type[Model], data: Mapping[str, object], source: str) -> Mod
         return model.model_validate(data)
     except ValidationError as error:
         lines = [_explain(detail, model, source) for detail in error.errors()]
-        raise ConfigurationError("\n".join(lines), f"correct {'this key' if len(lines) == 1 else 'these keys'}") from None
+        rule = ", ".join(_key(detail) for detail in error.errors()[:3])
+        raise ConfigurationError("\n".join(lines), f"correct {'this key' if len(lines) == 1 else 'these keys'}", rule=rule[:100]) from None
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -61,7 +62,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
     location = [str(part) for part in detail["loc"]]
-    key = ".".join(part for part in location if not _is_union_branch(part)) or "(whole file)"
+    key = _key(detail)
     got = detail.get("input")
     context = detail.get("ctx", {})
     match detail["type"]:
@@ -85,6 +86,10 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
             expected = detail["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
             expected = expected.replace("a valid dictionary", "a table").replace("a valid number", "a number")
             return f"{source}: {key}: expected {expected}, got {_shorten(got)}"
+
+
+def _key(detail: ErrorDetails) -> str:
+    return ".".join(part for part in map(str, detail["loc"]) if not _is_union_branch(part)) or "(whole file)"
 
 
 def _is_union_branch(part: str) -> bool:

@@ -7,14 +7,15 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class WardroundError(Exception):
-    """Something from outside went wrong; `what` tells what, `remedy` what to do about it."""
+    """Something from outside went wrong; `what` tells what, `remedy` what to do about it, `rule` the key that decided, which alone may be told outside."""
 
     code = "E100"
 
-    def __init__(self, what: str, remedy: str = "") -> None:
+    def __init__(self, what: str, remedy: str = "", *, rule: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.remedy = remedy
+        self.rule = rule
 
     @property
     def exit_code(self) -> int:
@@ -140,8 +141,8 @@ class DeadlineMissedError(QuorumLostError):
 
 
 def describe_exception(error: BaseException) -> tuple[str, str]:
-    """The code and a fixed sentence for `error` that is safe to send outward: never the exception's own text."""
+    """The code and a fixed sentence for `error` that is safe to send outward, with the name of the rule: never the exception's own text."""
     if isinstance(error, WardroundError):
         summary = (type(error).__doc__ or "").strip().split("\n")[0]
-        return error.code, summary
+        return error.code, f"{summary} Rule: {error.rule}." if error.rule else summary
     return SiteFailedError.code, "The site's own code failed; its log says why."

@@ -45,6 +45,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         _sync_folder(path.parent)
 
 
+def write_secret(path: Path, data: bytes) -> None:
+    """`data` at `path`, mode 0600, whole or not at all; where another process was first, its file stands.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
     """`line` and a newline stand at the end of `path`, on the disk.
 

@@ -37,13 +37,30 @@ class Content(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class WitnessedHead(Content):
+    """The last row of a site's ledger that the coordinator saw, as a hash, and its Ed25519 signature on `head_statement` (both hex)."""
+
+    head: str = Field(pattern=r"^[0-9a-f]{64}$")
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+
+
+def head_statement(site: str, head: str) -> bytes:
+    """What a coordinator signs."""
+    return f"wardround: the ledger of {site} was seen to end in {head}".encode()
+
+
 class EnrolTask(Content):
-    """Will you take part in this study? `study` is its resolved table; `task_fingerprint` must equal the site's own."""
+    """Will you take part in this study? `study` is its resolved table; `task_fingerprint` must equal the site's own.
+
+    `heads` are by site; a site does not start with a ledger that lacks its own.
+    """
 
     kind: Literal["enrol"] = "enrol"
-    run: str
+    run: str = Field(min_length=1, max_length=MAX_NAME)
     study: dict[str, object]
     task_fingerprint: str
+    coordinator_key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    heads: dict[str, WitnessedHead] = {}
 
 
 class Enrolled(Content):
@@ -54,6 +71,7 @@ class Enrolled(Content):
     declared_size: int
     declared_num_patients: int
     declared_num_test: int
+    ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 class TrainTask(Content):
@@ -64,6 +82,7 @@ class TrainTask(Content):
     study_hash: str
     round: int
     fold: int
+    heads: dict[str, WitnessedHead] = {}
 
 
 class EvaluateTask(Content):
@@ -85,6 +104,7 @@ class Trained(Content):
     fold: int
     withheld: str | None = Field(default=None, max_length=300)
     privacy: SitePrivacy | None
+    ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 class Evaluated(Content):
@@ -96,6 +116,7 @@ class Evaluated(Content):
     fold: int
     withheld: str | None = Field(default=None, max_length=300)
     privacy: SitePrivacy | None
+    ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 class Refused(Content):
@@ -154,11 +175,14 @@ def decode_parameters(record: RecordDict, template: Template) -> Parameters:
     return arrays
 
 
-def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]]) -> Statistics | None:
-    """The statistics of a reply, each finite, not negative (they are sums of such), of its declared shape; None where none came.
+def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]], *, signed: bool) -> Statistics | None:
+    """The statistics of a reply, each finite and of its declared shape; None where none came.
+
+    Args:
+        signed: True where they carry noise, and so may be negative; exact ones are sums of what is not.
 
     Raises:
-        ProtocolError: an undeclared name, another shape or dtype, or a value that is not finite or is negative.
+        ProtocolError: an undeclared name, another shape or dtype, or a value that is not finite, or negative where it may not be.
     """
     if STATISTICS not in record:
         return None
@@ -168,7 +192,7 @@ def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]]) ->
         raise ProtocolError("statistics: expected declared names only, got others")
     template: Template = {name: (shapes[name], "float64") for name in arrays}
     check_parameters(arrays, template)
-    if any((value < 0).any() for value in arrays.values()):
+    if not signed and any((value < 0).any() for value in arrays.values()):
         raise ProtocolError("statistics: expected sums that are not negative, got negative ones")
     return {name: value.astype(np.float64) for name, value in arrays.items()}
 

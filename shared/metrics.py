@@ -6,6 +6,7 @@ sums and finishes. A mean of per-site AUROCs is not the AUROC of all patients; t
 Legend: N records, B score bins, K classes, R resamples.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.cohort import Cohort
+from shared.errors import ConfigurationError
 
 FloatArray = NDArray[np.float64]
 
 NUM_BINS = 512  # half below and half above the threshold 0.5
 MAX_LOGIT = 12.0
+NOISED_WIDTHS = (128, 32, 32, *[8] * 16, 32, 32, 128)  # bins that share a draw of noise: steps of 0.375 in logit up to 3, of 1.5 up to 6, the rest
 CALIBRATION_GROUPS = 10
 
 
@@ -29,6 +32,8 @@ class Statistic:
         summarise: (predictions, cohort) -> float64 of `shape`. A patient's records share a weight of 1.
         sensitivity: largest L2 norm that one patient adds.
         is_counts: True when every entry counts patients, so that resampling the entries is a bootstrap over patients.
+        noised_widths: numbers of neighbouring entries along the last axis that share one draw where noise is added, and so are told apart no
+            more; powers of two that sum to the axis; empty: a draw each. One patient's `sensitivity` holds for their sums too.
     """
 
     name: str
@@ -36,34 +41,59 @@ class Statistic:
     summarise: Callable[[FloatArray, Cohort], FloatArray]
     sensitivity: float = 1.0
     is_counts: bool = True
+    noised_widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        fits = not self.noised_widths or (sum(self.noised_widths) == self.shape[-1] and all(w > 0 and w & (w - 1) == 0 for w in self.noised_widths))
+        if not fits or not 0 < self.sensitivity < math.inf:
+            raise ConfigurationError(
+                f"statistic {self.name}: expected a sensitivity above 0 and noised_widths that are powers of two and sum to the last axis, got others"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A number finished from a summed statistic; `finish` gives None where the sum does not determine it (one class only)."""
+    """A number finished from a summed statistic.
+
+    Attributes:
+        finish: gives None where the sum does not determine the metric (one class only). With noise, entries may be below zero.
+        low, high: the metric's range; noise takes nothing out of it.
+    """
 
     name: str
     statistic: Statistic
     finish: Callable[[FloatArray], float | None]
     higher_is_better: bool = True
+    low: float = -math.inf
+    high: float = math.inf
+
+    def of(self, total: FloatArray) -> float | None:
+        """The metric of a sum, exact or noised: a finite number within its range, or None."""
+        try:
+            with np.errstate(all="ignore"):
+                value = self.finish(total)
+        except (ArithmeticError, ValueError):  # such as the root of a noised sum below zero, in a task's own metric
+            return None
+        return None if value is None or not math.isfinite(value) else min(max(value, self.low), self.high)
 
 
 def finish_metrics(metrics: Sequence[Metric], totals: dict[str, FloatArray]) -> dict[str, float | None]:
     """Every metric whose statistic is among `totals`."""
-    return {metric.name: metric.finish(totals[metric.statistic.name]) for metric in metrics if metric.statistic.name in totals}
+    return {metric.name: metric.of(totals[metric.statistic.name]) for metric in metrics if metric.statistic.name in totals}
 
 
 def bootstrap_interval(metric: Metric, total: FloatArray, *, resamples: int, rng: np.random.Generator) -> tuple[float, float] | None:
     """95 % percentile interval of a metric by resampling patients from a summed count statistic, or None.
 
     Conditional on the number of patients of each class for a two-row histogram would be narrower; this resamples all patients, as a
-    bootstrap over a pooled file would (Efron 1979). None where the statistic does not count patients, or under two patients.
+    bootstrap over a pooled file would (Efron 1979). None where the statistic does not count patients, or under two patients. Not for sums
+    with noise: it would leave the noise out.
     """
     count = round(float(total.sum()))
-    if not metric.statistic.is_counts or count < 2 or resamples == 0:
+    if not metric.statistic.is_counts or count < 2 or resamples == 0 or total.min() < 0:
         return None
     draws = rng.multinomial(count, (total / total.sum()).ravel(), size=resamples).reshape(resamples, *total.shape)
-    values = [value for draw in draws if (value := metric.finish(draw.astype(np.float64))) is not None]
+    values = [value for draw in draws if (value := metric.of(draw.astype(np.float64))) is not None]
     if len(values) < resamples / 2:
         return None
     low, high = np.quantile(values, [0.025, 0.975])
@@ -128,7 +158,7 @@ def average_precision(histogram: FloatArray) -> float | None:
         return None
     true_positives = np.cumsum(positives[::-1])
     predicted = true_positives + np.cumsum(negatives[::-1])
-    precision = np.divide(true_positives, predicted, out=np.zeros_like(predicted), where=predicted > 0)
+    precision = np.clip(np.divide(true_positives, predicted, out=np.zeros_like(predicted), where=predicted > 0), 0, 1)
     return float((precision * positives[::-1]).sum() / positives.sum())
 
 
@@ -151,7 +181,9 @@ def calibration_curve(histogram: FloatArray) -> list[tuple[float, float, float]]
     patients, scores, positives = (
         np.bincount(_GROUP_OF_BIN, weights=weights, minlength=CALIBRATION_GROUPS) for weights in (counts, counts * _BIN_SCORES, histogram[1])
     )
-    return [(float(scores[i] / patients[i]), float(positives[i] / patients[i]), float(patients[i])) for i in np.flatnonzero(patients > 0)]
+    present = np.flatnonzero(patients > 0)
+    score, rate = np.clip(scores[present] / patients[present], 0, 1), np.clip(positives[present] / patients[present], 0, 1)
+    return [(float(a), float(b), float(c)) for a, b, c in zip(score, rate, patients[present], strict=True)]
 
 
 def calibration_error(histogram: FloatArray) -> float | None:
@@ -161,13 +193,13 @@ def calibration_error(histogram: FloatArray) -> float | None:
     return sum(abs(score - rate) * count for score, rate, count in points) / total if total > 0 else None
 
 
-SCORE_HISTOGRAM = Statistic(name="score_histogram", shape=(2, NUM_BINS), summarise=score_histogram)
+SCORE_HISTOGRAM = Statistic(name="score_histogram", shape=(2, NUM_BINS), summarise=score_histogram, noised_widths=NOISED_WIDTHS)
 BINARY_METRICS = (
-    Metric(name="auroc", statistic=SCORE_HISTOGRAM, finish=auroc),
-    Metric(name="accuracy", statistic=SCORE_HISTOGRAM, finish=binary_accuracy),
-    Metric(name="auprc", statistic=SCORE_HISTOGRAM, finish=average_precision),
-    Metric(name="brier", statistic=SCORE_HISTOGRAM, finish=brier_score, higher_is_better=False),
-    Metric(name="calibration_error", statistic=SCORE_HISTOGRAM, finish=calibration_error, higher_is_better=False),
+    Metric(name="auroc", statistic=SCORE_HISTOGRAM, finish=auroc, low=0, high=1),
+    Metric(name="accuracy", statistic=SCORE_HISTOGRAM, finish=binary_accuracy, low=0, high=1),
+    Metric(name="auprc", statistic=SCORE_HISTOGRAM, finish=average_precision, low=0, high=1),
+    Metric(name="brier", statistic=SCORE_HISTOGRAM, finish=brier_score, higher_is_better=False, low=0, high=1),
+    Metric(name="calibration_error", statistic=SCORE_HISTOGRAM, finish=calibration_error, higher_is_better=False, low=0, high=1),
 )
 
 
@@ -185,8 +217,8 @@ def confusion_metrics(num_classes: int) -> tuple[Metric, ...]:
 
     statistic = Statistic(name="confusion", shape=(num_classes, num_classes), summarise=summarise)
     return (
-        Metric(name="accuracy", statistic=statistic, finish=confusion_accuracy),
-        Metric(name="macro_f1", statistic=statistic, finish=macro_f1),
+        Metric(name="accuracy", statistic=statistic, finish=confusion_accuracy, low=0, high=1),
+        Metric(name="macro_f1", statistic=statistic, finish=macro_f1, low=0, high=1),
     )
 
 
@@ -200,7 +232,7 @@ def macro_f1(matrix: FloatArray) -> float | None:
     occurring = matrix.sum(axis=1) > 0
     if not occurring.any():
         return None
-    f1 = 2 * np.diag(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1e-12)
+    f1 = np.clip(2 * np.diag(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1e-12), 0, 1)
     return float(f1[occurring].mean())
 
 
@@ -224,9 +256,9 @@ def error_metrics(low: float, high: float) -> tuple[Metric, ...]:
 
     statistic = Statistic(name="errors", shape=(5,), summarise=summarise, sensitivity=5**0.5, is_counts=False)
     return (
-        Metric(name="mae", statistic=statistic, finish=lambda sums: _ratio(sums[1] * span, sums[0]), higher_is_better=False),
-        Metric(name="rmse", statistic=statistic, finish=lambda sums: _root(_ratio(sums[2], sums[0]), span), higher_is_better=False),
-        Metric(name="r2", statistic=statistic, finish=_r2),
+        Metric(name="mae", statistic=statistic, finish=lambda sums: _ratio(sums[1] * span, sums[0]), higher_is_better=False, low=0, high=span),
+        Metric(name="rmse", statistic=statistic, finish=lambda sums: _root(_ratio(sums[2], sums[0]), span), higher_is_better=False, low=0, high=span),
+        Metric(name="r2", statistic=statistic, finish=_r2, high=1),
     )
 
 

@@ -1,5 +1,6 @@
 """Models as both sides build them, and parameters as they cross the wire: a dict of NumPy arrays in the order of the state."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,34 @@ def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), drop
             layers.append(nn.Dropout(dropout))
         width = size
     return nn.Sequential(*layers, nn.Linear(width, num_outputs))
+
+
+def make_private(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose layers treat every record on its own, as private training needs; a model that does so already comes out equal.
+
+    BatchNorm becomes GroupNorm, InstanceNorm loses its running statistics, LSTM, GRU, RNN and MultiheadAttention (also inside transformer
+    layers) become Opacus' layers, and in-place activations are no longer in place. Weights are carried over. Names of parameters may
+    change with the layers (attention), always in the same way; so call it in the task's `model`, on both sides, before the first round.
+
+    Raises:
+        ModelRefusedError: a layer is configured in a way that its replacement does not know, such as an LSTM with projections.
+
+    >>> make_private(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)))[1]
+    GroupNorm(8, 8, eps=1e-05, affine=True)
+    """
+    from shared.private_layers import replacement  # Opacus, seconds to import, only where it is used
+
+    model = copy.deepcopy(model)
+    replaced = {module: replacement(module, name) for name, module in model.named_modules()}  # one for each, so what was shared stays shared
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and replaced[child] is not child:
+                setattr(module, name, replaced[child])
+    model = replaced[model]
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # an option of theirs, not a submodule
+    return model
 
 
 def initial_parameters(model: nn.Module, seed: int) -> Parameters:

@@ -1,10 +1,29 @@
 """What a study means at one site: steps, sample rate and noise, solved from public numbers alone."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from shared.errors import ConfigurationError
-from shared.privacy import PrivacyEvent, epsilon_of, sample_rate_of, solve_noise_multiplier, steps_per_round
+from shared.privacy import (
+    PrivacyEvent,
+    epsilon_of,
+    filter_order,
+    renyi_budget,
+    renyi_divergence,
+    sample_rate_of,
+    solve_noise_for_budget,
+    solve_noise_multiplier,
+    steps_per_round,
+)
 from shared.study import Study
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a site allows a cohort to spend over all studies; enforced by a Renyi filter of one order (Feldman and Zrnic 2021)."""
+
+    epsilon: float
+    delta: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +36,8 @@ class SitePlan:
         steps_per_round: DP-SGD (or SGD) steps in a round; fixed, whatever is sampled.
         expected_batch_size: the denominator of the mean gradient, q x declared size.
         rounds: rounds times folds.
+        spare_rounds: planned and charged beyond those, for rounds that a crash has spent without an update.
+        epsilon: of the whole plan, spare rounds included.
     """
 
     unit: str
@@ -25,6 +46,7 @@ class SitePlan:
     steps_per_round: int
     expected_batch_size: float
     rounds: int
+    spare_rounds: int = 0
     noise_multiplier: float | None = None
     max_grad_norm: float | None = None
     epsilon: float | None = None
@@ -40,17 +62,21 @@ class SitePlan:
         assert self.noise_multiplier is not None
         return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps_per_round)
 
-    def study_event(self, rounds: int | None = None) -> PrivacyEvent:
-        """The spend of the whole study, or of its first `rounds`."""
+    def study_event(self) -> PrivacyEvent:
+        """The most that the whole study may spend, spare rounds included."""
         assert self.noise_multiplier is not None
-        steps = self.steps_per_round * (self.rounds if rounds is None else rounds)
+        steps = self.steps_per_round * (self.rounds + self.spare_rounds)
         return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
 
 
-def plan_site(study: Study, declared_size: int) -> SitePlan:
+def plan_site(study: Study, declared_size: int, *, limit: Limit | None = None) -> SitePlan:
     """The plan of `study` at a site with `declared_size` training patients. The study's delta must be set.
 
     With cross-validation a patient is in the training part of all folds but one; the plan charges all of them.
+
+    Args:
+        limit: the site's own; the noise is made strong enough for the plan alone to pass its filter as well. A study that asks for more
+            than the limit gets no noise for it: the site refuses it by name.
 
     Raises:
         ConfigurationError: delta is not below 1 / declared size, or no noise fits the budget.
@@ -60,27 +86,46 @@ def plan_site(study: Study, declared_size: int) -> SitePlan:
     steps = steps_per_round(
         local_epochs=training.local_epochs, local_steps=training.local_steps, batch_size=training.batch_size, declared_size=declared_size
     )
-    rounds = study.rounds.count * study.evaluation.folds
-    shape = {"unit": study.privacy.unit, "declared_size": declared_size, "steps_per_round": steps, "rounds": rounds}
-    if not study.private:
-        return SitePlan(**shape, sample_rate=rate, expected_batch_size=rate * declared_size)  # type: ignore[arg-type]  # the keys above
-    delta = study.privacy.delta
+    shape = SitePlan(
+        unit=study.privacy.unit,
+        declared_size=declared_size,
+        sample_rate=rate,
+        steps_per_round=steps,
+        expected_batch_size=rate * declared_size,
+        rounds=study.rounds.count * study.evaluation.folds,
+        spare_rounds=study.privacy.spare_rounds if study.private else 0,
+    )
+    return _with_noise(shape, study, limit) if study.private else shape
+
+
+def _with_noise(shape: SitePlan, study: Study, limit: Limit | None) -> SitePlan:
+    delta, steps = study.privacy.delta, shape.steps_per_round * (shape.rounds + shape.spare_rounds)
     if delta is None:
         raise ConfigurationError("privacy.delta: expected a value by now, got none", "set it, or let the federation derive it from declared sizes")
-    check_delta(delta, declared_size)
+    check_delta(delta, shape.declared_size)
     noise = study.privacy.noise_multiplier or solve_noise_multiplier(
-        epsilon=study.privacy.epsilon or 0.0, delta=delta, sample_rate=rate, steps=steps * rounds
+        epsilon=study.privacy.epsilon or 0.0, delta=delta, sample_rate=shape.sample_rate, steps=steps
     )
-    event = PrivacyEvent(noise_multiplier=noise, sample_rate=rate, steps=steps * rounds)
-    return SitePlan(
-        **shape,  # type: ignore[arg-type]  # the keys above
-        sample_rate=rate,
-        expected_batch_size=rate * declared_size,
-        noise_multiplier=noise,
+    event = PrivacyEvent(noise_multiplier=noise, sample_rate=shape.sample_rate, steps=steps)
+    if limit is not None and delta <= limit.delta and epsilon_of([event], delta) <= limit.epsilon:
+        event = _within_filter(event, limit)
+    return dataclasses.replace(
+        shape,
+        noise_multiplier=event.noise_multiplier,
         max_grad_norm=study.privacy.max_grad_norm,
         epsilon=epsilon_of([event], delta),
         delta=delta,
     )
+
+
+def _within_filter(event: PrivacyEvent, limit: Limit) -> PrivacyEvent:
+    """`event`, with more noise where alone it would not pass the filter of `limit`."""
+    order = filter_order(limit.epsilon, limit.delta)
+    budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
+    if renyi_divergence(event, order) <= budget:
+        return event
+    noise = solve_noise_for_budget(budget=budget, order=order, sample_rate=event.sample_rate, steps=event.steps)
+    return dataclasses.replace(event, noise_multiplier=max(noise, event.noise_multiplier))
 
 
 def check_delta(delta: float, declared_size: int) -> None:

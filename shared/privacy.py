@@ -6,20 +6,25 @@ the epsilon reported is an upper bound. Unit: one patient (or record) added to o
 differential privacy (central limit) accountant under-counts and is never used.
 """
 
+import contextlib
 import functools
+import heapq
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from dp_accounting import dp_event
     from dp_accounting.pld import privacy_loss_distribution
 
 DELTA_CEILING = 1e-4
-LOSS_INTERVAL = 1e-3  # grid of the privacy loss, rounded pessimistically: epsilon comes out at most 0.1 % high
-COARSE_BELOW = 0.3  # noise multiplier under which losses grow as 1/noise^2, and the grid with them: as many points, as good relatively
+GRID = 0.05  # of a step's root mean square privacy loss, rounded pessimistically: epsilon comes out about 0.1 % high
+FINEST_GRID, FINEST_GRID_PER_STEP = 1e-7, 2e-12  # on a grid finer than these, cancellation in float64 would add mass that outweighs the precision
+MAX_POINTS = 5e4  # of one step's distribution; rare and large losses (little noise, low rate) get a coarser grid
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
 MIN_NOISE_MULTIPLIER = 0.1  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
 MAX_NOISE_MULTIPLIER = 1e6
@@ -70,19 +75,96 @@ def epsilon_of(events: Iterable[PrivacyEvent], delta: float) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def _epsilon_pld(events: tuple[PrivacyEvent, ...], delta: float) -> float:
-    composed = None
-    interval = _loss_interval(min((event.noise_multiplier for event in events), default=1.0))
-    for event in events:
-        part = _single_release(event.noise_multiplier, event.sample_rate, interval).self_compose(event.steps)
-        composed = part if composed is None else composed.compose(part)
-    return 0.0 if composed is None else float(composed.get_epsilon_for_delta(delta))
+    return float(_compose(events).get_epsilon_for_delta(delta)) if events else 0.0
 
 
-def _loss_interval(least_noise: float) -> float:
-    return min(1.0, LOSS_INTERVAL * max(1.0, (COARSE_BELOW / least_noise) ** 2))
+def delta_of(events: Iterable[PrivacyEvent], epsilon: float) -> float:
+    """Upper bound on delta at `epsilon` of all events composed; 0 for none.
+
+    >>> delta_of([PrivacyEvent(noise_multiplier=4.302, sample_rate=0.05, steps=500)], 1.01) < 1e-5
+    True
+    """
+    merged = merge_events(events)
+    return float(_compose(merged).get_delta_for_epsilon(epsilon)) if merged else 0.0
 
 
-@functools.lru_cache(maxsize=1024)
+def epsilon_of_best(events: Iterable[PrivacyEvent], delta: float, *, mean_runs: float) -> float:
+    """Upper bound on epsilon at `delta` of choosing the best of several runs, each of which costs `events`, and releasing that one alone.
+
+    The number of runs must be drawn beforehand and independently of the patients, by the geometric law with mean `mean_runs`: after each
+    run, stop with probability 1 / mean_runs (Papernot and Steinke 2022, theorem 2, by dp-accounting's Renyi accountant). The price grows with
+    the logarithm of the mean. A fixed number of runs, or one chosen on the way, has no such bound: compose all of them.
+
+    Raises:
+        ConfigurationError: `mean_runs` is below 1.
+
+    >>> round(epsilon_of_best([PrivacyEvent(noise_multiplier=4.302, sample_rate=0.05, steps=500)], 1e-5, mean_runs=10), 1)
+    2.3
+    """
+    merged = merge_events(events)
+    if not (math.isfinite(mean_runs) and mean_runs >= 1):
+        raise ConfigurationError(f"mean number of runs: expected at least 1, got {mean_runs}", "for example --best-of 10")
+    if mean_runs == 1 or not merged:
+        return epsilon_of(merged, delta)
+    from dp_accounting import dp_event
+    from dp_accounting.rdp import RdpAccountant
+
+    run = dp_event.ComposedDpEvent([dp_event.SelfComposedDpEvent(_as_dp_event(event), event.steps) for event in merged])
+    accountant = RdpAccountant()
+    with _series_without_warnings():
+        accountant.compose(dp_event.RepeatAndSelectDpEvent(run, mean_runs, 1))  # shape 1: geometric
+    return float(accountant.get_epsilon(delta))
+
+
+def _as_dp_event(event: PrivacyEvent) -> "dp_event.DpEvent":
+    """One step of it."""
+    from dp_accounting import dp_event
+
+    return dp_event.PoissonSampledDpEvent(event.sample_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
+
+
+def _compose(events: tuple[PrivacyEvent, ...]) -> "privacy_loss_distribution.PrivacyLossDistribution":
+    """Always the two shortest distributions next: a long history costs seconds where one after the other costs minutes."""
+    interval = _loss_interval(events)
+    parts = [_single_release(event.noise_multiplier, event.sample_rate, interval).self_compose(event.steps) for event in events]
+    queue = [(_num_points(part), index, part) for index, part in enumerate(parts)]  # the index settles ties
+    heapq.heapify(queue)
+    while len(queue) > 1:
+        _, index, first = heapq.heappop(queue)
+        _, _, second = heapq.heappop(queue)
+        both = first.compose(second)
+        heapq.heappush(queue, (_num_points(both), index, both))
+    return queue[0][2]
+
+
+def _num_points(distribution: "privacy_loss_distribution.PrivacyLossDistribution") -> int:
+    return int(distribution._pmf_remove.size)  # read for speed alone: the order of composition changes no bound
+
+
+def _loss_interval(events: tuple[PrivacyEvent, ...]) -> float:
+    """Grid of the privacy loss: a twentieth of a step's root mean square loss, which rounding then raises by less than 0.1 %.
+
+    A grid much wider than a step's loss would charge many small steps double; one much narrower costs time for nothing.
+    """
+    steps = sum(event.steps for event in events)
+    variance = sum(event.steps * _loss_variance(event.noise_multiplier, event.sample_rate) for event in events) / steps
+    widest = max(_loss_range(event.noise_multiplier, event.sample_rate) for event in events)
+    wanted = max(GRID * math.sqrt(variance), widest / MAX_POINTS, FINEST_GRID, FINEST_GRID_PER_STEP * steps)
+    return min(1.0, math.exp2(math.floor(2 * math.log2(wanted)) / 2))  # few values, so that distributions are found again in the cache
+
+
+def _loss_variance(noise_multiplier: float, sample_rate: float) -> float:
+    """About that of one step's privacy loss: its chi-square divergence, or the variance without sampling times the sample rate."""
+    without_sampling = 1 / noise_multiplier**2
+    return min(sample_rate**2 * math.expm1(without_sampling), sample_rate * without_sampling)
+
+
+def _loss_range(noise_multiplier: float, sample_rate: float) -> float:
+    """About the greatest loss of one step that matters: ten standard deviations out."""
+    return math.log1p(sample_rate * math.expm1(10 / noise_multiplier + 0.5 / noise_multiplier**2))
+
+
+@functools.lru_cache(maxsize=128)
 def _single_release(noise_multiplier: float, sample_rate: float, interval: float) -> "privacy_loss_distribution.PrivacyLossDistribution":
     from dp_accounting.pld import privacy_loss_distribution  # a second to import: only where a number is asked for
 
@@ -103,8 +185,13 @@ def solve_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, 
         event = PrivacyEvent(noise_multiplier=max(math.exp(log_noise), MIN_NOISE_MULTIPLIER), sample_rate=sample_rate, steps=steps)
         return math.log(max(_epsilon_pld((event,), delta), 1e-12)) - math.log(epsilon * SOLVE_MARGIN)
 
-    low, high = _bracket(excess, math.log(_rough_guess(epsilon, delta, sample_rate, steps)))
-    while high - low > 1e-3:
+    return _least_noise(excess, math.log(_rough_guess(epsilon, delta, sample_rate, steps)), 1e-3)
+
+
+def _least_noise(excess: Callable[[float], float], start: float, tolerance: float) -> float:
+    """The least noise whose `excess`, falling in its logarithm, is not positive; the value itself was tried."""
+    low, high = _bracket(excess, start)
+    while high - low > tolerance:
         middle = (low + high) / 2
         low, high = (middle, high) if excess(middle) > 0 else (low, middle)
     return max(math.exp(high), MIN_NOISE_MULTIPLIER)
@@ -143,13 +230,38 @@ def renyi_divergence(event: PrivacyEvent, order: float) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def _renyi_of_one_step(noise_multiplier: float, sample_rate: float, order: float) -> float:
+    """Where the series of a fractional order does not converge, a bound from the whole orders beside it: (order - 1) x divergence is convex in the order."""
+    exact = _renyi_by_series(noise_multiplier, sample_rate, order)
+    if math.isfinite(exact) or order == math.floor(order):
+        return exact
+    below = math.floor(order)
+    share = order - below
+    moment_below = (below - 1) * _renyi_by_series(noise_multiplier, sample_rate, float(below)) if below > 1 else 0.0
+    moment_above = below * _renyi_by_series(noise_multiplier, sample_rate, below + 1.0)
+    return ((1 - share) * moment_below + share * moment_above) / (order - 1)
+
+
+def _renyi_by_series(noise_multiplier: float, sample_rate: float, order: float) -> float:
     from dp_accounting import dp_event
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant(orders=[order])
-    accountant.compose(dp_event.PoissonSampledDpEvent(sample_rate, dp_event.GaussianDpEvent(noise_multiplier)))
+    with _series_without_warnings():
+        accountant.compose(dp_event.PoissonSampledDpEvent(sample_rate, dp_event.GaussianDpEvent(noise_multiplier)))
     tiny = 1e-300  # at any delta epsilon and divergence differ by a constant; at this one epsilon is not cut off at zero
     return max(0.0, float(accountant.get_epsilon(tiny)) - _renyi_margin(order, tiny))
+
+
+@contextlib.contextmanager
+def _series_without_warnings() -> Iterator[None]:
+    """dp-accounting warns of every order whose series does not converge; such an order is infinite, which is dealt with here."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def renyi_epsilon(divergence: float, *, order: float, delta: float) -> float:
@@ -164,6 +276,33 @@ def renyi_budget(epsilon: float, *, order: float, delta: float) -> float:
 
 def _renyi_margin(order: float, delta: float) -> float:
     return math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def solve_noise_for_budget(*, budget: float, order: float, sample_rate: float, steps: int) -> float:
+    """The least noise multiplier (within 0.01 %, never below `MIN_NOISE_MULTIPLIER`) whose `steps` releases pass a Renyi filter with `budget` left.
+
+    Args:
+        budget: of Renyi divergence at `order`, as `renyi_budget` says, less what was spent before.
+        order: above 1; the filter's own.
+
+    Raises:
+        ConfigurationError: the budget is not positive, or no noise multiplier up to a million keeps within it.
+
+    >>> round(solve_noise_for_budget(budget=5.0, order=10.0, sample_rate=1.0, steps=1), 2)  # order / (2 x noise^2) = budget
+    1.0
+    """
+    if not budget > 0:
+        raise ConfigurationError(
+            f"privacy.epsilon: expected something left of the site's limit, got a budget of {budget:.3g} at order {order:g}",
+            "raise the limit, or its delta",
+        )
+
+    def excess(log_noise: float) -> float:
+        event = PrivacyEvent(noise_multiplier=max(math.exp(log_noise), MIN_NOISE_MULTIPLIER), sample_rate=sample_rate, steps=steps)
+        return renyi_divergence(event, order) - budget
+
+    return _least_noise(excess, 0.0, 1e-4)
 
 
 FILTER_ORDERS = (*(1 + step / 10 for step in range(1, 100)), *(float(order) for order in range(11, 513)))
@@ -181,6 +320,12 @@ def filter_order(epsilon: float, delta: float) -> float:
 def default_delta(smallest_declared_size: int) -> float:
     """min(1e-4, 1 / (10 x smallest declared size)); from declared sizes, never from exact counts."""
     return min(DELTA_CEILING, 1 / (10 * max(smallest_declared_size, 1)))
+
+
+def default_delta_of_sites(declared_sizes: Sequence[int]) -> float:
+    """`default_delta` of the smallest site; where that is not below 1/size at the largest, of the largest."""
+    delta = default_delta(min(declared_sizes))
+    return delta if delta * max(declared_sizes) < 1 else default_delta(max(declared_sizes))
 
 
 def sample_rate_of(batch_size: int, declared_size: int) -> float:

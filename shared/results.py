@@ -69,9 +69,10 @@ class SitePrivacy(Record):
     noise_multiplier: float
     sample_rate: float
     steps: int = Field(ge=0)
-    accountant: Literal["pld"] = "pld"
+    accountant: Literal["pld", "prv"] = "pld"
     epsilon_cross_check: float | None
-    cross_check_accountant: Literal["prv"] = "prv"
+    cross_check_accountant: Literal["pld", "prv"] = "prv"
+    epsilon_planned: float | None = Field(default=None, ge=0)  # of the whole plan that the site admitted
 
 
 class RunPrivacy(Record):
@@ -111,21 +112,37 @@ class Result(Record):
     per_site_support: dict[str, dict[str, int]]  # site -> class -> test patients, where the statistics count classes
     per_site_baselines: dict[str, dict[str, MetricValues]]  # baseline -> site -> metrics on the site's own test patients
     folds: list[MetricValues]  # one per fold of a cross-validation; empty without
+    evaluation_epsilon: float | None = None  # the test patients' budget, where metrics of the sites' statistics carry noise; they have no intervals
     privacy: RunPrivacy
     timing: Timing
 
 
 class SiteClaim(Record):
-    """The promise to the patients of one site."""
+    """The promise to the patients of one site.
+
+    `epsilon` is what was spent, the tighter of two upper bounds, by `accountant`. The moment at which a run stops may depend on patients: the
+    promise that holds whatever made it stop is `epsilon_planned`, of the whole plan that the site admitted.
+    """
 
     epsilon: float
+    epsilon_planned: float | None = None
     delta: float
+    accountant: Literal["pld", "prv"] = "pld"
     epsilon_cross_check: float | None
+    cross_check_accountant: Literal["pld", "prv"] = "prv"
     noise_multiplier: float
     sample_rate: float
     steps: int
     declared_size: int
     noise_source: Literal["seeded", "os"]
+
+
+class FederationClaim(Record):
+    """The promise to a patient of the federation, whichever hospitals know this patient."""
+
+    epsilon: float
+    delta: float
+    basis: Literal["maximum, patients are disjoint by declaration", "composition, patients may be shared"]
 
 
 class PrivacyClaim(Record):
@@ -141,8 +158,11 @@ class PrivacyClaim(Record):
     protects: bool
     covered: list[str]
     not_covered: list[str]
+    assumed: list[str] = []
     accountants: list[str]
     sites: dict[str, SiteClaim]
+    federation: FederationClaim | None = None
+    evaluation_epsilon: float | None = None  # of the test patients, where their statistics left with noise
     versions: dict[str, str]
 
 

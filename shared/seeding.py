@@ -29,5 +29,9 @@ def derive(seed: int, *path: Step) -> int:
 
 def generator(seed: int, *path: Step) -> np.random.Generator:
     """A NumPy generator (Philox, 128-bit key) for this path."""
-    key = derive_key(seed, *path)
+    return generator_of(derive_key(seed, *path))
+
+
+def generator_of(key: bytes) -> np.random.Generator:
+    """A NumPy generator (Philox) of the first 128 bits of `key`; never for privacy noise."""
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))

@@ -147,7 +147,18 @@ class Privacy(Settings):
     noise_multiplier: Real | None = Field(default=None, ge=MIN_NOISE_MULTIPLIER, le=1e6, description="instead of epsilon")
     delta: Real | None = Field(default=None, gt=0, lt=0.1, description="omitted: min(1e-4, 1/(10 x smallest declared size))")
     max_grad_norm: Real = Field(default=1.0, ge=1e-6, le=1e6, description="C; far below, float32 could not keep a clipped norm under it")
+    spare_rounds: int = Field(default=0, ge=0, le=1000, description="rounds planned beyond [rounds] count, for those that a crash spends in vain")
+    evaluation_epsilon: Real | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="the test patients' budget: statistics leave a site once, with noise, with the final model; omitted: exact, every round",
+    )
+    patients_overlap: bool = Field(default=False, description="whether a patient may be known to several sites; if so, their promises are composed")
     noise_source: Literal["seeded", "os"] = Field(default="seeded", description="simulation only; a site's own ledger takes 'os' always")
+    records_per_patient: Literal["one", "all"] = Field(
+        default="one", description="of unit 'patient', in a step: one record, drawn anew, or the mean gradient of all, clipped as one"
+    )
     physical_batch_size: int = Field(default=256, ge=1, description="records in memory at once; no effect on privacy or result")
 
     @model_validator(mode="after")
@@ -155,9 +166,15 @@ class Privacy(Settings):
         if self.unit == "none":
             if self.epsilon is not None or self.noise_multiplier is not None:
                 raise ValueError("unit 'none' keeps no promise, so expected neither epsilon nor noise_multiplier; remove it")
+            if self.evaluation_epsilon is not None:
+                raise ValueError("unit 'none' keeps no promise, so expected no evaluation_epsilon; remove it")
         elif (self.epsilon is None) == (self.noise_multiplier is None):
             got = "neither" if self.epsilon is None else "both"
             raise ValueError(f"expected either epsilon or noise_multiplier, got {got}; give one, or unit = 'none'")
+        if self.unit == "record" and self.records_per_patient == "all":
+            raise ValueError(
+                "records_per_patient = 'all' protects patients, but unit is 'record'; use unit = 'patient', or remove records_per_patient"
+            )
         return self
 
 
@@ -203,6 +220,15 @@ class Study(Settings):
     evaluation: Evaluation = Evaluation()
     federation: Federation = Federation()
 
+    @model_validator(mode="after")
+    def _check_noised_statistics(self) -> Self:
+        if self.noised_statistics and self.evaluation.folds > 1:
+            raise ValueError(
+                f"privacy.evaluation_epsilon with evaluation.folds = {self.evaluation.folds}: expected folds = 1, for a patient tested in one fold "
+                "is trained on in the others, and the two budgets would mix; remove one of them"
+            )
+        return self
+
     @classmethod
     def load(cls, path: str | Path) -> "Study":
         """The study in a TOML file. A task that is a schema file is found beside the study.
@@ -229,8 +255,8 @@ class Study(Settings):
     def replace(self, **changes: object) -> "Study":
         """A study with these keys changed: `study.replace(seed=8, privacy={"epsilon": 1.0})`; tables are merged.
 
-        Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two; setting `sites` alone turns a natural
-        partition into an iid one.
+        Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two, and "none" of `evaluation_epsilon`;
+        setting `sites` alone turns a natural partition into an iid one.
         """
         return Study.from_table(merge_tables(self.to_table(), changes), source="study")
 
@@ -256,6 +282,11 @@ class Study(Settings):
     def private(self) -> bool:
         """True when the study asks for differential privacy."""
         return self.privacy.unit != "none"
+
+    @property
+    def noised_statistics(self) -> bool:
+        """True when evaluation statistics carry noise, charged to the test patients."""
+        return self.privacy.evaluation_epsilon is not None
 
 
 def merge_tables(base: Mapping[str, object], changes: Mapping[str, object]) -> TomlTable:
@@ -293,7 +324,8 @@ def _without_rival_sites(old: Mapping[str, object], change: Mapping[str, object]
 def _without_rival_budgets(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
     rivals = {"epsilon", "noise_multiplier"}
     if change.get("unit") == "none" or rivals & change.keys():
-        kept = {key: value for key, value in old.items() if key not in rivals}
+        dropped = rivals | {"evaluation_epsilon"} if change.get("unit") == "none" else rivals
+        kept = {key: value for key, value in old.items() if key not in dropped}
         if kept.get("unit") == "none" and "unit" not in change:
             kept["unit"] = "patient"
         return kept

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.local_training import LocalRound, torch_seeded, train_round
-from client.noise import GaussianNoise
 from client.private_training import Randomness, train_round_private
 from client.site import evaluate_parameters
 from server.evaluation import add_statistics
@@ -104,8 +103,8 @@ def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Paramet
         local = LocalRound(study=study, task=task, round_number=number)
         with torch_seeded(int(rng.integers(2**32))):
             if plan.private:
-                noise = GaussianNoise(derive_key(study.seed, "noise", *path))
-                train_round_private(model, train, local, plan=plan, randomness=Randomness(sampling=rng, noise=noise))
+                randomness = Randomness.from_key(derive_key(study.seed, "noise", *path))
+                train_round_private(model, train, local, plan=plan, randomness=randomness)
             else:
                 train_round(model, train, local, rng=rng)
     return get_parameters(model)

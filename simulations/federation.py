@@ -103,6 +103,7 @@ def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledge
             declared_num_patients=summary.num_patients,
             declared_num_test=summary.num_test,
             ledger_path=ledgers / f"{_file_name(summary.name)}.sqlite",
+            releases_path=ledgers / f"{_file_name(summary.name)}.releases",
             split_key=SIMULATION_SPLIT_KEY,
         )
         sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name), model=model)

@@ -30,10 +30,11 @@ class RunOutcome:
     folder: RunFolder
     engine: str
 
-    def evaluation(self, total: Statistics, *path: Step) -> Evaluation:
-        """Metrics of a sum, with the study's intervals."""
+    def evaluation(self, total: Statistics, *path: Step, noised: bool = False) -> Evaluation:
+        """Metrics of a sum, with the study's intervals; without, where the sum carries noise: resampling patients would leave that out."""
         study = self.setting.study
-        return evaluate(self.setting.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path)
+        resamples = 0 if noised else study.evaluation.bootstrap
+        return evaluate(self.setting.task, total, resamples=resamples, seed=study.seed, path=path)
 
 
 def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float) -> None:
@@ -78,7 +79,10 @@ def _totals(run: RunOutcome, baselines: dict[str, Baseline]) -> dict[str, Statis
 def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float) -> Result:
     study, task, history = run.setting.study, run.setting.task, run.coordinator.history
     records = run.folder.rounds()
-    evaluations = {name: run.evaluation(total, "final", name) for name, total in totals.items() if not name.startswith("local_only")}
+    noised = {"federated"} if study.noised_statistics else set()  # baselines are evaluated without
+    evaluations = {
+        name: run.evaluation(total, "final", name, noised=name in noised) for name, total in totals.items() if not name.startswith("local_only")
+    }
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     metrics |= {name: _mean_of_models(run, baseline) for name, baseline in baselines.items() if name.startswith("local_only")}
     order = ["federated", "local_only", "pooled", "local_only_private", "pooled_private"]
@@ -98,11 +102,12 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         metrics={name: metrics.get(name, {}) for name in order},
         metrics_ci95={name: evaluation.ci95 for name, evaluation in evaluations.items()},
         per_site=_per_site(run, history.folds),
-        per_site_support=_support(run, history.folds),
+        per_site_support={} if study.noised_statistics else _support(run, history.folds),
         per_site_baselines={name: {site: finish_metrics(task.metrics, own) for site, own in item.own.items()} for name, item in baselines.items()},
         folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds]
         if study.evaluation.folds > 1
         else [],
+        evaluation_epsilon=study.privacy.evaluation_epsilon,
         privacy=RunPrivacy(
             unit=study.privacy.unit,
             seeded_noise=study.private and study.privacy.noise_source == "seeded" and not run.setting.real,
@@ -135,7 +140,7 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
     table: dict[str, dict[str, float | int | Interval]] = {}
     for name in names:
         total = add_statistics(fold.statistics.get(name) for fold in folds)
-        evaluation = run.evaluation(total, "site", name)
+        evaluation = run.evaluation(total, "site", name, noised=run.setting.study.noised_statistics)
         row: dict[str, float | int | Interval] = dict(evaluation.metrics)
         row["num_test"] = _num_test(run, name, total)
         row |= {f"{metric}_ci95": interval for metric, interval in evaluation.ci95.items()}
@@ -164,7 +169,10 @@ def class_names(task: Task, num_classes: int) -> list[str]:
 
 
 def _num_test(run: RunOutcome, name: str, total: Statistics) -> int | None:
-    """Test patients of a site, as declared; with cross-validation every patient is one, and in an unfinished one those counted so far."""
+    """Test patients of a site, as declared; with cross-validation every patient is one, and in an unfinished one those counted so far.
+
+    Never counted from statistics with noise: they come with one fold alone, and are declared.
+    """
     enrolled = run.coordinator.history.enrolled[name]
     folds = run.setting.study.evaluation.folds
     if len(run.coordinator.history.folds) < folds:

@@ -15,6 +15,7 @@ from client.site import Site
 from server.app import server_app
 from server.coordinator import Coordinator
 from server.run_folder import RunFolder
+from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
@@ -29,6 +30,7 @@ from simulations.setting import Setting
 logger = logging.getLogger(__name__)
 
 ENGINE = "in-process"
+WITNESS = ".witness"  # beside the runs: what the coordinator remembers of real ledgers, from run to run
 
 
 def prepare(study: Study, data: Path | None) -> Setting:
@@ -116,7 +118,8 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
         check_baselines(setting)
     started = time.monotonic()
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
-    coordinator = Coordinator(setting.study, setting.task, folder, observe=observe)
+    witness = Witness(folder.path.parent / WITNESS) if setting.real else None
+    coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
     run = RunOutcome(setting=setting, coordinator=coordinator, folder=folder, engine=ENGINE)
     rooms = ("simulations", "server") if setting.real else ("simulations", "server", "client", "shared")  # what a real site logs stays with it
     with _one_thread(), _logging_to(folder, rooms):

@@ -1,36 +1,58 @@
-"""What ledgers say: epsilon by study and over all of them."""
+"""What ledgers say: epsilon by study and over all of them, what remains of a hospital's limit, and whether a run's claim agrees."""
 
 import dataclasses
-from collections import defaultdict
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.ledger import Ledger, Spend
+from client.account import AccountName, Plan
+from client.ledger import Ledger, reading
 from client.policy import SiteFile
 from server.run_folder import RunFolder
 from shared.errors import DataMissingError
-from shared.privacy import epsilon_of
+from shared.plan import Limit
+from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, renyi_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySpending:
-    """One run's charges on a cohort; `epsilon` is of this run alone."""
+    """One run's charges on a cohort; `epsilon` is of this run alone, composed by privacy loss distributions."""
 
     study: str
     run: str
+    study_hash: str
+    state: str  # "open": counts in full; "closed": counts what was charged
     rounds: int
+    standing: int  # reservations without a commit: charged in full, nothing released
     steps: int
+    planned_steps: int
     epsilon: float
+    epsilon_planned: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spending:
-    """A cohort's ledger: `epsilon` composes all studies; `limit` is the site's own, None for a simulation's."""
+    """A cohort's account of training or of test patients.
+
+    Attributes:
+        epsilon: of everything charged, composed by privacy loss distributions; None after a loss that `repair` counted as a limit.
+        epsilon_filter: what the limit is compared with; None in a simulation, which keeps no limit.
+        remains: about the epsilon of one further study that would still be admitted; None in a simulation.
+        refused: studies turned away for want of room.
+    """
 
     name: str
-    epsilon: float
+    account: str
+    path: str
+    head: str
+    epsilon: float | None
     delta: float
     limit: float | None
+    epsilon_filter: float | None
+    order: float | None
+    remains: float | None
+    refused: int
+    repairs: int
     studies: list[StudySpending]
 
     def to_table(self) -> dict[str, object]:
@@ -38,41 +60,99 @@ class Spending:
         return dataclasses.asdict(self)
 
 
-def spending_of(path: Path, *, delta: float | None) -> list[Spending]:
+def ledgers_of(path: Path) -> list[Path]:
     """The ledger of a site file, or every ledger of a run's folder.
+
+    Raises:
+        DataMissingError: there is no ledger yet.
+        ConfigurationError, StorageError: the file or folder is at fault.
+    """
+    if path.suffix == ".toml":
+        ledger = SiteFile.load(path).ledger_path(path)
+        if not ledger.is_file():
+            raise DataMissingError(f"{ledger}: no ledger yet: nothing was ever spent on this cohort", "it is made by the first study")
+        return [ledger]
+    RunFolder.open(path)
+    ledgers = sorted((path / "ledgers").glob("*.sqlite"))
+    if not ledgers:
+        raise DataMissingError(
+            f"{path}: expected ledgers, found none: the run was without privacy, never started, or of real sites, which keep their own",
+            "look at study.toml in it; for a real site give its site.toml",
+        )
+    return ledgers
+
+
+def spending_of(path: Path, *, delta: float | None) -> list[Spending]:
+    """What the ledger of a site file, or every ledger of a run's folder, says; for each account that anything was charged to.
 
     Raises:
         DataMissingError: there is no ledger yet.
         ConfigurationError, StorageError, LedgerError: the file, folder or ledger is at fault.
     """
     if path.suffix == ".toml":
-        site = SiteFile.load(path)
-        ledger = path.parent / site.state / "ledger.sqlite"
-        return [_read(ledger, site.name, delta or site.policy.max_delta, site.policy.max_epsilon)]
-    study = RunFolder.open(path).study
-    ledgers = sorted((path / "ledgers").glob("*.sqlite"))
-    if not ledgers:
-        raise DataMissingError(f"{path}: expected ledgers, found none: the run was without privacy, or never started", "look at study.toml in it")
-    return [_read(ledger, ledger.stem, delta or study.privacy.delta or 1e-5, None) for ledger in ledgers]
+        policy = SiteFile.load(path).policy
+        limit, used = Limit(epsilon=policy.max_epsilon, delta=policy.max_delta), delta or policy.max_delta
+    else:
+        limit, used = None, delta or RunFolder.open(path).study.privacy.delta or 1e-5
+    found = []
+    for file in ledgers_of(path):
+        with reading(file) as ledger:
+            found += [_spending(ledger, account, used, limit) for account in _accounts(ledger)]
+    return found
 
 
-def _read(path: Path, name: str, delta: float, limit: float | None) -> Spending:
-    if not path.is_file():
-        raise DataMissingError(f"{path}: no ledger yet: nothing was ever spent on this cohort", "it is made by the first study")
-    ledger = Ledger.read(path)
-    spends = ledger.spends()
-    ledger.close()
-    by_run: dict[tuple[str, str], list[Spend]] = defaultdict(list)
-    for spend in spends:
-        by_run[spend.study, spend.run].append(spend)
-    studies = [
-        StudySpending(
-            study=study,
-            run=run,
-            rounds=len(charged),
-            steps=sum(spend.event.steps for spend in charged),
-            epsilon=epsilon_of([spend.event for spend in charged], delta),
-        )
-        for (study, run), charged in by_run.items()
-    ]
-    return Spending(name=name, epsilon=epsilon_of([spend.event for spend in spends], delta), delta=delta, limit=limit, studies=studies)
+def _accounts(ledger: Ledger) -> list[AccountName]:
+    tested = any(plan.entry.evaluation is not None for plan in ledger.account.plans.values())
+    return ["training", "evaluation"] if tested else ["training"]
+
+
+def _spending(ledger: Ledger, account: AccountName, delta: float, limit: Limit | None) -> Spending:
+    state = ledger.account
+    assert state.genesis is not None
+    order = state.genesis.order
+    epsilon = ledger.epsilon(delta, account)
+    kept = limit is not None and order is not None
+    return Spending(
+        name=ledger.path.stem,
+        account=account,
+        path=str(ledger.path),
+        head=ledger.head,
+        epsilon=epsilon if math.isfinite(epsilon) else None,
+        delta=delta,
+        limit=limit.epsilon if limit is not None else None,
+        epsilon_filter=ledger.epsilon_filter(limit, account) if kept and limit is not None else None,
+        order=order,
+        remains=_remains(ledger, account, limit) if kept and limit is not None else None,
+        refused=len(state.refused),
+        repairs=len(state.repairs),
+        studies=[_study(plan, account, delta) for plan in state.plans.values() if plan.planned(account) is not None],
+    )
+
+
+def _remains(ledger: Ledger, account: AccountName, limit: Limit) -> float:
+    """Epsilon of the one Gaussian release that takes all the room left: sigma^2 = order / (2 x room)."""
+    assert ledger.account.genesis is not None and ledger.account.genesis.order is not None
+    order = ledger.account.genesis.order
+    room = renyi_budget(limit.epsilon, order=order, delta=limit.delta) - ledger.account.divergence(account)
+    if room <= 1e-12:
+        return 0.0
+    noise = max(MIN_NOISE_MULTIPLIER, math.sqrt(order / (2 * room)))
+    return epsilon_of([PrivacyEvent(noise_multiplier=noise, sample_rate=1.0, steps=1)], limit.delta)
+
+
+def _study(plan: Plan, account: AccountName, delta: float) -> StudySpending:
+    charges = [charge for charge in plan.charges if charge.entry.account == account]
+    planned = plan.planned(account)
+    assert planned is not None
+    return StudySpending(
+        study=plan.entry.study,
+        run=plan.entry.run,
+        study_hash=plan.entry.study_hash,
+        state="closed" if plan.closed else "open",
+        rounds=len(charges),
+        standing=sum(not charge.committed for charge in charges),
+        steps=sum(charge.event.steps for charge in charges),
+        planned_steps=planned.steps,
+        epsilon=epsilon_of([charge.event for charge in charges], delta),
+        epsilon_planned=epsilon_of([planned], delta),
+    )

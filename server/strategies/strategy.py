@@ -63,6 +63,7 @@ class Answer:
     reason: str | None = None
     statistics: Statistics | None = None
     privacy: SitePrivacy | None = None
+    ledger_head: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,14 +102,24 @@ class FederatedStrategy(Strategy):
         seed: the study's seed; sampling depends on (seed, fold, round) alone.
         trainable: names of the parameters that the server optimizer moves; other entries (buffers) take the plain mean.
         statistics: declared names and shapes of evaluation statistics.
+        noised_statistics: True where they carry noise, so that entries may be negative.
     """
 
-    def __init__(self, strategy: options.Strategy, *, seed: int, trainable: frozenset[str], statistics: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        strategy: options.Strategy,
+        *,
+        seed: int,
+        trainable: frozenset[str],
+        statistics: Mapping[str, tuple[int, ...]],
+        noised_statistics: bool = False,
+    ) -> None:
         self._options = strategy
         self._optimizer = server_optimizer(strategy)
         self._seed = seed
         self._trainable = trainable
         self._statistics = dict(statistics)
+        self._noised_statistics = noised_statistics
         self._members: dict[str, Member] = {}
         self.state: State = {}
         self.fold = 1
@@ -163,11 +174,11 @@ class FederatedStrategy(Strategy):
         if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
             raise ProtocolError("expected a reply for this site and round, got one for another")
         _check_privacy(content.privacy)
-        statistics = decode_statistics(record, self._statistics)
+        statistics = decode_statistics(record, self._statistics, signed=self._noised_statistics)
         _check_statistics(statistics or {})
         if current.training:
             current.mean.add(decode_parameters(record, self._template(current)), member.weight)
-        return Answer(name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy)
+        return Answer(name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
 
     @staticmethod
     def _template(current: Round) -> Template:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from client.account import Charge
 from client.hospital import open_site
+from client.ledger import reading
 from client.local_training import LocalRound
 from client.policy import SiteFile
 from client.site import Site
@@ -48,11 +50,16 @@ min_patients = {min_patients}
 min_metric_patients = {min_metric_patients}
 allowed_tasks = {allowed_tasks}
 allowed_metrics = {allowed_metrics}
+exact_metrics = {exact_metrics}
+allow_record_unit = {allow_record_unit}
+round_counts_to = {round_counts_to}
+max_steps = {max_steps}
 allow_no_privacy = {allow_no_privacy}
 """
 POLICY: dict[str, object] = {
     "max_epsilon": 4.0, "max_delta": 1e-3, "min_patients": 20, "min_metric_patients": 5,
     "allowed_tasks": '["tiny"]', "allowed_metrics": "[]", "allow_no_privacy": "false",
+    "exact_metrics": "false", "allow_record_unit": "true", "round_counts_to": 1, "max_steps": 1000,
 }  # fmt: skip
 
 
@@ -123,6 +130,21 @@ class Hospital:
         path = self.folder / "site.toml"
         self.site = open_site(path, SiteFile.load(path), self.task)
         return self.site
+
+    @property
+    def ledger_path(self) -> Path:
+        """The cohort's ledger."""
+        return self.folder / "state" / "ledgers" / f"{self.folder.name}.sqlite"
+
+    def charges(self) -> list[Charge]:
+        """Every charge in the ledger, oldest first, as another process reads them."""
+        with reading(self.ledger_path) as ledger:
+            return ledger.charges()
+
+    def epsilon(self, delta: float) -> float:
+        """Of everything charged."""
+        with reading(self.ledger_path) as ledger:
+            return ledger.epsilon(delta)
 
     def enrolment(self, study: Study, run: str = "run-1") -> EnrolTask:
         """The request to take part in `study`."""

@@ -3,12 +3,16 @@
 Every test of a distribution has fixed keys; the false-alarm rate is what a fresh key would have.
 """
 
+import random
+
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from scipy import stats
 
-from client.noise import KEY_BYTES, GaussianNoise
+from client.noise import GaussianNoise, KeyedStream
+from client.private_training import Randomness
 from shared.seeding import derive_key
 
 
@@ -68,14 +72,30 @@ def test_keys_that_differ_in_one_bit_share_nothing() -> None:
     assert abs(np.corrcoef(draws(1, 4000), other)[0, 1]) < 5 / np.sqrt(4000)
 
 
-def test_fresh_keys_come_from_the_system_and_differ() -> None:
-    keys = {GaussianNoise.fresh_key() for _ in range(50)}
-    assert len(keys) == 50 and {len(item) for item in keys} == {KEY_BYTES}
+def test_noise_of_steps_rounds_and_sites_is_unrelated_whatever_the_global_seeds() -> None:
+    """Two sites, three rounds, three steps: 18 rows, 153 pairs, 5 / sqrt(n): a false alarm in 11,000. Global seeds the same for all."""
+    rows = []
+    for site in ("north", "south"):
+        for number in range(3):
+            random.seed(0)
+            np.random.seed(0)  # what somebody else may have done
+            torch.manual_seed(0)
+            randomness = Randomness.from_key(derive_key(5, site, number))
+            rows += [randomness.noise.normal((4000,), 1.0).numpy() for _ in range(3)]
+    assert np.abs(np.corrcoef(rows) - np.eye(len(rows))).max() < 5 / np.sqrt(4000)
+
+
+def test_sampling_and_noise_of_one_key_are_unrelated() -> None:
+    randomness = Randomness.from_key(key(1))
+    sampling, noise, same = randomness.sampling.uniforms(4000), randomness.noise.normal((4000,), 1.0).numpy(), KeyedStream(key(1)).uniforms(4000)
+    assert np.abs(np.corrcoef([sampling, noise, same]) - np.eye(3)).max() < 5 / np.sqrt(4000)
+    again = Randomness.from_key(key(1))
+    assert np.array_equal(again.sampling.uniforms(4000), sampling) and np.array_equal(again.noise.normal((4000,), 1.0).numpy(), noise)
 
 
 def test_uniforms_have_53_bits_and_are_never_zero() -> None:
     """With 24 or 32 bits no draw passes 5.8 or 6.7 standard deviations; with 53 the tail reaches 8.6."""
-    values = GaussianNoise(key(4)).uniforms(100_000)
+    values = KeyedStream(key(4)).uniforms(100_000)
     assert values.min() > 0 and values.max() <= 1
     assert stats.kstest(values, "uniform").pvalue > 1e-4
     assert len(np.unique(values)) == 100_000  # 32 bits would collide with probability 0.69
@@ -85,18 +105,39 @@ def test_uniforms_have_53_bits_and_are_never_zero() -> None:
     assert np.isfinite(draws(4, 10)).all()
 
 
-@pytest.mark.slow
-def test_values_beyond_what_32_bit_noise_can_give_do_occur() -> None:
-    """Three in 100 million draws pass 5.6; torch's own float32 noise stops at 5.768. 60 million: expected beyond 5.3 is 7; none, 1 in 1,000."""
+def test_the_smallest_uniform_is_a_draw_of_eight_and_a_half() -> None:
+    """The tail ends at sqrt(-2 log 2**-54) = 8.65; torch's own float32 noise ends at 5.768."""
+
+    class Smallest(KeyedStream):
+        def uniforms(self, count: int) -> np.ndarray:
+            return np.where(np.arange(count) < count // 2, 2.0**-54, 1.0)
+
     noise = GaussianNoise(key(5))
-    beyond = sum(int((noise.normal((4_000_000,), 1.0).abs() > 5.3).sum()) for _ in range(15))
-    assert 1 <= beyond <= 22
+    noise._stream = Smallest(key(5))
+    assert noise.normal((2,), 1.0)[0].item() == pytest.approx(8.6525, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_values_beyond_what_24_bit_noise_can_give_do_occur() -> None:
+    """P(|z| > 5.77) is 7.9e-9: of 800 million draws 6.3 are expected beyond what torch's float32 noise can give; none, 1 in 560."""
+    noise = GaussianNoise(key(5))
+    beyond = sum(int((noise.normal((4_000_000,), 1.0).abs_() > 5.77).sum()) for _ in range(200))
+    assert 1 <= beyond <= 20
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3,), (2, 0, 3), (5, 7)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     values = GaussianNoise(key(6)).normal(shape, 1.0)
     assert values.shape == torch.Size(shape) and values.dtype == torch.float64 and torch.isfinite(values).all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 8191, 8192, 8193, 20_000])
+def test_the_stream_is_that_of_chacha20_in_pieces_of_any_size(count: int) -> None:
+    reference = Cipher(algorithms.ChaCha20(key(8), bytes(16)), mode=None).encryptor().update(bytes(8 * count))
+    expected = ((np.frombuffer(reference, dtype="<u8") >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    whole, pieces = KeyedStream(key(8)), KeyedStream(key(8))
+    assert np.array_equal(whole.uniforms(count), expected)
+    assert np.array_equal(np.concatenate([pieces.uniforms(count // 3), pieces.uniforms(count - count // 3)]), expected)
 
 
 def test_torchs_generator_is_neither_used_nor_moved() -> None:

@@ -3,17 +3,21 @@
 Seeds are fixed; the false-alarm rate is what a fresh seed would have.
 """
 
+import itertools
+import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from client.local_training import round_batches
-from client.private_training import sample_records
-from client.sampling import PatientIndex, poisson_sample, shuffled_batches
+from client.local_training import LocalRound, round_batches
+from client.noise import KeyedStream
+from client.private_training import sample_units
+from client.sampling import PatientIndex, poisson_sample, shuffled_batches, whole_patients
 from shared.cohort import Cohort
 from shared.plan import SitePlan
 from shared.study import Study
@@ -28,11 +32,15 @@ def cohort_of(owner: list[int], num_patients: int) -> Cohort:
     )
 
 
+def stream(seed: int) -> KeyedStream:
+    return KeyedStream(seed.to_bytes(32, "big"))
+
+
 @pytest.mark.parametrize(("num_units", "rate"), [(30, 0.13), (8, 0.5), (200, 0.01)])
 def test_batch_sizes_are_binomial(num_units: int, rate: float) -> None:
     """Chi-square over 20,000 batches, cells of at least ten expected; false-alarm rate 1e-4."""
-    rng = np.random.default_rng(1)
-    observed = np.bincount([len(poisson_sample(num_units, rate, rng)) for _ in range(20_000)], minlength=num_units + 1)
+    draws = stream(1)
+    observed = np.bincount([len(poisson_sample(num_units, rate, draws)) for _ in range(20_000)], minlength=num_units + 1)
     expected = stats.binom.pmf(np.arange(num_units + 1), num_units, rate) * 20_000
     common = expected >= 10
     rare = 20_000 - expected[common].sum()
@@ -45,10 +53,10 @@ def test_batch_sizes_are_binomial(num_units: int, rate: float) -> None:
 
 def test_units_are_drawn_independently_with_equal_rate() -> None:
     """12 units, 30,000 batches: each frequency within five standard errors and no pair correlated beyond 5 / sqrt(n): 1 in 25,000."""
-    rng = np.random.default_rng(2)
+    draws = stream(2)
     member = np.zeros((30_000, 12))
     for row in member:
-        row[poisson_sample(12, 0.2, rng)] = 1
+        row[poisson_sample(12, 0.2, draws)] = 1
     assert np.abs(member.mean(axis=0) - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 30_000)
     assert np.abs(np.corrcoef(member.T) - np.eye(12)).max() < 5 / np.sqrt(30_000)
     batch = member.sum(axis=1)
@@ -56,45 +64,87 @@ def test_units_are_drawn_independently_with_equal_rate() -> None:
 
 
 def test_the_ends_of_the_rate() -> None:
-    rng = np.random.default_rng(3)
-    assert poisson_sample(50, 1.0, rng).tolist() == list(range(50))
-    assert poisson_sample(0, 0.5, rng).tolist() == []
-    assert any(len(poisson_sample(20, 0.05, rng)) == 0 for _ in range(100))  # empty batches happen, and must
+    draws = stream(3)
+    assert poisson_sample(50, 1.0, draws).tolist() == list(range(50))
+    assert poisson_sample(0, 0.5, draws).tolist() == []
+    assert any(len(poisson_sample(20, 0.05, draws)) == 0 for _ in range(100))  # empty batches happen, and must
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=40), st.integers(0, 1000))
 def test_one_record_of_each_sampled_patient_and_never_anothers(owner: list[int], seed: int) -> None:
     """Patients without a record (dropped by a loader) give none; a record of someone else in their place would count twice."""
     cohort = cohort_of(owner, 8)
-    rng = np.random.default_rng(seed)
-    sampled = poisson_sample(8, 0.7, rng)
-    records = PatientIndex(cohort).one_record_each(sampled, rng)
-    assert np.array_equal(cohort.patient_of_record[records], [patient for patient in sampled if patient in owner])
+    draws, index = stream(seed), PatientIndex(cohort)
+    sampled = poisson_sample(8, 0.7, draws)
+    there = [patient for patient in sampled if patient in owner]
+    assert np.array_equal(cohort.patient_of_record[index.one_record_each(sampled, draws)], there)
+    everything = index.all_records(sampled)
+    assert [records.tolist() for records in everything] == [np.flatnonzero(np.array(owner) == patient).tolist() for patient in there]
+
+
+@given(st.lists(st.integers(1, 9), max_size=20), st.integers(1, 10))
+def test_physical_batches_hold_whole_patients(sizes: list[int], most_records: int) -> None:
+    patients = [np.full(size, number) for number, size in enumerate(sizes)]
+    groups = list(whole_patients(patients, most_records))
+    assert [patient[0] for group in groups for patient in group] == list(range(len(sizes)))  # each once, in order, whole
+    assert all(len(group) == 1 or sum(map(len, group)) <= most_records for group in groups)
+    for group, following in itertools.pairwise(groups):
+        assert sum(map(len, group)) + len(following[0]) > most_records  # none smaller than need be
+
+
+def test_a_draw_of_one_is_still_the_patients_own_record() -> None:
+    """The largest uniform is 1: it must neither leave a unit out at rate 1 nor reach the next patient's record."""
+
+    class Ones(KeyedStream):
+        def uniforms(self, count: int) -> np.ndarray:
+            return np.ones(count)
+
+    index, ones = PatientIndex(cohort_of([0, 1, 0, 2], 3)), Ones(bytes(32))
+    assert index.one_record_each(np.arange(3), ones).tolist() == [2, 1, 3]
+    assert poisson_sample(4, 1.0, ones).tolist() == [0, 1, 2, 3]
 
 
 def test_every_record_of_a_patient_is_as_likely() -> None:
     """Patients with 1 to 5 records in mixed order; chi-square over 20,000 draws each, false-alarm rate 1e-4 in all."""
     owner = np.random.default_rng(4).permutation(np.repeat(np.arange(5), np.arange(1, 6))).tolist()
-    index, rng = PatientIndex(cohort_of(owner, 5)), np.random.default_rng(5)
-    seen = np.bincount(np.concatenate([index.one_record_each(np.arange(5), rng) for _ in range(20_000)]), minlength=15)
+    index, draws = PatientIndex(cohort_of(owner, 5)), stream(5)
+    seen = np.bincount(np.concatenate([index.one_record_each(np.arange(5), draws) for _ in range(20_000)]), minlength=15)
     for patient in range(5):
         own = seen[np.array(owner) == patient]
         assert own.sum() == 20_000 and (own > 0).all()
         assert patient == 0 or stats.chisquare(own).pvalue > 2e-5
 
 
-@pytest.mark.parametrize("unit", ["patient", "record"])
-def test_a_batch_follows_the_plans_unit_and_rate(unit: str, make_plan: Callable[..., SitePlan], make_patients: Callable[..., Cohort]) -> None:
-    """Mean batch size over 4,000 batches within five standard errors of rate x units, whatever the declared size says."""
-    cohort = make_patients(25, most_records=4)
-    plan, index, rng = make_plan(unit=unit, sample_rate=0.3, declared_size=1000), PatientIndex(cohort), np.random.default_rng(6)
+@pytest.mark.parametrize(("unit", "per_patient"), [("patient", "one"), ("patient", "all"), ("record", "one")])
+def test_a_batch_follows_the_plans_unit_and_rate(
+    unit: str, per_patient: str, make_plan: Callable[..., SitePlan], make_round: Callable[..., LocalRound], make_patients: Callable[..., Cohort]
+) -> None:
+    """Mean number of units over 4,000 batches within five standard errors of rate x units, whatever the declared size says."""
+    cohort, local = make_patients(25, most_records=4), make_round(privacy={"unit": unit, "records_per_patient": per_patient})
+    plan, index, draws = make_plan(unit=unit, sample_rate=0.3, declared_size=1000), PatientIndex(cohort), stream(6)
     units = cohort.num_patients if unit == "patient" else cohort.num_records
-    batches = [sample_records(cohort, index, plan, rng) for _ in range(4000)]
+    batches = [sample_units(cohort, index, local, plan, draws) for _ in range(4000)]
     assert np.mean([len(batch) for batch in batches]) == pytest.approx(0.3 * units, abs=5 * np.sqrt(units * 0.21 / 4000))
-    assert all(len(np.unique(batch)) == len(batch) for batch in batches)
-    if unit == "patient":
-        assert all(len(np.unique(cohort.patient_of_record[batch])) == len(batch) for batch in batches)
-    assert np.unique(np.concatenate(batches)).size == cohort.num_records  # every record is reachable
+    records = [np.concatenate([*batch, []]).astype(int) if isinstance(batch, list) else batch for batch in batches]
+    assert all(len(np.unique(batch)) == len(batch) for batch in records)
+    assert np.unique(np.concatenate(records)).size == cohort.num_records  # every record is reachable
+    if unit == "patient" and per_patient == "one":
+        assert all(len(np.unique(cohort.patient_of_record[batch])) == len(batch) for batch in records)
+    if per_patient == "all":
+        counts = np.bincount(cohort.patient_of_record)
+        for batch in records[:100]:
+            owners, seen = np.unique(cohort.patient_of_record[batch], return_counts=True)
+            assert np.array_equal(seen, counts[owners])
+
+
+def test_global_seeds_do_not_matter(make_patients: Callable[..., Cohort]) -> None:
+    first = poisson_sample(1000, 0.3, stream(7))
+    for seed in (0, 1):
+        random.seed(seed)
+        np.random.seed(seed)  # what somebody else may have done
+        torch.manual_seed(seed)
+        assert np.array_equal(poisson_sample(1000, 0.3, stream(7)), first)
+    assert not np.array_equal(poisson_sample(1000, 0.3, stream(8)), first)
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 100))

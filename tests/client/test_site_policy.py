@@ -8,7 +8,7 @@ import pytest
 
 from client.hospital import site_key
 from client.policy import Policy, SiteFile
-from shared.errors import ConfigurationError, PolicyRefusedError, StorageError
+from shared.errors import ConfigurationError, PolicyRefusedError, StorageError, describe_exception
 from shared.plan import plan_site
 from shared.study import Study
 from shared.task import Task, resolve_task
@@ -23,10 +23,14 @@ def policy(**changes: object) -> Policy:
     [
         ({"allowed_tasks": ["other"]}, {}, 60, "policy.allowed_tasks: expected one of other, got 'tiny'"),
         ({}, {"privacy": {"unit": "none"}}, 60, "policy.allow_no_privacy: expected a study with differential privacy, got unit = 'none'"),
-        ({"max_delta": 1e-5}, {}, 60, "policy.max_delta: expected delta at most 1e-05, got 0.001"),
-        ({}, {"privacy": {"epsilon": 3.5}}, 60, "policy.max_epsilon: expected epsilon at most 3, got 3.49"),
-        ({}, {"privacy": {"noise_multiplier": 0.4}}, 60, "policy.max_epsilon: expected epsilon at most 3, got"),
+        ({"max_delta": 1e-5}, {}, 60, "policy.max_delta: expected at most 1e-05, got 0.001"),
+        ({}, {"privacy": {"epsilon": 3.5}}, 60, "policy.max_epsilon: expected at most 3, got 3.49"),
+        ({}, {"privacy": {"noise_multiplier": 0.4}}, 60, "policy.max_epsilon: expected at most 3, got"),
         ({"min_patients": 61}, {}, 60, "policy.min_patients: expected at least 61 declared patients, got 60"),
+        ({"max_grad_norm": 0.5}, {}, 60, "policy.max_grad_norm: expected at most 0.5, got 0.7"),
+        ({"max_steps": 5}, {}, 60, "policy.max_steps: expected at most 5, got 6"),
+        ({}, {"privacy": {"unit": "record"}}, 60, "policy.allow_record_unit: expected a promise to patients, got unit = 'record'"),
+        ({}, {"privacy": {"evaluation_epsilon": 5.0}}, 60, "policy.max_epsilon: expected at most 3, got 5"),
     ],
 )
 def test_each_rule_refuses_by_name(
@@ -36,6 +40,7 @@ def test_each_rule_refuses_by_name(
     with pytest.raises(PolicyRefusedError) as caught:
         policy(**rules).check(study, task, plan_site(study, size))
     assert str(caught.value).startswith(message) and caught.value.exit_code == 6
+    assert describe_exception(caught.value)[1].endswith(f"Rule: {message.split(':')[0]}.")  # the rule is told outside, and nothing else
 
 
 def test_what_is_within_the_rules_passes(task: Task, make_study: Callable[..., Study]) -> None:
@@ -46,11 +51,16 @@ def test_what_is_within_the_rules_passes(task: Task, make_study: Callable[..., S
 
 def test_exact_sums_leave_only_when_every_metric_of_them_may(task: Task) -> None:
     names = [metric.name for metric in task.metrics]
-    assert policy(allowed_metrics=names, min_metric_patients=20).withholds(task, "score_histogram", num_test=20) is None
-    assert "min_metric_patients" in str(policy(allowed_metrics=names, min_metric_patients=20).withholds(task, "score_histogram", num_test=19))
+    assert policy(allowed_metrics=names, min_metric_patients=20).withholds(task, "score_histogram", num_test=20, exact=False) is None
+    assert "min_metric_patients" in str(
+        policy(allowed_metrics=names, min_metric_patients=20).withholds(task, "score_histogram", num_test=19, exact=False)
+    )
+    assert "exact_metrics" in str(policy(allowed_metrics=names).withholds(task, "score_histogram", num_test=100, exact=True))
     for name in names:
-        assert name in str(policy(allowed_metrics=[other for other in names if other != name]).withholds(task, "score_histogram", num_test=100))
-    assert policy().withholds(resolve_task("breast-cancer"), "score_histogram", num_test=10_000) is not None  # by default nothing leaves
+        assert name in str(
+            policy(allowed_metrics=[other for other in names if other != name]).withholds(task, "score_histogram", num_test=100, exact=False)
+        )
+    assert policy().withholds(resolve_task("breast-cancer"), "score_histogram", num_test=10_000, exact=False) is not None  # by default nothing leaves
 
 
 GOOD = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from client.app import client_app
-from client.ledger import Ledger
+from client.ledger import reading
 from client.site import Site, SiteSettings
+from server.witness import Witness
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, patient_hash
 from shared.errors import (
     BudgetExhaustedError,
@@ -27,9 +29,10 @@ from shared.errors import (
     ProtocolError,
     SchemaError,
 )
-from shared.messages import Enrolled, EnrolTask, EvaluateTask, Refused, Trained, TrainTask, decode, decode_parameters, encode
+from shared.messages import Enrolled, EnrolTask, EvaluateTask, Refused, Trained, TrainTask, WitnessedHead, decode, decode_parameters, encode
 from shared.models import Parameters, initial_parameters, template_of
-from shared.privacy import epsilon_of
+from shared.plan import plan_site
+from shared.privacy import epsilon_of, filter_order, renyi_divergence, renyi_epsilon
 from shared.study import Study
 from shared.task import Task
 from simulations.in_process import InProcessGrid
@@ -51,6 +54,7 @@ def virtual_site(task: Task, cohort: Cohort, folder: Path, name: str = "a") -> S
         declared_num_patients=80,
         declared_num_test=20,
         ledger_path=folder / f"{name}.sqlite",
+        releases_path=folder / f"{name}.releases",
         split_key=SIMULATION_SPLIT_KEY,
     )
     return Site(settings, task, lambda: cohort)
@@ -68,7 +72,9 @@ def enrol(site: Site, task: Task, study: Study, run: str = "run-1") -> TrainTask
 def test_a_hospital_says_its_declared_sizes_and_no_others(make_hospital: Hospitals, make_study: Studies) -> None:
     hospital = make_hospital()
     answer = hospital.site.enrol(hospital.enrolment(make_study()))
-    assert answer == Enrolled(name="north", declared_size=60, declared_num_patients=80, declared_num_test=20)
+    with reading(hospital.ledger_path) as ledger:
+        head = ledger.head
+    assert answer == Enrolled(name="north", declared_size=60, declared_num_patients=80, declared_num_test=20, ledger_head=head)
 
 
 def test_policy_comes_before_the_cohort(make_hospital: Hospitals, make_study: Studies) -> None:
@@ -104,7 +110,7 @@ def test_a_study_that_fits_alone_but_not_on_top_is_refused(make_hospital: Hospit
             hospital.site.enrol(hospital.enrolment(study, run=f"run-{runs}"))
             for number in (1, 2, 3):
                 hospital.site.train(hospital.training(study, number, run=f"run-{runs}"), hospital.parameters)
-    spent = Ledger.read(hospital.folder / "state" / "ledger.sqlite").epsilon(1e-3)
+    spent = hospital.epsilon(1e-3)
     assert 3 <= runs <= 8 and 2.0 < spent <= 4.0  # composition is less than addition, and more than the largest
 
 
@@ -133,7 +139,8 @@ def test_a_ledger_moved_to_another_site_is_refused(make_hospital: Hospitals, mak
     north, south = make_hospital(), make_hospital(name="south")
     north.site.enrol(north.enrolment(make_study()))
     north.site.close()
-    (south.folder / "state" / "ledger.sqlite").write_bytes((north.folder / "state" / "ledger.sqlite").read_bytes())
+    south.ledger_path.parent.mkdir(exist_ok=True)
+    south.ledger_path.write_bytes(north.ledger_path.read_bytes())
     with pytest.raises(LedgerError, match="a ledger is never reused"):
         south.site.enrol(south.enrolment(make_study()))
 
@@ -144,11 +151,11 @@ def test_the_ledger_knows_its_patients_whatever_came_first(make_hospital: Hospit
     hospital.site.enrol(hospital.enrolment(make_study()))
     hospital.site.close()
     key = (hospital.folder / "state" / "patient-hash.key").read_bytes()
-    database = sqlite3.connect(hospital.folder / "state" / "ledger.sqlite")
+    database = sqlite3.connect(hospital.ledger_path)
     known = {row[0] for row in database.execute("SELECT hash FROM patient")}
     database.close()
     assert known == {patient_hash(key, f"patient-{index}") for index in range(80)}
-    assert b"patient-1" not in (hospital.folder / "state" / "ledger.sqlite").read_bytes()
+    assert b"patient-1" not in hospital.ledger_path.read_bytes()
 
 
 def test_a_hospital_probes_the_model_itself(make_hospital: Hospitals, make_study: Studies, task: Task) -> None:
@@ -174,25 +181,30 @@ def test_unknown_studies_rounds_and_folds_are_protocol_errors(make_hospital: Hos
         with pytest.raises(ProtocolError):
             hospital.site.train(good.model_copy(update=change), hospital.parameters)
         with pytest.raises(ProtocolError):
-            hospital.site.evaluate(EvaluateTask(**{**good.model_dump(exclude={"kind"}), **change}), hospital.parameters)
+            hospital.site.evaluate(EvaluateTask(**{**good.model_dump(exclude={"kind", "heads"}), **change}), hospital.parameters)
     with pytest.raises(ProtocolError):  # the model may be evaluated once more after the last round, but not trained
         hospital.site.train(hospital.training(study, 4), hospital.parameters)
     hospital.site.evaluate(EvaluateTask(run="run-1", study_hash=study.fingerprint(), round=4, fold=1), hospital.parameters)
-    assert Ledger.read(hospital.folder / "state" / "ledger.sqlite").spends() == []
+    assert hospital.charges() == []
 
 
 def test_a_round_is_charged_and_reported_as_charged(make_hospital: Hospitals, make_study: Studies) -> None:
     hospital, study = make_hospital(), make_study()
     hospital.site.enrol(hospital.enrolment(study))
     told = [hospital.site.train(hospital.training(study, number), hospital.parameters)[0].privacy for number in (1, 2, 3)]
-    spends = Ledger.read(hospital.folder / "state" / "ledger.sqlite").spends()
-    assert [(item.round, item.state, item.event.steps) for item in spends] == [(1, "committed", 2), (2, "committed", 2), (3, "committed", 2)]
+    spends = hospital.charges()
+    assert [(item.entry.round, item.committed, item.event.steps) for item in spends] == [(1, True, 2), (2, True, 2), (3, True, 2)]
     assert [spent.steps for spent in told] == [2, 4, 6]
     for number, spent in enumerate(told, start=1):
         assert spent.epsilon == epsilon_of([item.event for item in spends[:number]], 1e-3)
     assert told[2].epsilon <= 2.0 and told[0].epsilon < told[1].epsilon < told[2].epsilon
     reply, _ = hospital.site.evaluate(EvaluateTask(run="run-1", study_hash=study.fingerprint(), round=4, fold=1), hospital.parameters)
-    assert reply.privacy.epsilon_cross_check == pytest.approx(reply.privacy.epsilon, rel=0.02)
+    spent = reply.privacy
+    assert spent.epsilon <= spent.epsilon_cross_check == pytest.approx(spent.epsilon, rel=0.02) and {
+        spent.accountant,
+        spent.cross_check_accountant,
+    } == {"pld", "prv"}
+    assert spent.epsilon <= spent.epsilon_planned == pytest.approx(told[2].epsilon)
 
 
 def test_the_charge_stands_where_training_fails(make_hospital: Hospitals, make_study: Studies, task: Task) -> None:
@@ -209,20 +221,114 @@ def test_the_charge_stands_where_training_fails(make_hospital: Hospitals, make_s
     hospital.site.enrol(hospital.enrolment(study))
     with pytest.raises(RuntimeError):
         hospital.site.train(hospital.training(study), hospital.parameters)
-    spends = Ledger.read(hospital.folder / "state" / "ledger.sqlite").spends()
-    assert [(item.state, item.event.steps) for item in spends] == [("reserved", 2)]
+    spends = hospital.charges()
+    assert [(item.committed, item.event.steps) for item in spends] == [(False, 2)]
 
 
-def test_no_room_no_update(make_hospital: Hospitals, make_study: Studies) -> None:
-    """The same round asked again and again is new noise and a new charge, until the hospital's limit."""
-    hospital, study = make_hospital(max_epsilon=2.05), make_study()
+def test_a_round_asked_again_is_the_identical_update_and_no_new_charge(make_hospital: Hospitals, make_study: Studies) -> None:
+    """Also after a restart; the same round on other parameters is another release, and the plan has no steps for it."""
+    hospital, study = make_hospital(), make_study()
     hospital.site.enrol(hospital.enrolment(study))
-    updates = []
-    with pytest.raises(BudgetExhaustedError):
-        for _ in range(10):
-            updates.append(changes_of(hospital.site.train(hospital.training(study), hospital.parameters)[1]))
-    assert len(updates) == 3 and len({update.tobytes() for update in updates}) == 3
-    assert Ledger.read(hospital.folder / "state" / "ledger.sqlite").epsilon(1e-3) <= 2.05
+    first = changes_of(hospital.site.train(hospital.training(study), hospital.parameters)[1])
+    again = changes_of(hospital.site.train(hospital.training(study), hospital.parameters)[1])
+    hospital.reopen().enrol(hospital.enrolment(study))
+    restarted = changes_of(hospital.site.train(hospital.training(study), hospital.parameters)[1])
+    assert first.tobytes() == again.tobytes() == restarted.tobytes() and len(hospital.charges()) == 1
+    moved = {name: value + 1 for name, value in hospital.parameters.items()}
+    for number in (2, 3):
+        hospital.site.train(hospital.training(study, number), hospital.parameters)
+    with pytest.raises(BudgetExhaustedError, match="spare_rounds"):
+        hospital.site.train(hospital.training(study, 3), moved)
+    assert len(hospital.charges()) == 3
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_round_lost_in_a_crash_stays_charged_and_spare_rounds_plan_for_it(
+    make_hospital: Hospitals, make_study: Studies, spare: int, task: Task
+) -> None:
+    fails = [False]
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if fails[0]:
+            raise RuntimeError("pulled plug")
+        return task.loss(outputs, labels)
+
+    hospital = make_hospital(task=dataclasses.replace(task, loss=loss))
+    study = make_study(privacy={"spare_rounds": spare}, training={"batch_size": 40})
+    hospital.site.enrol(hospital.enrolment(study))
+    hospital.site.train(hospital.training(study), hospital.parameters)
+    fails[0] = True
+    with pytest.raises(RuntimeError):
+        hospital.site.train(hospital.training(study, 2), hospital.parameters)
+    fails[0] = False
+    hospital.reopen().enrol(hospital.enrolment(study))
+    hospital.site.train(hospital.training(study, 2), hospital.parameters)
+    if spare:
+        hospital.site.train(hospital.training(study, 3), hospital.parameters)
+    else:
+        with pytest.raises(BudgetExhaustedError):
+            hospital.site.train(hospital.training(study, 3), hospital.parameters)
+    assert [charge.committed for charge in hospital.charges()] == [True, False, True, *[True] * spare]
+    assert hospital.epsilon(1e-3) <= 2.0
+
+
+def test_the_noise_of_a_plan_passes_the_study_and_the_filter(make_hospital: Hospitals, make_study: Studies) -> None:
+    """A study as large as the limit gets the noise to pass the filter; under a wide limit, the noise of its own budget."""
+    noises = {}
+    for limit in (2.0, 4.0):
+        hospital, study = make_hospital(name=f"h{limit:g}", max_epsilon=limit), make_study()
+        hospital.site.enrol(hospital.enrolment(study))
+        plan = hospital.site._admission.plan
+        noises[limit] = plan.noise_multiplier
+        order = filter_order(limit, 1e-3)
+        assert plan.epsilon <= 2.0 and renyi_epsilon(renyi_divergence(plan.study_event(), order), order=order, delta=1e-3) <= limit
+    assert noises[2.0] > noises[4.0] == plan_site(make_study(), 60).noise_multiplier
+
+
+def test_the_last_evaluation_closes_the_plan(make_hospital: Hospitals, make_study: Studies) -> None:
+    hospital, study = make_hospital(), make_study()
+    hospital.site.enrol(hospital.enrolment(study))
+    hospital.site.train(hospital.training(study), hospital.parameters)
+    closing = EvaluateTask(run="run-1", study_hash=study.fingerprint(), round=3, fold=1)
+    hospital.site.evaluate(closing, hospital.parameters)
+    with reading(hospital.ledger_path) as ledger:
+        assert ledger.account.plans["run-1"].closed
+    with pytest.raises(ProtocolError, match="closed"):
+        hospital.site.train(hospital.training(study, 2), hospital.parameters)
+    hospital.site.evaluate(closing, hospital.parameters)  # asked again: an answer, and nothing to pay
+
+
+# The coordinator as witness -------------------------------------------------------------------------------------------------------
+
+
+def test_a_site_refuses_to_start_below_what_the_coordinator_saw(make_hospital: Hospitals, make_study: Studies, tmp_path: Path) -> None:
+    hospital, study, witness = make_hospital(), make_study(), Witness(tmp_path / "witness")
+
+    def enrolment(run: str) -> EnrolTask:
+        return hospital.enrolment(study, run=run).model_copy(update={"coordinator_key": witness.public_key, "heads": witness.heads()})
+
+    answer = hospital.site.enrol(enrolment("run-1"))
+    witness.remember({"north": answer.ledger_head})
+    hospital.site.close()  # the write-ahead log is folded into the file
+    old = hospital.ledger_path.read_bytes()
+    hospital.reopen().enrol(enrolment("run-1"))
+    task = hospital.training(study).model_copy(update={"heads": witness.heads()})
+    reply, _, _ = hospital.site.train(task, hospital.parameters)
+    witness.remember({"north": reply.ledger_head})
+    assert hospital.charges()[0].entry.witnessed_head == answer.ledger_head
+    hospital.site.close()
+    for suffix in ("-wal", "-shm"):
+        Path(f"{hospital.ledger_path}{suffix}").unlink(missing_ok=True)
+    hospital.ledger_path.write_bytes(old)
+    with pytest.raises(LedgerError, match="which the coordinator saw last"):
+        hospital.reopen().enrol(enrolment("run-2"))
+    shutil.rmtree(hospital.folder / "state")
+    with pytest.raises(LedgerError, match="which the coordinator saw last"):
+        hospital.reopen().enrol(enrolment("run-2"))
+    forged = {"north": WitnessedHead(head="0" * 64, signature="0" * 128)}
+    with pytest.raises(ProtocolError, match="expected the coordinator's signature"):
+        hospital.site.enrol(enrolment("run-3").model_copy(update={"heads": forged}))
+    Witness(tmp_path / "witness")  # its memory is read again
 
 
 def test_a_hospitals_noise_is_never_seeded(make_hospital: Hospitals, make_study: Studies) -> None:
@@ -239,7 +345,12 @@ def test_statistics_leave_only_by_the_policy(make_hospital: Hospitals, make_stud
     study = make_study()
     names = str([metric.name for metric in task.metrics]).replace("'", '"')
     for number, (rules, leaves) in enumerate(
-        (({}, False), ({"allowed_metrics": names}, True), ({"allowed_metrics": names, "min_metric_patients": 80}, False))
+        (
+            ({}, False),
+            ({"allowed_metrics": names}, False),
+            ({"allowed_metrics": names, "exact_metrics": "true"}, True),
+            ({"allowed_metrics": names, "exact_metrics": "true", "min_metric_patients": 80}, False),
+        )
     ):
         hospital = make_hospital(name=f"h{number}", **rules)
         hospital.site.enrol(hospital.enrolment(study))
@@ -255,13 +366,13 @@ def test_a_seeded_round_again_is_the_same_bits_and_no_new_charge(task: Task, mak
         site = virtual_site(task, cohort, tmp_path)
         message = enrol(site, task, study)
         answers.append(changes_of(site.train(message, initial_parameters(task.model(), 3))[1]))
-        assert len(site.ledger_for(site._admission.plan).spends()) == 1  # type: ignore[union-attr]
+        assert len(site.ledger_for(site._admission.plan).charges()) == 1  # type: ignore[union-attr]
         site.close()
     assert np.array_equal(*answers)
     site = virtual_site(task, cohort, tmp_path)
     other = initial_parameters(task.model(), 4)
     site.train(enrol(site, task, study), other)  # other parameters are another release
-    assert len(site.ledger_for(site._admission.plan).spends()) == 2  # type: ignore[union-attr]
+    assert len(site.ledger_for(site._admission.plan).charges()) == 2  # type: ignore[union-attr]
     site.close()
 
 
@@ -280,8 +391,9 @@ def test_a_virtual_sites_budget_is_the_studys(task: Task, make_patients: Patient
     message, parameters = enrol(site, task, study), initial_parameters(task.model(), 3)
     for number in (1, 2, 3):
         site.train(message.model_copy(update={"round": number}), parameters)
-    with pytest.raises(BudgetExhaustedError):  # asked again: other noise, another charge, and no room for it
-        site.train(message.model_copy(update={"round": 3}), parameters)
+    moved = {name: value + 1 for name, value in parameters.items()}
+    with pytest.raises(BudgetExhaustedError):  # other parameters: another release, another charge, and no room for it
+        site.train(message.model_copy(update={"round": 3}), moved)
     site.close()
 
 
@@ -425,4 +537,4 @@ def test_other_parameters_are_refused_before_any_charge(bad: str, make_hospital:
         parameters[first] = np.full_like(parameters[first], np.nan) if bad == "NaN" else parameters[first][:1]
     reply = ask(hospital.site, encode(hospital.training(study), parameters=parameters), MessageType.TRAIN)
     assert decode(reply, Refused).code == "E102"
-    assert Ledger.read(hospital.folder / "state" / "ledger.sqlite").spends() == []
+    assert hospital.charges() == []

@@ -24,7 +24,7 @@ from shared.messages import Enrolled, EnrolTask, Refused, Statistics, TrainTask,
 from shared.metrics import finish_metrics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.results import RoundRecord
-from shared.seeding import generator
+from shared.seeding import derive_key, generator_of
 from shared.task import Task
 from simulations.baselines import pool
 
@@ -155,9 +155,9 @@ def test_one_site_equals_centralised_training(make_rig: MakeRig, task: Task) -> 
     model = task.model()
     set_parameters(model, initial_parameters(model, rig.study.seed))
     for number in range(1, 9):
-        rng = generator(rig.study.seed, "train", "site-1", 1, number)
-        with torch_seeded(int(rng.integers(2**32))):
-            train_round(model, train, LocalRound(study=rig.study, task=task, round_number=number), rng=rng)
+        key = derive_key(rig.study.seed, "training", "site-1", 1, number)
+        with torch_seeded(int.from_bytes(key[:4], "big")):
+            train_round(model, train, LocalRound(study=rig.study, task=task, round_number=number), rng=generator_of(key))
     for name, value in get_parameters(model).items():
         np.testing.assert_allclose(federated[name], value, rtol=2e-6, atol=2e-7)
         assert not np.allclose(value, initial_parameters(task.model(), rig.study.seed)[name], rtol=1e-2)
@@ -438,7 +438,7 @@ def test_nonsense_statistics_cost_their_site_and_not_the_run(make_rig: MakeRig, 
         reply = app(message, context)
         if name_of(context) == "site-2" and "statistics" in reply.content:
             shapes = {"score_histogram": (2, 512)}
-            statistics = decode_statistics(reply.content, shapes)
+            statistics = decode_statistics(reply.content, shapes, signed=False)
             assert statistics is not None
             spoiled = {name: np.where(array > 0, value, array) for name, array in statistics.items()}
             reply.content["statistics"] = encode(EnrolTask(run="", study={}, task_fingerprint=""), statistics=spoiled)["statistics"]

@@ -398,6 +398,22 @@ def test_statistics_and_privacy_of_good_replies_are_kept_for_the_round(grid: InP
     assert strategy.round.answers["b"].statistics is None
 
 
+@pytest.mark.parametrize("noised", [False, True])
+def test_statistics_below_zero_are_taken_where_they_carry_noise(grid: InProcessGrid, noised: bool) -> None:
+    strategy = FederatedStrategy(options.FedAvg(), seed=1, trainable=frozenset(SHAPES), statistics=STATISTICS_DECLARED, noised_statistics=noised)
+    strategy.set_members(MEMBERS.values())
+    arrays = ArrayRecord({name: Array(value) for name, value in start().items()})
+    messages = strategy.configure_evaluate(3, arrays, ConfigRecord({"json": "{}"}), grid)
+    values = {"a": one(-3.25), "b": one(np.nan), "c": one(-1e300)}
+    for message, (name, value) in zip(messages, values.items(), strict=True):
+        strategy.take_replies(
+            [Message(encode(Evaluated(name=name, round=3, fold=1, privacy=None), statistics={"histogram": value}), reply_to=message)]
+        )
+    assert strategy.round is not None
+    statuses = {name: answer.status for name, answer in strategy.round.answers.items()}
+    assert statuses == {"a": "ok" if noised else "failed", "b": "failed", "c": "failed"}
+
+
 def test_evaluation_replies_add_no_update(grid: InProcessGrid) -> None:
     strategy = make_strategy()
     arrays = ArrayRecord({name: Array(value) for name, value in start().items()})

@@ -268,9 +268,19 @@ def test_random_damage_is_a_protocol_error_or_still_an_array(noise: bytes, at: i
 def test_statistics_round_trip_and_may_be_absent() -> None:
     shapes = {"histogram": (2, 3), "errors": (5,)}
     statistics = {"histogram": np.arange(6.0).reshape(2, 3)}
-    received = decode_statistics(encode(CONTENTS[4], statistics=statistics), shapes)
+    received = decode_statistics(encode(CONTENTS[4], statistics=statistics), shapes, signed=False)
     assert received is not None and np.array_equal(received["histogram"], statistics["histogram"]) and list(received) == ["histogram"]
-    assert decode_statistics(encode(CONTENTS[4]), shapes) is None
+    assert decode_statistics(encode(CONTENTS[4]), shapes, signed=False) is None
+
+
+def test_statistics_with_noise_may_be_negative_and_nothing_else_is_let_in() -> None:
+    shapes = {"histogram": (2, 3)}
+    noised = {"histogram": np.array([[0.5, -3.25, 2.0], [0, -1e6, 7]])}
+    received = decode_statistics(encode(CONTENTS[4], statistics=noised), shapes, signed=True)
+    assert received is not None and np.array_equal(received["histogram"], noised["histogram"])
+    for bad in (np.full((2, 3), np.nan), np.full((2, 3), -np.inf), np.zeros((3, 2)), np.zeros((2, 3), dtype=np.float32)):
+        with pytest.raises(ProtocolError, match="expected"):
+            decode_statistics(encode(CONTENTS[4], statistics={"histogram": bad}), shapes, signed=True)
 
 
 @pytest.mark.parametrize(
@@ -286,4 +296,4 @@ def test_statistics_round_trip_and_may_be_absent() -> None:
 )
 def test_other_statistics_are_a_protocol_error(statistics: dict[str, np.ndarray]) -> None:
     with pytest.raises(ProtocolError, match="expected"):
-        decode_statistics(encode(CONTENTS[4], statistics=statistics), {"histogram": (2, 3)})
+        decode_statistics(encode(CONTENTS[4], statistics=statistics), {"histogram": (2, 3)}, signed=False)

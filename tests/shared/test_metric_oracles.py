@@ -217,5 +217,8 @@ def test_an_interval_exists_only_where_patients_are_counted() -> None:
     assert bootstrap_interval(errors, np.ones(5), resamples=50, rng=rng) is None
     assert bootstrap_interval(BINARY_METRICS[0], histogram, resamples=0, rng=rng) is None
     assert bootstrap_interval(BINARY_METRICS[0], histogram * 0.01, resamples=50, rng=rng) is None
+    noised = histogram.copy()
+    noised[0, 3] = -0.5
+    assert bootstrap_interval(BINARY_METRICS[0], noised, resamples=50, rng=rng) is None
     same = [bootstrap_interval(BINARY_METRICS[0], histogram, resamples=50, rng=np.random.default_rng(5)) for _ in range(2)]
     assert same[0] == same[1] is not None

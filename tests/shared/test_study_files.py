@@ -76,7 +76,7 @@ def test_fingerprints_agree_exactly_when_contents_do(one: dict[str, object], oth
         {"rounds": {"deadline": "9m"}}, {"training": {"learning_rate": 0.11}}, {"training": {"momentum": 0.1}}, {"training": {"local_steps": 1}},
         {"training": {"batch_size": 33}}, {"strategy": {"name": "fedprox"}}, {"strategy": {"weights": "equal"}}, {"privacy": {"epsilon": 3.0001}},
         {"privacy": {"delta": 1.1e-4}}, {"privacy": {"unit": "record"}}, {"privacy": {"unit": "none"}}, {"privacy": {"max_grad_norm": 2.0}},
-        {"privacy": {"noise_source": "os"}}, {"evaluation": {"folds": 2}}, {"federation": {"sites": 4}}, {"federation": {"alpha": 0.4}},
+        {"privacy": {"noise_source": "os"}}, {"privacy": {"evaluation_epsilon": 1.0}}, {"evaluation": {"folds": 2}}, {"federation": {"sites": 4}}, {"federation": {"alpha": 0.4}},
     ],
 )  # fmt: skip
 def test_every_change_of_content_changes_the_fingerprint(change: dict[str, object]) -> None:
@@ -88,6 +88,18 @@ def test_saying_a_default_or_a_whole_number_changes_nothing() -> None:
         {**BASE, "seed": 7, "training": {"local_epochs": 1, "optimizer": "sgd"}, "strategy": {}, "privacy": {"epsilon": 3, "delta": 1e-4}}
     )
     assert said == study() and said.fingerprint() == study().fingerprint()
+
+
+def test_noised_statistics_are_asked_for_by_a_budget() -> None:
+    noised = study(privacy={"evaluation_epsilon": 2})
+    assert noised.noised_statistics and noised.privacy.evaluation_epsilon == 2.0 and noised.privacy.epsilon == 3.0
+    assert not study().noised_statistics and "evaluation_epsilon" not in study().to_toml()  # studies without it keep their fingerprint
+    assert noised.fingerprint() != study().fingerprint() and Study.from_table(noised.to_table()) == noised
+    plain = noised.replace(privacy={"unit": "none"})  # as the baselines do
+    assert not plain.noised_statistics and not plain.private
+    assert noised.replace(privacy={"noise_multiplier": 2.0}).privacy.evaluation_epsilon == 2.0
+    with pytest.raises(ConfigurationError, match="a patient tested in one fold is trained on in the others"):
+        noised.replace(evaluation={"folds": 3})
 
 
 def test_replace_rules() -> None:
@@ -119,6 +131,13 @@ BAD = [
     ({"privacy": {"epsilon": 1, "noise_multiplier": 1}}, "privacy: expected either epsilon or noise_multiplier, got both"),
     ({"privacy": {}}, "privacy: expected either epsilon or noise_multiplier, got neither"),
     ({"privacy": {"unit": "none", "epsilon": 1}}, "privacy: unit 'none' keeps no promise, so expected neither"),
+    ({"privacy": {"unit": "none", "evaluation_epsilon": 1}}, "privacy: unit 'none' keeps no promise, so expected no evaluation_epsilon"),
+    ({"privacy": {"epsilon": 1, "evaluation_epsilon": 0}}, "privacy.evaluation_epsilon: expected greater than 0, got 0"),
+    ({"privacy": {"epsilon": 1, "evaluation_epsilon": 101}}, "privacy.evaluation_epsilon: expected less than or equal to 100, got 101"),
+    (
+        {"privacy": {"epsilon": 1, "evaluation_epsilon": 1}, "evaluation": {"folds": 2}},
+        "(whole file): privacy.evaluation_epsilon with evaluation.folds = 2: expected folds = 1",
+    ),
     ({"privacy": {"unit": "ward", "epsilon": 1}}, "privacy.unit: expected 'patient', 'record' or 'none', got 'ward'"),
     ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier: expected greater than"),
     ({"privacy": {"noise_multiplier": 1e-9}}, "privacy.noise_multiplier: expected greater than"),

@@ -105,7 +105,7 @@ class Runner:
 
     def latest(self) -> Finished:
         """The newest run's folder, where the run itself raised."""
-        return Finished(folder=RunFolder(max(self.out.iterdir(), key=lambda path: path.stat().st_mtime_ns)))
+        return Finished(folder=RunFolder(max(self.out.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)))
 
 
 @pytest.fixture
@@ -119,6 +119,10 @@ class Wards:
 
     path: Path
     study: Study
+
+    def ledger(self, name: str) -> Path:
+        """A hospital's ledger."""
+        return self.path / name / "state" / "ledgers" / f"{name}.sqlite"
 
     def write_policy(self, name: str, **changes: object) -> None:
         """Write the site file anew with these keys of its policy changed."""

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import client.site
-from client.ledger import Ledger
+from client.ledger import reading
 from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import BudgetExhaustedError, ConfigurationError, DataMissingError, ModelMismatchError, PolicyRefusedError, QuorumLostError
 from shared.metrics import finish_metrics
 from shared.models import set_parameters
+from shared.plan import Limit
 from shared.privacy import epsilon_of
 from shared.results import RoundRecord
 from shared.task import Task, architecture_hash, resolve_task
@@ -103,16 +104,16 @@ def test_the_epsilon_told_is_that_of_the_ledgers_rows_and_within_the_budget(runn
     privacy = run.result.privacy
     assert set(privacy.sites) == {site.name for site in run.result.sites}
     for name, told in privacy.sites.items():
-        ledger = Ledger.read(run.folder.path / "ledgers" / f"{name}.sqlite")
-        spends = ledger.spends()
-        ledger.close()
-        assert [spend.state for spend in spends] == ["committed"] * 2
-        assert sum(spend.event.steps for spend in spends) == told.steps
-        assert told.epsilon == epsilon_of([spend.event for spend in spends], told.delta)
+        with reading(run.folder.path / "ledgers" / f"{name}.sqlite") as ledger:
+            charges = ledger.charges()
+        assert [charge.committed for charge in charges] == [True] * 2
+        assert sum(charge.event.steps for charge in charges) == told.steps
+        both = {told.accountant: told.epsilon, told.cross_check_accountant: told.epsilon_cross_check}
+        assert both["pld"] == epsilon_of([charge.event for charge in charges], told.delta) and told.epsilon == min(both.values())
         assert 2.9 < told.epsilon <= 3.0
         assert told.epsilon_cross_check is not None
         assert told.epsilon_cross_check <= 3.0 * 1.001 and told.epsilon_cross_check == pytest.approx(told.epsilon, rel=0.02)
-        assert run.lines[-1]["sites"][int(name[-1]) - 1]["epsilon"] == told.epsilon
+        assert run.lines[-1]["sites"][int(name[-1]) - 1]["epsilon"] == both["pld"]  # of every round; the second accountant is asked at the end
     claim = run.claim
     assert claim.protects is False and "protects nobody" in claim.statement
     assert {name: site.epsilon for name, site in claim.sites.items()} == {name: site.epsilon for name, site in privacy.sites.items()}
@@ -212,10 +213,9 @@ def test_an_interrupt_in_the_middle_of_training_leaves_the_reservation(runner, m
     assert run.result.outcome == "interrupted"
     states = {}
     for name in ("site-1", "site-2", "site-3"):
-        ledger = Ledger.read(run.folder.path / "ledgers" / f"{name}.sqlite")
-        states[name] = [spend.state for spend in ledger.spends()]
-        ledger.close()
-    assert states == {"site-1": ["committed", "committed"], "site-2": ["committed", "reserved"], "site-3": ["committed"]}
+        with reading(run.folder.path / "ledgers" / f"{name}.sqlite") as ledger:
+            states[name] = [charge.committed for charge in ledger.charges()]
+    assert states == {"site-1": [True, True], "site-2": [True, False], "site-3": [True]}
     whole = runner.run(runner.study())
     resumed = runner.run(run.folder.study, resume=run.folder.path)
     assert resumed.model() == whole.model()
@@ -355,6 +355,27 @@ def test_cross_validation_tests_every_patient_once(runner) -> None:
     assert run.result.rounds_completed == 1 and len(run.lines) == 3
 
 
+def test_noised_statistics_give_metrics_that_say_so(runner) -> None:
+    """One release, at the end: metrics in their range without intervals, sizes as declared, nothing counted from noise."""
+    run = runner.run(runner.study(privacy={"evaluation_epsilon": 20.0}), baselines=True)
+    result = run.result
+    assert result.evaluation_epsilon == 20.0
+    assert all(line["metrics"] == {} and all(site["metrics"] is None for site in line["sites"]) for line in run.lines)
+    exact, noised = runner.run(runner.study()).result, result.metrics["federated"]
+    assert noised.keys() == exact.metrics["federated"].keys() and noised != exact.metrics["federated"]
+    assert all(value is None or 0 <= value <= 1 for value in noised.values())
+    assert noised["auroc"] == pytest.approx(exact.metrics["federated"]["auroc"], abs=0.1)  # 170 test patients, at hardly any privacy
+    assert set(result.metrics_ci95["federated"].values()) == {None}
+    assert result.metrics_ci95["pooled"]["auroc"] is not None  # baselines are not noised
+    assert result.per_site_support == {}
+    for site in result.sites:
+        row = result.per_site[site.name]
+        assert row["num_test"] == site.num_test and row["auroc_ci95"] is None
+    stored = np.array(json.loads((run.folder.path / "evaluation.json").read_text())["sources"]["federated"]["score_histogram"])
+    assert stored.min() < 0
+    assert exact.evaluation_epsilon is None and exact.per_site_support
+
+
 @pytest.mark.slow
 def test_a_private_cross_validation_stays_within_the_budget(runner) -> None:
     run = runner.run(runner.study(evaluation={"folds": 2}, rounds={"count": 1}))
@@ -382,9 +403,10 @@ def test_hospitals_answer_for_themselves(runner, wards) -> None:
     assert result.privacy.seeded_noise is False and run.claim.protects is True
     assert {site.noise_source for site in run.claim.sites.values()} == {"os"}
     for name in ("north", "south"):
-        ledger = Ledger.read(wards.path / name / "state" / "ledger.sqlite")
-        assert epsilon_of([spend.event for spend in ledger.spends()], 1e-3) == result.privacy.sites[name].epsilon
-        ledger.close()
+        with reading(wards.ledger(name)) as ledger:
+            assert epsilon_of([charge.event for charge in ledger.charges()], 1e-3) == pytest.approx(result.privacy.sites[name].epsilon, rel=0.02)
+            assert ledger.signed and ledger.account.plans[result.run].closed
+            assert ledger.head == json.loads((run.folder.path.parent / ".witness" / "heads.json").read_text())[name]
 
 
 def test_statistics_stay_at_home_unless_the_policy_lists_every_metric(runner, wards) -> None:
@@ -394,32 +416,31 @@ def test_statistics_stay_at_home_unless_the_policy_lists_every_metric(runner, wa
         wards.write_policy(name, max_epsilon=40.0, allowed_metrics=metrics[:-1])
     assert runner.run(wards.study, data=wards.path).result.metrics["federated"] == {}
     wards.write_policy("north", max_epsilon=40.0, allowed_metrics=metrics)
+    assert runner.run(wards.study, data=wards.path).result.metrics["federated"] == {}
+    wards.write_policy("north", max_epsilon=40.0, allowed_metrics=metrics, exact_metrics=True)
     run = runner.run(wards.study, data=wards.path)
     assert set(run.result.metrics["federated"]) == set(metrics)
     assert list(run.result.per_site) == ["north"]
     assert [site["metrics"] is None for site in run.lines[0]["sites"]] == [False, True]
-    wards.write_policy("north", max_epsilon=40.0, allowed_metrics=metrics, min_metric_patients=200)
+    wards.write_policy("north", max_epsilon=40.0, allowed_metrics=metrics, exact_metrics=True, min_metric_patients=200)
     assert runner.run(wards.study, data=wards.path).result.metrics["federated"] == {}
 
 
 def test_a_second_run_starts_from_what_is_spent_and_is_refused_when_it_does_not_fit(runner, wards) -> None:
     first = runner.run(wards.study, data=wards.path)
-    before = [(wards.path / name / "state" / "ledger.sqlite").read_bytes() for name in ("north", "south")]
     with pytest.raises(BudgetExhaustedError) as caught:
         runner.run(wards.study, data=wards.path)
     assert "north: E700" in str(caught.value) and "south: E700" in str(caught.value)
     assert caught.value.exit_code == 7
     assert runner.latest().result.outcome == "failed"
-    for name, content in zip(("north", "south"), before, strict=True):
-        ledger = Ledger.read(wards.path / name / "state" / "ledger.sqlite")
-        assert len(ledger.spends()) == 2 and content
-        assert ledger.epsilon(1e-3) == first.result.privacy.sites[name].epsilon
-        ledger.close()
-    small = wards.study.replace(privacy={"epsilon": 1.0})
+    for name in ("north", "south"):
+        with reading(wards.ledger(name)) as ledger:
+            assert len(ledger.charges()) == 2 and len(ledger.account.refused) == 1
+            assert ledger.epsilon(1e-3) == pytest.approx(first.result.privacy.sites[name].epsilon, rel=0.02)
+    small = wards.study.replace(privacy={"epsilon": 0.4})
     runner.run(small, data=wards.path)  # a smaller one still fits
-    ledger = Ledger.read(wards.path / "north" / "state" / "ledger.sqlite")
-    assert 2.5 < ledger.epsilon(1e-3) <= 3.0
-    ledger.close()
+    with reading(wards.ledger("north")) as ledger:
+        assert 2.4 < ledger.epsilon(1e-3) <= ledger.epsilon_filter(Limit(epsilon=3.0, delta=1e-3)) <= 3.0
 
 
 def test_one_hospital_without_room_is_named_and_the_other_goes_on(runner, wards) -> None:
@@ -439,7 +460,7 @@ def test_a_policy_that_forbids_is_named(runner, wards, change: dict[str, object]
     with pytest.raises(PolicyRefusedError, match="north: E600") as caught:
         runner.run(wards.study, data=wards.path)
     assert caught.value.exit_code == 6
-    assert not (wards.path / "north" / "state" / "ledger.sqlite").exists()
+    assert not wards.ledger("north").exists()
 
 
 def test_no_privacy_is_refused_by_default_and_may_be_allowed(runner, wards) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from client.ledger import Ledger
+from client.ledger import reading
 from tests.wardround.conftest import Command
 
 ARGUMENTS = ["simulate", "--sites", "4", "--rounds", "6", "--no-baselines"]
@@ -40,8 +40,8 @@ def test_ctrl_c_is_told_kept_and_resumable(command: Command, tmp_path: Path) -> 
     assert result["outcome"] == "interrupted"
     assert 2 <= result["rounds_completed"] < 6
     assert (run / "report.html").is_file()
-    spends = Ledger.read(run / "ledgers" / "site-1.sqlite").spends()
-    assert len(spends) >= result["rounds_completed"]
+    with reading(run / "ledgers" / "site-1.sqlite") as ledger:
+        assert len(ledger.charges()) >= result["rounds_completed"]
     resumed = command("simulate", "--resume", run, "--no-baselines", "--json")
     assert resumed.code == 0
     for key in ("metrics", "metrics_ci95", "per_site", "privacy", "outcome"):

@@ -29,6 +29,7 @@ max_epsilon = 2.0
 max_delta = 1e-3
 allowed_tasks = ["stay"]
 allowed_metrics = [{metrics}]
+exact_metrics = true
 """
 ALL = '"auroc", "accuracy", "auprc", "brier", "calibration_error"'
 STUDY = 'name = "rehearsal"\ntask = "stay.toml"\n[rounds]\ncount = 2\n[privacy]\nepsilon = 1.0\n'
@@ -70,7 +71,7 @@ def test_the_folder_of_one_site_is_that_site(command: Command, rehearsal: Path) 
     outcome = command("simulate", "study.toml", "--data", "sites/north", "--json")
     assert outcome.code == 0
     assert [site["name"] for site in outcome.data["sites"]] == ["north"]  # type: ignore[attr-defined]  # a list of tables
-    assert (rehearsal / "sites" / "north" / "state" / "ledger.sqlite").is_file()
+    assert (rehearsal / "sites" / "north" / "state" / "ledgers" / "north.sqlite").is_file()
 
 
 def test_a_lost_key_is_not_made_anew_beside_a_ledger(command: Command, rehearsal: Path) -> None:

@@ -194,7 +194,7 @@ def _spent(made: MadeUp, site: str, epsilon: float) -> SitePrivacy:
 def _claim(made: MadeUp, result: Result) -> PrivacyClaim:
     private = result.privacy.unit != "none"
     sites = {
-        name: SiteClaim(**site.model_dump(exclude={"accountant", "cross_check_accountant"}), declared_size=made.size(name), noise_source="seeded")
+        name: SiteClaim(**site.model_dump(include=set(SiteClaim.model_fields)), declared_size=made.size(name), noise_source="seeded")
         for name, site in result.privacy.sites.items()
     }
     return PrivacyClaim(
@@ -382,6 +382,30 @@ def test_statistics_that_cannot_be_drawn_are_left_out(usual: Path) -> None:
     stored = {"schema_version": 1, "sources": {"federated": {"score_histogram": [[1, 2], [3]], "errors": [1, 2, 3, 4, 5]}}}
     (usual / "evaluation.json").write_text(json.dumps(stored))
     assert "nothing from which a curve" in outline(page_of(usual)).text
+
+
+def test_metrics_with_noise_are_said_to_carry_it(usual: Path) -> None:
+    """No interval, no curve of the federated model, no count of patients by class, and no claim that a class is missing."""
+    exact = outline(page_of(usual)).text
+    assert "carry noise" not in exact
+    table = json.loads((usual / "result.json").read_text())
+    table |= {"evaluation_epsilon": 1.5, "per_site_support": {}}
+    table["metrics_ci95"]["federated"] = dict.fromkeys(table["metrics_ci95"]["federated"])
+    for row in table["per_site"].values():
+        row |= {name: None for name in row if name.endswith("_ci95")}
+    table["per_site"]["hungary"]["auroc"] = None  # noise has wiped a class out
+    (usual / "result.json").write_text(json.dumps(table))
+    stored = json.loads((usual / "evaluation.json").read_text())
+    stored["sources"] = {"federated": stored["sources"]["federated"]}
+    (usual / "evaluation.json").write_text(json.dumps(stored))
+    page = page_of(usual)
+    text = outline(page).text
+    assert text.count("The sites’ statistics carry noise that protects their test patients (epsilon 1.5)") == 2  # beside the result, and the sites'
+    assert "with noise; no interval" in text
+    assert "statistics carry noise, from which no curve is drawn" in text and "ROC curve" not in text
+    assert "n/a (one class)" not in text and "its noised statistics do not determine it" in text
+    assert "Below the test patients, by class" not in text
+    assert "A change holds the noise of the federated model’s metrics." in text
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:

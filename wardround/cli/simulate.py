@@ -124,6 +124,8 @@ def print_result(result: "Result", terminal: "Console") -> None:
         terminal.print(f"... and {len(rows) - SHOWN_SITES} more sites in the report")
     if result.synthetic:
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
+    if result.evaluation_epsilon is not None:
+        terminal.print(f"\nThe sites' statistics carry noise for their test patients (epsilon {result.evaluation_epsilon:g}): no intervals.")
     if result.privacy.unit == "none":
         terminal.print("\nNo privacy: every update was sent as it was.", style="yellow")
     if result.privacy.seeded_noise:

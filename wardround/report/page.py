@@ -85,10 +85,11 @@ def _context(run: RunFiles) -> dict[str, object]:
 
 
 def _statistics(run: RunFiles, name: str) -> dict[str, NDArray[np.float64]]:
-    """The summed statistic by source, federated first; what is not a finite matrix of counts is left out."""
+    """The summed statistic by source, federated first; what is not a finite matrix of counts, or carries noise, is left out."""
     sources = run.statistics.sources if run.statistics else {}
+    noised = {"federated"} if run.result.evaluation_epsilon is not None else set()  # it counts nobody, and its curves would be noise
     found = {}
-    for source in ordered_sources(sources):
+    for source in ordered_sources(sources.keys() - noised):
         values = sources[source].get(name)
         try:
             matrix = np.asarray(values, dtype=np.float64)

@@ -18,6 +18,7 @@ from wardround.report.wording import (
     higher_is_better,
     interval_text,
     metric_title,
+    noise_sentence,
     number,
     plural,
     upper_bound,
@@ -88,6 +89,8 @@ def lead(run: RunFiles) -> str:
     compared = [part for source, words in _COMPARISONS if (part := _comparison(run, source, words))]
     if compared and final:
         sentences.append(f"For comparison: {'; '.join(compared)}.")
+    if result.evaluation_epsilon is not None:
+        sentences.append(noise_sentence(result.evaluation_epsilon))
     if not higher_is_better(result.primary_metric):
         sentences.append(f"Lower {metric} is better.")
     return " ".join(sentences)
@@ -121,11 +124,12 @@ def key_numbers(run: RunFiles) -> list[KeyNumber]:
     result = run.result
     value, interval = primary(run)
     tested = num_tested(run)
+    without = "no interval" if result.evaluation_epsilon is None else "with noise; no interval"
     declared = "" if result.engine in SIMULATION_ENGINES else "declared; "
     folds = f"; {run.study.evaluation.folds} folds" if run.study.evaluation.folds > 1 else ""
     per_round = [seconds for seconds in result.timing.seconds_per_round if math.isfinite(seconds)]
     return [
-        KeyNumber(name=metric_title(result.primary_metric), value=number(value), below=interval_text(interval) or "no interval"),
+        KeyNumber(name=metric_title(result.primary_metric), value=number(value), below=interval_text(interval) or without),
         _epsilon_number(run),
         KeyNumber(name="Sites", value=count(len(trained_sites(run))), below=_answered(run)),
         KeyNumber(

@@ -20,6 +20,7 @@ from wardround.report.wording import (
     interval_text,
     metric_title,
     needs_two_classes,
+    noise_sentence,
     number,
     ordered_sources,
     ranges,
@@ -86,9 +87,11 @@ def site_table(run: RunFiles) -> Table:
     missing = any(cell.text == DASH for row in rows for cell in row.cells)
     classes = next(iter(result.per_site_support.values()), {})
     support = f"Below the test patients, by class: {' + '.join(classes)}. " if 1 < len(classes) <= MAX_SUPPORT else ""
-    note = f"“{DASH}” means that there is no number: the site did not report it, or its test patients do not determine it." if missing else ""
+    statistics = "test patients do" if result.evaluation_epsilon is None else "noised statistics do"
+    note = f"“{DASH}” means that there is no number: the site did not report it, or its {statistics} not determine it." if missing else ""
     strip_head, scale = (metric_title(primary), strip_scale(axis)) if axis else ("", None)
-    return Table(heads=heads, rows=rows, strip_head=strip_head, scale=scale, note=support + note)
+    noise = "" if result.evaluation_epsilon is None else noise_sentence(result.evaluation_epsilon) + " "
+    return Table(heads=heads, rows=rows, strip_head=strip_head, scale=scale, note=noise + support + note)
 
 
 def metric_names(run: RunFiles) -> list[str]:
@@ -113,7 +116,7 @@ def _site_metric(run: RunFiles, site: str, metric: str) -> Cell:
     if value is not None:
         return Cell(text=number(value), below=interval_text(finite_interval(values.get(f"{metric}_ci95"))))
     others = any(finite(values.get(name)) is not None for name in metric_names(run))
-    undefined = metric in values and needs_two_classes(metric) and others
+    undefined = metric in values and needs_two_classes(metric) and others and run.result.evaluation_epsilon is None
     return Cell(text=ONE_CLASS if undefined else DASH, css="absent")
 
 
@@ -157,11 +160,11 @@ class Gains:
 
 def gain_table(run: RunFiles) -> Gains | None:
     """The primary metric at each site: its own model alone, the federated one, the difference. None without that baseline."""
-    primary = run.result.primary_metric
-    alone = {site: finite(values.get(primary)) for site, values in run.result.per_site_baselines.get("local_only", {}).items()}
+    result, primary = run.result, run.result.primary_metric
+    alone = {site: finite(values.get(primary)) for site, values in result.per_site_baselines.get("local_only", {}).items()}
     if not alone:
         return None
-    together = {site: finite(run.result.per_site.get(site, {}).get(primary)) for site in alone}
+    together = {site: finite(result.per_site.get(site, {}).get(primary)) for site in alone}
     axis = strip_axis([value for value in (*alone.values(), *together.values()) if value is not None])
     sign = 1 if higher_is_better(primary) else -1
     rows, gains = [], []
@@ -172,12 +175,13 @@ def gain_table(run: RunFiles) -> Gains | None:
         css = "" if change is None or round(change, 3) == 0 else "gain" if sign * change > 0 else "loss"
         cells = (Cell(text=number(before)), Cell(text=number(after)), Cell(text=signed(change), css=css))
         rows.append(Row(name=site, cells=cells, strip=change_strip(axis, before, after) if axis else None))
+    noise = "" if result.evaluation_epsilon is None else "A change holds the noise of the federated model’s metrics. "
     table = Table(
         heads=("Alone", "Federated", "Change"),
         rows=tuple(rows),
         strip_head=metric_title(primary) if axis else "",
         scale=strip_scale(axis) if axis else None,
-        note=f"“{DASH}”: the site’s own test patients do not determine {metric_title(primary)}." if len(gains) < len(rows) else "",
+        note=noise + (f"“{DASH}”: the site’s own test patients do not determine {metric_title(primary)}." if len(gains) < len(rows) else ""),
     )
     return Gains(table=table, better=sum(round(gain, 3) > 0 for gain in gains), compared=len(gains))
 

@@ -120,6 +120,14 @@ def upper_bound(value: float | None) -> str:
     return f"{rounded:,.3f}".rstrip("0").rstrip(".")
 
 
+def noise_sentence(evaluation_epsilon: float) -> str:
+    """What noise in the evaluation statistics means for the metrics."""
+    return (
+        f"The sites’ statistics carry noise that protects their test patients (epsilon {upper_bound(evaluation_epsilon)}): "
+        "the federated model’s metrics are near the true ones, not equal to them, and have no interval."
+    )
+
+
 def count(value: int | None) -> str:
     """A whole number with thin groups: 12,400."""
     return DASH if value is None else f"{value:,}"

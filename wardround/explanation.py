@@ -1,0 +1,110 @@
+"""A run's claim sheet in words for a patient's representative or a privacy officer. No torch is imported here."""
+
+from dataclasses import dataclass
+
+from shared.claim import event_of
+from shared.errors import StorageError
+from shared.privacy import epsilon_of_best
+from shared.results import PrivacyClaim, SiteClaim
+from wardround.report.run_files import RunFiles
+from wardround.report.summary import meaning_sentence
+from wardround.report.wording import count, upper_bound
+
+BEST_OF = 10  # runs on average, in the example of what a choice costs
+HOW = (
+    "In every step of training each hospital draws lots which of its {unit}s are looked at; cuts down what any single {unit} can "
+    "change to one maximum that is the same for all; adds up; and adds random noise in proportion to that maximum. Only the result leaves."
+)
+OUTSIDE = (
+    "Epsilon bounds what anybody can learn about a single {unit} from what left the hospitals, whatever else they know and however much they compute. "
+    "It is no bound on what the model says about people in general, and none on what leaves a hospital by another way."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A heading and its sentences."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+
+def explain_run(run: RunFiles) -> list[Section]:
+    """The claim of a run, from what is promised to what is not.
+
+    Raises:
+        StorageError: the run wrote no claim sheet.
+    """
+    claim = claim_of(run)
+    sections = [Section(title="What is promised", sentences=_promise(run, claim))]
+    if claim.unit != "none":
+        sections += [
+            Section(title="How", sentences=(HOW.format(unit=claim.unit), f"{claim.sampling}.", f"{claim.mechanism}.")),
+            Section(title="Hospital by hospital", sentences=tuple(_site(name, site, claim.unit) for name, site in claim.sites.items())),
+            Section(title="The whole federation", sentences=_federation(claim)),
+            Section(title="Covered", sentences=tuple(claim.covered)),
+        ]
+    sections.append(Section(title="Not covered", sentences=tuple(claim.not_covered)))
+    if claim.sites:
+        sections.append(Section(title="If this run was chosen among several", sentences=(_choice(claim),)))
+    if claim.assumed:
+        sections.append(Section(title="Assumed", sentences=tuple(claim.assumed)))
+    return sections
+
+
+def claim_of(run: RunFiles) -> PrivacyClaim:
+    """The claim sheet.
+
+    Raises:
+        StorageError: there is none.
+    """
+    if run.claim is None:
+        raise StorageError("privacy.json: expected a claim sheet in the run's folder, found none", "let the run end, with simulate --resume")
+    return run.claim
+
+
+def _promise(run: RunFiles, claim: PrivacyClaim) -> tuple[str, ...]:
+    if claim.unit == "none":
+        return ("Nobody is protected by this run.", claim.statement)
+    head = (
+        f"This run protects its {claim.unit}s."
+        if claim.protects
+        else "This run protects nobody: its noise was seeded, and whoever knows the seed can take it off again."
+    )
+    meaning = meaning_sentence(run)
+    return tuple(sentence for sentence in (head, claim.statement, meaning, OUTSIDE.format(unit=claim.unit)) if sentence)
+
+
+def _site(name: str, site: SiteClaim, unit: str) -> str:
+    other = f"; {site.cross_check_accountant.upper()} says {upper_bound(site.epsilon_cross_check)}" if site.epsilon_cross_check is not None else ""
+    planned = "" if site.epsilon_planned is None else f" The whole plan that the hospital agreed to: epsilon {upper_bound(site.epsilon_planned)}."
+    return (
+        f"{name}: epsilon {upper_bound(site.epsilon)} at delta {site.delta:g} (upper bound by {site.accountant.upper()}{other}). "
+        f"{count(site.steps)} steps; in each, every one of about {count(site.declared_size)} {unit}s was drawn with a chance of {100 * site.sample_rate:.3g} in 100; "
+        f"the noise was {site.noise_multiplier:.3g} times what one {unit} can change in a step, from {_SOURCE[site.noise_source]}.{planned}"
+    )
+
+
+_SOURCE = {"os": "the operating system's generator, and forgotten", "seeded": "a seed"}
+
+
+def _federation(claim: PrivacyClaim) -> tuple[str, ...]:
+    if claim.federation is None:
+        return ("No hospital sent an update.",)
+    whole = f"epsilon {upper_bound(claim.federation.epsilon)} at delta {claim.federation.delta:g}"
+    if claim.federation.basis.startswith("maximum"):
+        return (
+            f"No {claim.unit} is known to two hospitals, says the study; so the worst hospital's numbers hold for everybody: {whole}.",
+            "A patient whom two hospitals treat is promised less: set [privacy] patients_overlap = true to have the sites' numbers composed.",
+        )
+    return (f"A {claim.unit} may be known to several hospitals, says the study; all of them together: {whole}.",)
+
+
+def _choice(claim: PrivacyClaim) -> str:
+    worst = max(claim.sites.values(), key=lambda site: site.epsilon)
+    chosen = epsilon_of_best([event_of(worst)], worst.delta, mean_runs=BEST_OF)
+    return (
+        f"Publishing the best of several such runs tells more than one run does. If the number of runs was drawn by lot beforehand (geometric law, "
+        f"{BEST_OF} on average) and the others stay secret, epsilon {upper_bound(chosen)} instead of {upper_bound(worst.epsilon)}. For any other choice, "
+        "all runs count: wardround privacy spent."
+    )
