@@ -21,6 +21,7 @@ from shared.plan import Limit
 from shared.privacy import PrivacyEvent, renyi_budget, renyi_divergence
 
 AccountName = Literal["training", "evaluation"]
+ACCOUNTS: tuple[AccountName, ...] = ("training", "evaluation")
 Hex = r"^[0-9a-f]{64}$"
 
 
@@ -122,7 +123,7 @@ class Repair(Entry):
     `rebuilt`: the table of patients was lost as well, and with it who is on which side.
     """
 
-    spent: Limit
+    spent: Limit | None  # None: an earlier repair, since which nothing was admitted, has charged it
     head: str | None
     rebuilt: bool
     reason: str
@@ -239,10 +240,16 @@ class Account:
             charge.event for plan in self.plans.values() for charge in plan.charges if self.merged or charge.entry.account == account
         ]  # fmt: skip
 
+    def has_evaluations(self, account: AccountName) -> bool:
+        """True where a charge on this account is for a noised evaluation."""
+        return any(
+            charge.entry.account == "evaluation" for plan in self.plans.values() for charge in plan.charges if self.merged or account == "evaluation"
+        )
+
     def divergence(self, account: AccountName, *, merged: bool | None = None) -> float:
         """The total that the filter compares with its budget."""
         assert self.genesis is not None and self.genesis.order is not None
         order = self.genesis.order
-        accounts: tuple[AccountName, ...] = ("training", "evaluation") if (self.merged if merged is None else merged) else (account,)
-        lost = sum(max(0.0, renyi_budget(row.spent.epsilon, order=order, delta=row.spent.delta)) for row in self.repairs)
+        accounts = ACCOUNTS if (self.merged if merged is None else merged) else (account,)
+        lost = sum(max(0.0, renyi_budget(row.spent.epsilon, order=order, delta=row.spent.delta)) for row in self.repairs if row.spent is not None)
         return lost + sum(plan.divergence(name, order) for plan in self.plans.values() for name in accounts)

@@ -18,7 +18,7 @@ from client.chain import GENESIS, REMEDY_DAMAGED, Chain, Row, public_key_text
 from shared.errors import BudgetExhaustedError, LedgerError, ProtocolError
 from shared.files import write_atomic
 from shared.plan import Limit
-from shared.privacy import PrivacyEvent, epsilon_of, filter_order, renyi_budget, renyi_divergence, renyi_epsilon
+from shared.privacy import PrivacyEvent, epsilon_of, epsilon_renyi, filter_order, renyi_budget, renyi_divergence, renyi_epsilon
 
 RELATION = "add or remove one {unit}"
 TRAIN, TEST, BOTH = "train", "test", "both"
@@ -304,11 +304,13 @@ class Ledger:
         return [] if plan is None else plan.charged(account)
 
     def epsilon(self, delta: float, account: AccountName = "training") -> float:
-        """Epsilon at `delta` of everything charged to `account`, composed by privacy loss distributions; infinite after a loss."""
+        """Epsilon at `delta` of everything charged to `account`: composed by privacy loss distributions, and by Renyi divergence where
+        evaluations are among it, whose noise is discrete; infinite after a loss."""
         self._refresh()
         if self.account.repairs:
             return float("inf")
-        return epsilon_of(self.account.events(account), delta)
+        events = self.account.events(account)
+        return epsilon_renyi(events, delta) if self.account.has_evaluations(account) else epsilon_of(events, delta)
 
     def epsilon_filter(self, limit: Limit, account: AccountName = "training") -> float:
         """What the filter holds against `limit`: open plans in full."""

@@ -20,7 +20,7 @@ class Policy(Settings):
     max_epsilon: Real = Field(gt=0, description="of this cohort, over all studies together")
     max_delta: Real = Field(default=1e-4, gt=0, lt=0.1)
     max_grad_norm: Real = Field(default=1000.0, gt=0, description="largest clipping norm a study may ask for")
-    max_steps: int = Field(default=1_000_000, ge=1, description="most training steps of one study")
+    max_steps: int = Field(default=100_000, ge=1, description="most training steps of one study")
     min_patients: int = Field(default=20, ge=2, description="smallest training cohort that may take part")
     min_metric_patients: int = Field(default=20, ge=1, description="fewest test patients for which statistics may leave")
     allowed_tasks: tuple[str, ...] = Field(min_length=1, strict=False)
@@ -35,23 +35,33 @@ class Policy(Settings):
         """What the cohort may spend over all studies."""
         return Limit(epsilon=self.max_epsilon, delta=self.max_delta)
 
-    def check(self, study: Study, task: Task, plan: SitePlan) -> None:
-        """Return where the policy allows this plan.
+    def check(self, study: Study, task: Task, shape: SitePlan) -> None:
+        """Return where the policy allows what is asked; the plan's noise is not yet looked at, and computing it may take long.
 
         Raises:
             PolicyRefusedError: it does not; the message names the rule.
         """
         self._check_kind(study, task)
-        steps = plan.steps_per_round * (plan.rounds + plan.spare_rounds)
+        steps = shape.steps_per_round * (shape.rounds + shape.spare_rounds)
         _at_most("max_steps", self.max_steps, steps, "lower [rounds] count, local_epochs or local_steps")
-        if plan.declared_size < self.min_patients:
-            raise _refusal("min_patients", f"at least {self.min_patients} declared patients", str(plan.declared_size), "ask the hospital")
+        if shape.declared_size < self.min_patients:
+            raise _refusal("min_patients", f"at least {self.min_patients} declared patients", str(shape.declared_size), "ask the hospital")
+        if study.private:
+            privacy = study.privacy
+            _at_most("max_delta", self.max_delta, privacy.delta or 0.0, "lower [privacy] delta")
+            _at_most("max_grad_norm", self.max_grad_norm, privacy.max_grad_norm, "lower [privacy] max_grad_norm")
+            _at_most("max_epsilon", self.max_epsilon, privacy.epsilon or 0.0, "lower [privacy] epsilon")
+            _at_most("max_epsilon", self.max_epsilon, privacy.evaluation_epsilon or 0.0, "lower [privacy] evaluation_epsilon")
+
+    def check_noise(self, plan: SitePlan) -> None:
+        """Return where the plan's promise is one that the policy allows.
+
+        Raises:
+            PolicyRefusedError: it is not.
+        """
         if plan.private:
-            assert plan.delta is not None and plan.epsilon is not None and plan.max_grad_norm is not None
-            _at_most("max_delta", self.max_delta, plan.delta, "lower [privacy] delta")
+            assert plan.epsilon is not None
             _at_most("max_epsilon", self.max_epsilon, plan.epsilon, "lower [privacy] epsilon, or raise noise_multiplier")
-            _at_most("max_grad_norm", self.max_grad_norm, plan.max_grad_norm, "lower [privacy] max_grad_norm")
-            _at_most("max_epsilon", self.max_epsilon, study.privacy.evaluation_epsilon or 0.0, "lower [privacy] evaluation_epsilon")
 
     def _check_kind(self, study: Study, task: Task) -> None:
         if task.name not in self.allowed_tasks:

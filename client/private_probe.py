@@ -6,7 +6,6 @@ the gradients are compared with plain autograd's on each record alone, and one p
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from client.local_training import LocalRound, record_losses, torch_seeded
 from client.private_training import Randomness, check_buffers, train_round_private
-from client.record_gradients import record_gradients
+from client.record_gradients import RULES, layers_with_parameters, record_gradients
 from shared.cohort import Cohort, IntArray
 from shared.errors import ConfigurationError, ModelRefusedError
 from shared.models import get_parameters
@@ -44,7 +43,7 @@ REPLACEMENTS = {
     "LSTM": f"opacus.layers.DPLSTM{BY_HAND}",
     "GRU": f"opacus.layers.DPGRU{BY_HAND}",
     "RNN": f"opacus.layers.DPRNN{BY_HAND}",
-    "MultiheadAttention": f"opacus.layers.DPMultiheadAttention{BY_HAND}",
+    "MultiheadAttention": "shared.models.make_private(model), which replaces it by linear layers",
 }
 FAILURES = (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, IndexError)
 
@@ -92,20 +91,14 @@ def _check_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also frozen, without affine, or in eval(): a step sets train()
             raise _refusal(name, module, "mixes the records of a batch in its statistics")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        complaints = ModuleValidator.validate(model, strict=False)
-    if complaints:
-        name, module = next(_unsupported_layers(model), ("", model))
-        why = "keeps running buffers, which every patient of a batch changes" if any(module.buffers()) else "gives no gradient for each record alone"
-        raise _refusal(name, module, why)
-
-
-def _unsupported_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that Opacus' validator complains of."""
-    for name, module in model.named_modules():
-        if type(module) in ModuleValidator.VALIDATORS and ModuleValidator.VALIDATORS[type(module)](module):
-            yield name, module
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or ModuleValidator.VALIDATORS.get(type(module), lambda _: [])(module):
+            buffers = any(True for _ in module.buffers())
+            why = "keeps running buffers, which every patient of a batch changes" if buffers else "gives no gradient for each record alone"
+            raise _refusal(name, module, why)
+    names = {module: name for name, module in model.named_modules()}
+    for layer in layers_with_parameters(model):
+        if type(layer) not in RULES and any(True for _ in layer.buffers()):
+            raise _refusal(names[layer], layer, "has buffers beside its parameters, and no rule that gives its gradient for each record alone")
 
 
 def _refusal(name: str, module: nn.Module, why: str) -> ModelRefusedError:
@@ -275,8 +268,8 @@ def _check_gradients(model: nn.Module, cohort: Cohort, task: Task) -> None:
 
 def _batch_gradients(model: nn.Module, cohort: Cohort, task: Task) -> dict[str, torch.Tensor]:
     """Name -> `(records, *shape)`."""
-    with record_gradients(model) as gradients, _without_dropout(gradients):
-        record_losses(gradients, cohort, np.arange(cohort.num_records), task).sum().backward()  # type: ignore[no-untyped-call]  # torch
+    with record_gradients(model) as gradients, _without_dropout(model):
+        gradients.backward(record_losses(model, cohort, np.arange(cohort.num_records), task))
         found = {name: gradients.per_record(parameter).detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, value in found.items():
         if len(value) != cohort.num_records:

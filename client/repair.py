@@ -51,9 +51,10 @@ def repair_ledger(path: Path, *, cohort: str, limit: Limit, signer: Ed25519Priva
     if lost_head is None:
         return []
     ledger = Ledger(path, cohort=cohort, unit=unit, limit=limit, signer=signer)
-    ledger.mark_repaired(Repair(spent=limit, head=lost_head, rebuilt=False, reason="it was put back to an earlier state"))
+    answered = bool(rows) and rows[-1].kind == "repair"  # what is gone came before it, and is in what it has charged
+    ledger.mark_repaired(Repair(spent=None if answered else limit, head=lost_head, rebuilt=False, reason="it was put back to an earlier state"))
     ledger.close()
-    return [charged]
+    return ["the row that the coordinator saw is answered for by the last repair"] if answered else [charged]
 
 
 def salvage(path: Path, signer: Ed25519PrivateKey) -> tuple[list[Row], Account]:

@@ -4,6 +4,7 @@ The same code answers for a virtual site of a simulation and for a real one; the
 comes from. A refusal is an ordinary answer; an exception's own text never leaves.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import nn
 
 from client.charging import Ask, Charging
 from client.cross_check import epsilon_prv
-from client.evaluation_noise import evaluation_noise_multiplier, noise_statistics
+from client.evaluation_noise import bounded_statistics, evaluation_noise_multiplier, noise_statistics
 from client.ledger import Ledger, PlannedStudy
 from client.local_training import LocalRound, torch_seeded, train_round
 from client.policy import Policy
@@ -25,7 +26,7 @@ from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
 from client.releases import Arrays, Releases
 from shared.cohort import Cohort, held_out_patients, patient_hash
-from shared.errors import ConfigurationError, DataError, LedgerError, ProtocolError
+from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import (
     Enrolled,
     EnrolTask,
@@ -38,7 +39,7 @@ from shared.messages import (
     head_statement,
 )
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
-from shared.plan import Limit, SitePlan, check_delta, plan_site
+from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import SitePrivacy
 from shared.seeding import generator_of
@@ -131,9 +132,12 @@ class Site:
         study = Study.from_table(task.study, source="study")
         if task.task_fingerprint != self._task.fingerprint():
             raise ConfigurationError("task: expected the same code at both sides, got another fingerprint", "install the same version at both sides")
+        policy = self.settings.policy
+        if policy is not None:
+            policy.check(study, self._task, shape_site(study, self.settings.declared_size))
         plan = plan_site(study, self.settings.declared_size, limit=self.settings.limit)
-        if self.settings.policy is not None:
-            self.settings.policy.check(study, self._task, plan)
+        if policy is not None:
+            policy.check_noise(plan)
             probe_model(self._task, study)
         admission = Admission(
             run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, evaluation=self._evaluation_event(study),
@@ -299,10 +303,10 @@ class Site:
             return None, withheld
 
         def make(key: bytes) -> tuple[Arrays, int]:
-            statistics, _ = self._statistics(test_part, parameters, exact=False)
-            assert statistics is not None
-            declared = {metric.statistic.name: metric.statistic for metric in self._task.metrics if metric.statistic.name in statistics}
-            return dict(noise_statistics(statistics, declared, noise_multiplier=noise_multiplier, key=key)), 1
+            set_parameters(self._model, parameters)
+            declared = {metric.statistic.name: metric.statistic for metric in self._task.metrics if rules[metric.statistic.name] is None}
+            sums = bounded_statistics(declared, test_part, functools.partial(predictions_of, self._task, self._model))
+            return dict(noise_statistics(sums, declared, noise_multiplier=noise_multiplier, key=key)), 1
 
         noised = self._charging(admission).release(self._ask(task, admission), parameters, make)
         return {name: np.asarray(value, dtype=np.float64) for name, value in noised.items()}, withheld
@@ -398,7 +402,7 @@ def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *
     if test_part.num_records == 0:
         return {name: np.zeros(statistic.shape) for name, statistic in statistics.items()}
     set_parameters(model, parameters)
-    predictions: NDArray[np.float64] = task.predict(predict_in_batches(model, test_part.inputs)).numpy().astype(np.float64)
+    predictions = predictions_of(task, model, test_part)
     summed = {name: np.asarray(statistic.summarise(predictions, test_part), dtype=np.float64) for name, statistic in statistics.items()}
     for name, value in summed.items():
         if value.shape != statistics[name].shape or not np.isfinite(value).all():
@@ -406,3 +410,8 @@ def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *
                 f"task {task.name}: statistic {name}: expected finite values of shape {statistics[name].shape}, got others", "correct summarise"
             )
     return summed
+
+
+def predictions_of(task: Task, model: nn.Module, cohort: Cohort) -> NDArray[np.float64]:
+    """What the task's metrics look at, `(N, ...)`."""
+    return np.asarray(task.predict(predict_in_batches(model, cohort.inputs)).numpy(), dtype=np.float64)

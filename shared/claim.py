@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 
+from shared.errors import ConfigurationError
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy
 from shared.study import Study
 
+MAX_STEPS = 10_000_000  # of a site's own report; a longer study would take the accountant minutes
 MECHANISM = (
     "DP-SGD: the gradient of each unit clipped to L2 norm {clip:g} over all trainable parameters; their sum rounded to a public grid, and "
     "Gaussian noise of noise_multiplier x {clip:g} (a little more, for the rounding) added on the same grid"
@@ -50,7 +52,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
     return PrivacyClaim(
         unit=unit,
-        neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more, at most twice as much)",
+        neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more: up to twice epsilon)",
         mechanism=MECHANISM.format(clip=study.privacy.max_grad_norm),
         sampling=SAMPLING.format(unit=unit, records=RECORDS.get((unit, study.privacy.records_per_patient), "")),
         composition=COMPOSITION,
@@ -81,14 +83,22 @@ def across_sites(sites: Mapping[str, SitePrivacy], *, overlap: bool) -> Federati
     if not overlap:
         worst = max(site.epsilon for site in sites.values())
         return FederationClaim(epsilon=worst, delta=delta, basis="maximum, patients are disjoint by declaration")
-    return FederationClaim(
-        epsilon=epsilon_of([event_of(site) for site in sites.values()], delta), delta=delta, basis="composition, patients may be shared"
-    )
+    events = [event for event in map(event_of, sites.values()) if event is not None]
+    if len(events) == len(sites):
+        epsilon = epsilon_of(events, delta)
+    else:  # basic composition needs no events
+        epsilon, delta = sum(site.epsilon for site in sites.values()), sum(site.delta for site in sites.values())
+    return FederationClaim(epsilon=epsilon, delta=delta, basis="composition, patients may be shared")
 
 
-def event_of(spent: SitePrivacy | SiteClaim) -> PrivacyEvent:
-    """What a site released, for the accountant."""
-    return PrivacyEvent(noise_multiplier=spent.noise_multiplier, sample_rate=spent.sample_rate, steps=spent.steps)
+def event_of(spent: SitePrivacy | SiteClaim) -> PrivacyEvent | None:
+    """What a site released, for the accountant; None where no mechanism has these numbers, for a site may say anything."""
+    if spent.steps > MAX_STEPS:
+        return None
+    try:
+        return PrivacyEvent(noise_multiplier=spent.noise_multiplier, sample_rate=spent.sample_rate, steps=spent.steps)
+    except ConfigurationError:
+        return None
 
 
 def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> SiteClaim:

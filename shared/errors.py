@@ -50,6 +50,12 @@ class LedgerError(WardroundError):
     code = "E104"
 
 
+class ClaimError(WardroundError):
+    """A number about privacy says less than was charged."""
+
+    code = "E105"
+
+
 class UsageError(WardroundError):
     """The command line was used wrongly."""
 

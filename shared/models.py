@@ -33,9 +33,9 @@ def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), drop
 def make_private(model: nn.Module) -> nn.Module:
     """A copy of `model` whose layers treat every record on its own, as private training needs; a model that does so already comes out equal.
 
-    BatchNorm becomes GroupNorm, InstanceNorm loses its running statistics, LSTM, GRU, RNN and MultiheadAttention (also inside transformer
-    layers) become Opacus' layers, and in-place activations are no longer in place. Weights are carried over. Names of parameters may
-    change with the layers (attention), always in the same way; so call it in the task's `model`, on both sides, before the first round.
+    BatchNorm becomes GroupNorm, InstanceNorm loses its running statistics, LSTM, GRU and RNN become Opacus' layers, MultiheadAttention (also
+    inside transformer layers) becomes linear layers, and in-place activations are no longer in place. Weights are carried over. Names of
+    parameters may change with the layers, always in the same way; so call it in the task's `model`, on both sides, before the first round.
 
     Raises:
         ModelRefusedError: a layer is configured in a way that its replacement does not know, such as an LSTM with projections.

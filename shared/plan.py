@@ -81,12 +81,18 @@ def plan_site(study: Study, declared_size: int, *, limit: Limit | None = None) -
     Raises:
         ConfigurationError: delta is not below 1 / declared size, or no noise fits the budget.
     """
+    shape = shape_site(study, declared_size)
+    return _with_noise(shape, study, limit) if study.private else shape
+
+
+def shape_site(study: Study, declared_size: int) -> SitePlan:
+    """The plan without its noise and promise: what a policy can judge before anything is computed."""
     training = study.training
     rate = sample_rate_of(training.batch_size, declared_size)
     steps = steps_per_round(
         local_epochs=training.local_epochs, local_steps=training.local_steps, batch_size=training.batch_size, declared_size=declared_size
     )
-    shape = SitePlan(
+    return SitePlan(
         unit=study.privacy.unit,
         declared_size=declared_size,
         sample_rate=rate,
@@ -95,7 +101,6 @@ def plan_site(study: Study, declared_size: int, *, limit: Limit | None = None) -
         rounds=study.rounds.count * study.evaluation.folds,
         spare_rounds=study.privacy.spare_rounds if study.private else 0,
     )
-    return _with_noise(shape, study, limit) if study.private else shape
 
 
 def _with_noise(shape: SitePlan, study: Study, limit: Limit | None) -> SitePlan:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DELTA_CEILING = 1e-4
 GRID = 0.05  # of a step's root mean square privacy loss, rounded pessimistically: epsilon comes out about 0.1 % high
 FINEST_GRID, FINEST_GRID_PER_STEP = 1e-7, 2e-12  # on a grid finer than these, cancellation in float64 would add mass that outweighs the precision
-MAX_POINTS = 5e4  # of one step's distribution; rare and large losses (little noise, low rate) get a coarser grid
+MAX_POINTS = 2e4  # of one step's distribution; rare and large losses (little noise, low rate) get a coarser grid
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
 MIN_NOISE_MULTIPLIER = 0.1  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
 MAX_NOISE_MULTIPLIER = 1e6
@@ -230,15 +230,19 @@ def renyi_divergence(event: PrivacyEvent, order: float) -> float:
 
 @functools.lru_cache(maxsize=65536)
 def _renyi_of_one_step(noise_multiplier: float, sample_rate: float, order: float) -> float:
-    """Where the series of a fractional order does not converge, a bound from the whole orders beside it: (order - 1) x divergence is convex in the order."""
-    exact = _renyi_by_series(noise_multiplier, sample_rate, order)
-    if math.isfinite(exact) or order == math.floor(order):
-        return exact
+    """At a fractional order at most a bound from the whole orders beside it, for (order - 1) x divergence is convex in the order.
+
+    The series of a fractional order loses its precision where sampling is frequent and noise is large: at order 2.4, rate 0.5 and noise
+    multiplier 20 it says fourteen times too much, at 22 infinity. That of a whole order is a finite sum.
+    """
+    divergence = _renyi_by_series(noise_multiplier, sample_rate, order)
+    if order == math.floor(order):
+        return divergence
     below = math.floor(order)
     share = order - below
     moment_below = (below - 1) * _renyi_by_series(noise_multiplier, sample_rate, float(below)) if below > 1 else 0.0
     moment_above = below * _renyi_by_series(noise_multiplier, sample_rate, below + 1.0)
-    return ((1 - share) * moment_below + share * moment_above) / (order - 1)
+    return min(divergence, ((1 - share) * moment_below + share * moment_above) / (order - 1))
 
 
 def _renyi_by_series(noise_multiplier: float, sample_rate: float, order: float) -> float:
@@ -267,6 +271,23 @@ def _series_without_warnings() -> Iterator[None]:
 def renyi_epsilon(divergence: float, *, order: float, delta: float) -> float:
     """Epsilon at `delta` that a total Renyi divergence of `order` implies (Canonne, Kamath and Steinke 2020, proposition 12); at least 0."""
     return max(0.0, divergence + _renyi_margin(order, delta))
+
+
+def epsilon_renyi(events: Iterable[PrivacyEvent], delta: float) -> float:
+    """Upper bound on epsilon at `delta` of all events, by Renyi divergence, least over orders; 0 for none.
+
+    Wider than `epsilon_of`, and true of discrete Gaussian noise in many dimensions as well, of which a privacy loss distribution says nothing.
+    """
+    from dp_accounting.rdp import RdpAccountant
+
+    merged = merge_events(events)
+    if not merged:
+        return 0.0
+    accountant = RdpAccountant()
+    with _series_without_warnings():
+        for event in merged:
+            accountant.compose(_as_dp_event(event), event.steps)
+    return float(accountant.get_epsilon(delta))
 
 
 def renyi_budget(epsilon: float, *, order: float, delta: float) -> float:
@@ -305,7 +326,7 @@ def solve_noise_for_budget(*, budget: float, order: float, sample_rate: float, s
     return _least_noise(excess, 0.0, 1e-4)
 
 
-FILTER_ORDERS = (*(1 + step / 10 for step in range(1, 100)), *(float(order) for order in range(11, 513)))
+FILTER_ORDERS = tuple(float(order) for order in range(2, 513))  # whole, for exactness: 1 % of noise at a limit of 10 and 8 % at 100
 
 
 def filter_order(epsilon: float, delta: float) -> float:

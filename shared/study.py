@@ -71,7 +71,7 @@ class Training(Settings):
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="of the learning rate, by round")
     warmup_rounds: int = Field(default=0, ge=0)
     local_epochs: int = Field(default=1, ge=1, le=1000, description="expected passes over the site's patients a round")
-    local_steps: int | None = Field(default=None, ge=1, description="instead of local_epochs")
+    local_steps: int | None = Field(default=None, ge=1, le=1_000_000, description="instead of local_epochs")
     batch_size: int = Field(default=32, ge=1, description="expected batch size under Poisson sampling")
 
     @model_validator(mode="after")

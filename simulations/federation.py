@@ -102,8 +102,8 @@ def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledge
             declared_size=summary.num_train,
             declared_num_patients=summary.num_patients,
             declared_num_test=summary.num_test,
-            ledger_path=ledgers / f"{_file_name(summary.name)}.sqlite",
-            releases_path=ledgers / f"{_file_name(summary.name)}.releases",
+            ledger_path=ledgers / f"{ledger_file_name(summary.name)}.sqlite",
+            releases_path=ledgers / f"{ledger_file_name(summary.name)}.releases",
             split_key=SIMULATION_SPLIT_KEY,
         )
         sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name), model=model)
@@ -167,6 +167,7 @@ def _check_training_patients(name: str, cohort: Cohort, study: Study) -> None:
             )
 
 
-def _file_name(site: str) -> str:
+def ledger_file_name(site: str) -> str:
+    """The stem of a virtual site's ledger: its name, made safe for a file."""
     plain = "".join(character if character.isalnum() or character in "-_" else "_" for character in site)
     return plain if plain == site else f"{plain}-{hashlib.sha256(site.encode()).hexdigest()[:8]}"

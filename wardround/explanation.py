@@ -45,8 +45,8 @@ def explain_run(run: RunFiles) -> list[Section]:
             Section(title="Covered", sentences=tuple(claim.covered)),
         ]
     sections.append(Section(title="Not covered", sentences=tuple(claim.not_covered)))
-    if claim.sites:
-        sections.append(Section(title="If this run was chosen among several", sentences=(_choice(claim),)))
+    if choice := _choice(claim):
+        sections.append(Section(title="If this run was chosen among several", sentences=(choice,)))
     if claim.assumed:
         sections.append(Section(title="Assumed", sentences=tuple(claim.assumed)))
     return sections
@@ -66,11 +66,7 @@ def claim_of(run: RunFiles) -> PrivacyClaim:
 def _promise(run: RunFiles, claim: PrivacyClaim) -> tuple[str, ...]:
     if claim.unit == "none":
         return ("Nobody is protected by this run.", claim.statement)
-    head = (
-        f"This run protects its {claim.unit}s."
-        if claim.protects
-        else "This run protects nobody: its noise was seeded, and whoever knows the seed can take it off again."
-    )
+    head = f"This run protects its {claim.unit}s." if claim.protects else ""  # the statement says why not
     meaning = meaning_sentence(run)
     return tuple(sentence for sentence in (head, claim.statement, meaning, OUTSIDE.format(unit=claim.unit)) if sentence)
 
@@ -79,7 +75,7 @@ def _site(name: str, site: SiteClaim, unit: str) -> str:
     other = f"; {site.cross_check_accountant.upper()} says {upper_bound(site.epsilon_cross_check)}" if site.epsilon_cross_check is not None else ""
     planned = "" if site.epsilon_planned is None else f" The whole plan that the hospital agreed to: epsilon {upper_bound(site.epsilon_planned)}."
     return (
-        f"{name}: epsilon {upper_bound(site.epsilon)} at delta {site.delta:g} (upper bound by {site.accountant.upper()}{other}). "
+        f"At {name}: epsilon {upper_bound(site.epsilon)} at delta {site.delta:g} (upper bound by {site.accountant.upper()}{other}). "
         f"{count(site.steps)} steps; in each, every one of about {count(site.declared_size)} {unit}s was drawn with a chance of {100 * site.sample_rate:.3g} in 100; "
         f"the noise was {site.noise_multiplier:.3g} times what one {unit} can change in a step, from {_SOURCE[site.noise_source]}.{planned}"
     )
@@ -101,8 +97,11 @@ def _federation(claim: PrivacyClaim) -> tuple[str, ...]:
 
 
 def _choice(claim: PrivacyClaim) -> str:
-    worst = max(claim.sites.values(), key=lambda site: site.epsilon)
-    chosen = epsilon_of_best([event_of(worst)], worst.delta, mean_runs=BEST_OF)
+    worst = max(claim.sites.values(), key=lambda site: site.epsilon, default=None)
+    event = event_of(worst) if worst is not None else None
+    if worst is None or event is None:
+        return ""
+    chosen = epsilon_of_best([event], worst.delta, mean_runs=BEST_OF)
     return (
         f"Publishing the best of several such runs tells more than one run does. If the number of runs was drawn by lot beforehand (geometric law, "
         f"{BEST_OF} on average) and the others stay secret, epsilon {upper_bound(chosen)} instead of {upper_bound(worst.epsilon)}. For any other choice, "

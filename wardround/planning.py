@@ -275,7 +275,7 @@ def _signal(question: Question, sites: tuple[SiteNumbers, ...]) -> Signal:
     one = _ratio(question, sites, 1)
     ratio = None if question.parameters is None else one / math.sqrt(question.parameters)
     needed = None if ratio is None or ratio >= 1 else _patients_needed(question, sites, ratio)
-    return Signal(parameters=question.parameters, ratio=ratio, largest_model=math.floor(one**2), patients_needed=needed)
+    return Signal(parameters=question.parameters, ratio=ratio, largest_model=math.floor(one**2 * (1 + 1e-12)), patients_needed=needed)
 
 
 def _ratio(question: Question, sites: tuple[SiteNumbers, ...], parameters: float) -> float:
@@ -299,7 +299,8 @@ def _patients_needed(question: Question, sites: tuple[SiteNumbers, ...], ratio: 
 
 def _grown(question: Question, sites: tuple[SiteNumbers, ...], factor: float) -> tuple[SiteNumbers, ...]:
     sizes = [math.ceil(site.declared_size * factor) for site in sites]
-    delta = min(sites[0].delta, default_delta_of_sites(sizes) if question.delta is None else 0.5 / max(sizes))
+    kept = question.delta is not None and question.delta * max(sizes) < 1
+    delta = sites[0].delta if kept else min(sites[0].delta, default_delta_of_sites(sizes))
 
     def grow(site: SiteNumbers) -> SiteNumbers:
         noise = site.noise_multiplier

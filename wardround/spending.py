@@ -11,12 +11,12 @@ from client.policy import SiteFile
 from server.run_folder import RunFolder
 from shared.errors import DataMissingError
 from shared.plan import Limit
-from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, renyi_budget
+from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, epsilon_renyi, renyi_budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySpending:
-    """One run's charges on a cohort; `epsilon` is of this run alone, composed by privacy loss distributions."""
+    """One run's charges on a cohort; `epsilon` is of this run alone."""
 
     study: str
     run: str
@@ -35,7 +35,7 @@ class Spending:
     """A cohort's account of training or of test patients.
 
     Attributes:
-        epsilon: of everything charged, composed by privacy loss distributions; None after a loss that `repair` counted as a limit.
+        epsilon: of everything charged, as `Ledger.epsilon`; None after a loss that `repair` counted as a limit.
         epsilon_filter: what the limit is compared with; None in a simulation, which keeps no limit.
         remains: about the epsilon of one further study that would still be admitted; None in a simulation.
         refused: studies turned away for want of room.
@@ -143,6 +143,7 @@ def _remains(ledger: Ledger, account: AccountName, limit: Limit) -> float:
 def _study(plan: Plan, account: AccountName, delta: float) -> StudySpending:
     charges = [charge for charge in plan.charges if charge.entry.account == account]
     planned = plan.planned(account)
+    compose = epsilon_of if account == "training" else epsilon_renyi  # an evaluation's noise is discrete
     assert planned is not None
     return StudySpending(
         study=plan.entry.study,
@@ -153,6 +154,6 @@ def _study(plan: Plan, account: AccountName, delta: float) -> StudySpending:
         standing=sum(not charge.committed for charge in charges),
         steps=sum(charge.event.steps for charge in charges),
         planned_steps=planned.steps,
-        epsilon=epsilon_of([charge.event for charge in charges], delta),
-        epsilon_planned=epsilon_of([planned], delta),
+        epsilon=compose([charge.event for charge in charges], delta),
+        epsilon_planned=compose([planned], delta),
     )

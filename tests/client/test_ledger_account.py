@@ -13,7 +13,7 @@ from client.account import Event, Reserve
 from client.ledger import Ledger, PlannedStudy
 from shared.errors import BudgetExhaustedError, LedgerError, ProtocolError, StorageError
 from shared.plan import Limit
-from shared.privacy import PrivacyEvent, epsilon_of, filter_order, renyi_budget, renyi_divergence
+from shared.privacy import FILTER_ORDERS, PrivacyEvent, epsilon_of, filter_order, renyi_budget, renyi_divergence, renyi_epsilon
 
 LIMIT = Limit(epsilon=3.0, delta=1e-4)
 ROUND = PrivacyEvent(noise_multiplier=4.0, sample_rate=0.2, steps=10)
@@ -215,6 +215,21 @@ def test_test_patients_have_a_budget_of_their_own_until_sides_mix(begin: Opener)
     assert moved.account.merged
     with pytest.raises(BudgetExhaustedError):
         moved.admit(planned(training=most, evaluation=most))
+
+
+def test_evaluations_compose_and_by_the_bound_that_holds_for_discrete_noise(begin: Opener) -> None:
+    ledger = begin()
+    release = PrivacyEvent(noise_multiplier=8.0, sample_rate=1.0, steps=1)
+    epsilons = []
+    for number in range(3):
+        ledger.admit(planned(f"run-{number}", evaluation=release))
+        ledger.reserve(reservation(number, release, f"run-{number}", account="evaluation"), again=True)
+        epsilons.append(ledger.epsilon(1e-4, "evaluation"))
+    assert epsilons[0] < epsilons[1] < epsilons[2] and ledger.epsilon(1e-4) == 0
+    for count, epsilon in enumerate(epsilons, start=1):
+        divergences = [(order, count * order / (2 * 8.0**2)) for order in FILTER_ORDERS]
+        best = min(renyi_epsilon(value, order=order, delta=1e-4) for order, value in divergences)
+        assert epsilon_of([release] * count, 1e-4) < epsilon == pytest.approx(best, rel=5e-3)
 
 
 def test_charges_compose_over_studies(ledger: Ledger) -> None:

@@ -140,6 +140,14 @@ def test_what_was_tampered_with_is_refused_and_a_mended_ledger_counts_the_whole_
         charge(mended, "run-3", 1)
     mended.close()
     assert repair_ledger(path, cohort="north", limit=LIMIT, signer=SIGNER) == []  # it verifies now
+    mended = open_ledger(path)
+    charged = mended.account.divergence("training")
+    mended.close()
+    repair_ledger(path, cohort="north", limit=LIMIT, signer=SIGNER, head="e" * 64)  # the coordinator missed a row: it was in what was charged
+    mended = open_ledger(path)
+    mended.check_head("e" * 64)
+    assert mended.account.divergence("training") == charged
+    mended.close()
     raised = open_ledger(path, Limit(epsilon=9.0, delta=1e-4))
     charge(raised, "run-3", 1)
     raised.bind_patients([b"x" * 32], test=[False], merged=False)

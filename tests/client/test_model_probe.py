@@ -72,6 +72,55 @@ class HiddenState:
         return x - self.mean
 
 
+class CentredBetween(nn.Module):
+    """Mixes records in its own forward, between two layers that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(x - x.mean(0))
+
+
+class Bypassed(nn.Module):
+    """Uses a layer's weight also without the layer, so no rule sees that part of the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x) + nn.functional.linear(torch.sin(x), self.used.weight)
+
+
+class MixedBackwards(torch.autograd.Function):
+    """The identity, whose gradient is the mean over the batch: nothing that passes forward tells."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.mean(0).expand_as(gradient)
+
+
+class Positions(nn.Module):
+    """A buffer that never changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.linspace(-1, 1, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.positions
+
+
+MIXES = r"layer '1' \(Layer\) mixes the records of a batch: what a record gives depends on the other records of its batch"
+
+
 def between(*layers: nn.Module) -> nn.Sequential:
     """A small network with these in the middle, four wide."""
     return nn.Sequential(nn.Linear(3, 4), *layers, nn.Linear(4, 1))
@@ -106,6 +155,8 @@ SAFE: dict[str, Make] = {
     "DPLSTM": lambda: Recurrent(DPLSTM),
     "dropout": lambda: between(nn.Dropout(0.4), nn.Tanh()),
     "frozen first layer": frozen_first,
+    "constant buffer": lambda: between(Positions(), nn.Tanh()),
+    "InstanceNorm": lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, affine=True), nn.Flatten(), nn.Linear(3, 1)),
     "weight norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 1)),
 }
 UNSAFE: dict[str, tuple[Make, str]] = {
@@ -114,26 +165,36 @@ UNSAFE: dict[str, tuple[Make, str]] = {
     "frozen BatchNorm in eval": (with_evaluated_norm, r"layer '1' \(BatchNorm1d\).*use GroupNorm or LayerNorm"),
     "BatchNorm without affine": (lambda: between(nn.BatchNorm1d(4, affine=False)), r"layer '1' \(BatchNorm1d\).*use GroupNorm or LayerNorm"),
     "BatchNorm without buffers": (lambda: between(nn.BatchNorm1d(4, track_running_stats=False)), r"layer '1' \(BatchNorm1d\)"),
-    "BatchNorm with neither": (lambda: between(nn.BatchNorm1d(4, affine=False, track_running_stats=False)), "expected|fail|depends"),
+    "BatchNorm with neither": (lambda: between(nn.BatchNorm1d(4, affine=False, track_running_stats=False)), r"layer '1' \(BatchNorm1d\)"),
     "InstanceNorm with buffers": (
         lambda: nn.Sequential(nn.Unflatten(1, (1, 3)), nn.InstanceNorm1d(1, track_running_stats=True), nn.Flatten(), nn.Linear(3, 1)),
         r"layer '1' \(InstanceNorm1d\) keeps running buffers.*track_running_stats=False",
     ),
-    "centred on the batch": (lambda: between(Layer(lambda layer, x: x - x.mean(0))), "depends on the other records of its batch"),
-    "centred in training only": (
-        lambda: between(Layer(lambda layer, x: x - x.mean(0) if layer.training else x)), "depends on the other records of its batch"
-    ),
+    "centred on the batch": (lambda: between(Layer(lambda layer, x: x - x.mean(0))), MIXES),
+    "centred in training only": (lambda: between(Layer(lambda layer, x: x - x.mean(0) if layer.training else x)), MIXES),
     "centred in training only, with dropout": (
-        lambda: between(nn.Dropout(0.1), Layer(lambda layer, x: x - x.mean(0) if layer.training else x)), "depends on the other records of its batch"
+        lambda: between(nn.Dropout(0.1), Layer(lambda layer, x: x - x.mean(0) if layer.training else x)), r"layer '2' \(Layer\) mixes the records"
     ),
-    "sorted over the batch": (lambda: between(Layer(lambda layer, x: x.sort(dim=0).values)), "depends on the other records|fail"),
-    "softmax over the batch": (lambda: between(nn.Softmax(dim=0)), "depends on the other records"),
+    "centred between layers": (CentredBetween, r"layer '\(root\)' \(CentredBetween\), before its layer 'second', mixes the records"),
+    "centred deep inside": (
+        lambda: between(nn.Sequential(nn.Tanh(), Layer(lambda layer, x: x - x.mean(0)))), r"layer '1.1' \(Layer\) mixes the records"
+    ),
+    "sorted over the batch": (lambda: between(Layer(lambda layer, x: x.sort(dim=0).values)), MIXES),
+    "softmax over the batch": (lambda: between(nn.Softmax(dim=0)), r"layer '1' \(Softmax\) mixes the records"),
+    "needs two records": (lambda: between(Layer(lambda layer, x: x / x.std(0))), "mixes the records|fails on a record alone|not finite"),
+    "functional dropout": (
+        lambda: between(Layer(lambda layer, x: nn.functional.dropout(x, 0.3, training=layer.training))),
+        r"layer '1' \(Layer\) draws random numbers of its own.*use nn.Dropout",
+    ),
     "running buffer": (lambda: between(RunningMean()), r"layer '1' \(RunningMean\) keeps running buffers"),
-    "hidden running state": (lambda: between(Layer(HiddenState())), "depends on the other records"),
-    "spectral norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 1)), "keeps running buffers"),
-    "in-place": (lambda: between(nn.ReLU(inplace=True)), "avoid in-place operations"),
-    "LSTM": (lambda: Recurrent(nn.LSTM), r"layer 'memory' \(LSTM\).*use opacus.layers.DPLSTM"),
+    "hidden running state": (lambda: between(Layer(HiddenState())), r"layer '1' \(Layer\) keeps what it saw of earlier records"),
+    "mixed on the way back": (lambda: between(Layer(lambda layer, x: MixedBackwards.apply(x))), "gradient of 0.weight for a record in a batch"),
+    "spectral norm": (lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 1)), r"layer '0.*buffers"),
+    "in-place": (lambda: between(nn.ReLU(inplace=True)), r"layer '1' \(ReLU\) works in place.*inplace=False, or let shared.models.make_private"),
+    "LSTM": (lambda: Recurrent(nn.LSTM), r"layer 'memory' \(LSTM\).*use opacus.layers.DPLSTM, or let shared.models.make_private\(model\)"),
     "GRU": (lambda: Recurrent(nn.GRU), r"layer 'memory' \(GRU\).*use opacus.layers.DPGRU"),
+    "RNN": (lambda: Recurrent(nn.RNN), r"layer 'memory' \(RNN\).*use opacus.layers.DPRNN"),
+    "weight used past its layer": (Bypassed, "gradient of used.weight for a record in a batch is not its gradient alone"),
     "unused parameter": (Spare, "takes no part in the loss|did not move"),
 }  # fmt: skip
 
@@ -166,7 +227,7 @@ def test_without_privacy_any_model_that_runs_will_do(name: str, with_model: Call
 
 def test_a_loss_that_crosses_records_is_refused(task: Task, make_study: Callable[..., Study]) -> None:
     balanced = dataclasses.replace(task, loss=lambda outputs, labels: task.loss(outputs, labels) * (0.1 + labels.mean()))
-    with pytest.raises(ModelRefusedError, match="depends on the other records"):
+    with pytest.raises(ModelRefusedError, match="the task's loss mixes the records"):
         probe_model(balanced, make_study())
 
 

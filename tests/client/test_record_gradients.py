@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from opacus.layers import DPLSTM, DPMultiheadAttention
+from opacus.layers import DPLSTM
 from torch import nn
 
 from client.local_training import LocalRound, record_losses
@@ -15,9 +15,10 @@ from client.private_training import KeyedNoiseOptimizer, Randomness, sum_clipped
 from client.record_gradients import record_gradients
 from client.sampling import PatientIndex
 from shared.cohort import Cohort
-from shared.errors import ModelRefusedError
+from shared.errors import ConfigurationError, ModelRefusedError
 from shared.models import mlp
 from shared.plan import SitePlan
+from shared.private_layers import RecordAttention
 from shared.task import Task
 
 Rounds = Callable[..., LocalRound]
@@ -48,7 +49,7 @@ class Recurrent(nn.Module):
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.attention, self.head = nn.Linear(1, 4), DPMultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 1)
+        self.up, self.attention, self.head = nn.Linear(1, 4), RecordAttention(4, 2, batch_first=True), nn.Linear(4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         steps = self.up(x[:, :, None])
@@ -84,6 +85,11 @@ def frozen_bias() -> nn.Module:
     return model
 
 
+def one_layer_in_two_places() -> nn.Module:
+    shared = nn.Linear(3, 3)
+    return nn.Sequential(shared, nn.Tanh(), nn.Sequential(shared, nn.Tanh()), nn.Linear(3, 1))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "MLP": lambda: mlp(3, 1, hidden=(8, 5)),
     "CNN with GroupNorm": lambda: nn.Sequential(
@@ -97,6 +103,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "tied weights": Tied,
     "scalar parameter": lambda: nn.Sequential(nn.Linear(3, 4), Scaled(), nn.Linear(4, 1)),
     "frozen bias": frozen_bias,
+    "weight norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1)),
+    "one layer in two places": one_layer_in_two_places,
     "float64": lambda: nn.Sequential(Layer(lambda x: x.double()), mlp(3, 1, hidden=(4,)).double(), Layer(lambda x: x.float())),
 }
 
@@ -199,8 +207,7 @@ def test_factors_multiplied_out_are_opacus_own_samples(name: str, task: Task, ma
     task, model = with_model(task, name)
     cohort, trainable = make_patients(9, seed=8), [parameter for parameter in model.parameters() if parameter.requires_grad]
     with record_gradients(model) as gradients:
-        gradients.train()
-        record_losses(gradients, cohort, np.arange(9), task).sum().backward()
+        gradients.backward(record_losses(model.train(), cohort, np.arange(9), task))
         flat = torch.cat([gradients.per_record(parameter).reshape(9, -1).double() for parameter in trainable], dim=1)
         assert torch.allclose(gradients.norms(trainable), flat.norm(dim=1), rtol=1e-6)
         weights, rows = torch.arange(4, dtype=torch.float64), torch.tensor([1, 3, 4, 8])
@@ -220,7 +227,7 @@ def test_long_sums_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch, task: Ta
 
     def sums() -> tuple[torch.Tensor, list[torch.Tensor]]:
         with record_gradients(model) as gradients:
-            record_losses(gradients.train(), cohort, np.arange(9), task).sum().backward()
+            gradients.backward(record_losses(model.train(), cohort, np.arange(9), task))
             totals = [torch.zeros(parameter.shape, dtype=torch.float64) for parameter in trainable]
             for parameter, total in zip(trainable, totals, strict=True):
                 gradients.add_weighted_sum(parameter, torch.ones(9, dtype=torch.float64), total, slice(None))
@@ -233,16 +240,22 @@ def test_long_sums_are_taken_in_chunks(monkeypatch: pytest.MonkeyPatch, task: Ta
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-15) for a, b in zip(totals, chunked, strict=True))
 
 
-def test_nothing_of_a_patient_stays_on_the_model(task: Task, make_patients: Patients) -> None:
-    """Opacus keeps inputs on the layers between the passes; a round that fails in between must not leave them there."""
-    model, cohort = mlp(3, 1, hidden=(4,)), make_patients(5)
-    plain = [set(vars(module)) for module in model.modules()] + [set(vars(parameter)) for parameter in model.parameters()]
-    with pytest.raises(RuntimeError, match="stop"), record_gradients(model) as gradients:
-        record_losses(gradients.train(), cohort, np.arange(5), task)
-        assert any("activations" in vars(module) for module in model.modules())
+def test_nothing_of_a_patient_stays_on_the_model(task: Task, make_round: Rounds, make_plan: Plans, make_patients: Patients) -> None:
+    """Neither inputs, nor gradients, nor a sum before its noise; also not after a round that failed between the passes."""
+    task, model = with_model(task, "weight norm")
+    local, key = dataclasses.replace(make_round(), task=task), Randomness.from_key(bytes(32))
+    plain = [set(vars(module)) for module in model.modules()]
+    train_round_private(model, make_patients(5), local, plan=make_plan(), randomness=key)
+
+    def stop(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("stop")
-    assert plain == [set(vars(module)) for module in model.modules()] + [set(vars(parameter)) for parameter in model.parameters()]
-    assert all(parameter.grad is None for parameter in model.parameters())
+
+    with pytest.raises(RuntimeError, match="stop"):
+        failing = dataclasses.replace(local, task=dataclasses.replace(task, loss=stop))
+        train_round_private(model, make_patients(5), failing, plan=make_plan(), randomness=key)
+    assert plain == [set(vars(module)) for module in model.modules()]
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    assert all(value is None for parameter in model.parameters() for value in (parameter.grad, *vars(parameter).values()))
 
 
 def test_a_buffer_that_changes_late_ends_the_round(task: Task, make_round: Rounds, make_plan: Plans, make_patients: Patients) -> None:
@@ -269,3 +282,26 @@ def test_a_buffer_that_changes_late_ends_the_round(task: Task, make_round: Round
     assert train(2) == 2
     with pytest.raises(ModelRefusedError, match="layer '0' changes its buffer 'seen'"):
         train(2)
+
+
+def test_all_records_of_a_patient_belong_to_unit_patient(make_round: Rounds) -> None:
+    with pytest.raises(ConfigurationError, match="records_per_patient = 'all' protects patients, but unit is 'record'; use unit = 'patient'"):
+        make_round(privacy={"unit": "record", "records_per_patient": "all"})
+    assert make_round(privacy={"records_per_patient": "all"}).study.replace(privacy={"unit": "none"}).private is False
+
+
+def test_what_changed_in_place_is_noticed(make_patients: Patients, task: Task) -> None:
+    """The rule of a layer would see what came after in place of what it took in or gave."""
+    for change in (lambda x, y: y.mul_(2), lambda x, y: x.mul_(2)):
+        first, second = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(x: torch.Tensor, change: Callable = change, first: nn.Linear = first, second: nn.Linear = second) -> torch.Tensor:
+            hidden = first(x)
+            out = second(hidden)
+            change(hidden, out)
+            return out
+
+        model = nn.Sequential(Layer(forward))
+        model.layers = nn.ModuleList([first, second])
+        with record_gradients(model) as gradients, pytest.raises(RuntimeError, match="changed in place"):
+            gradients.backward(forward(torch.ones(5, 3))[:, 0])

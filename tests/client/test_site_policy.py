@@ -9,7 +9,7 @@ import pytest
 from client.hospital import site_key
 from client.policy import Policy, SiteFile
 from shared.errors import ConfigurationError, PolicyRefusedError, StorageError, describe_exception
-from shared.plan import plan_site
+from shared.plan import plan_site, shape_site
 from shared.study import Study
 from shared.task import Task, resolve_task
 
@@ -24,7 +24,7 @@ def policy(**changes: object) -> Policy:
         ({"allowed_tasks": ["other"]}, {}, 60, "policy.allowed_tasks: expected one of other, got 'tiny'"),
         ({}, {"privacy": {"unit": "none"}}, 60, "policy.allow_no_privacy: expected a study with differential privacy, got unit = 'none'"),
         ({"max_delta": 1e-5}, {}, 60, "policy.max_delta: expected at most 1e-05, got 0.001"),
-        ({}, {"privacy": {"epsilon": 3.5}}, 60, "policy.max_epsilon: expected at most 3, got 3.49"),
+        ({}, {"privacy": {"epsilon": 3.5}}, 60, "policy.max_epsilon: expected at most 3, got 3.5"),
         ({}, {"privacy": {"noise_multiplier": 0.4}}, 60, "policy.max_epsilon: expected at most 3, got"),
         ({"min_patients": 61}, {}, 60, "policy.min_patients: expected at least 61 declared patients, got 60"),
         ({"max_grad_norm": 0.5}, {}, 60, "policy.max_grad_norm: expected at most 0.5, got 0.7"),
@@ -38,7 +38,9 @@ def test_each_rule_refuses_by_name(
 ) -> None:
     study = make_study(**change)
     with pytest.raises(PolicyRefusedError) as caught:
-        policy(**rules).check(study, task, plan_site(study, size))
+        rules_of = policy(**rules)
+        rules_of.check(study, task, shape_site(study, size))
+        rules_of.check_noise(plan_site(study, size))
     assert str(caught.value).startswith(message) and caught.value.exit_code == 6
     assert describe_exception(caught.value)[1].endswith(f"Rule: {message.split(':')[0]}.")  # the rule is told outside, and nothing else
 

@@ -50,7 +50,7 @@ def repair(
     debug: DebugOption = False,
 ) -> None:
     """Mend a ledger that is damaged, lost or put back. What is gone counts as the whole limit: a mended ledger never says less than was spent."""
-    from client.hospital import site_key, signing_key
+    from client.hospital import signing_key, site_key
     from client.policy import SiteFile
     from client.repair import repair_ledger
     from wardround.cli.output import console, print_envelope

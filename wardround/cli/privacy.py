@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.cli.spent import spent, verify
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -184,30 +185,5 @@ def explain(
         )
 
 
-@app.command("spent")
-def spent(
-    path: Annotated[Path, typer.Argument(metavar="SITE.TOML|RUN", help="A hospital's site file, or a run's folder.", show_default=False)],
-    delta: Annotated[float | None, typer.Option("--delta", help="For a run's ledgers; a site's policy has its own.")] = None,
-    as_json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show what was spent on a cohort, by study, and what remains of a site's limit."""
-    from wardround.cli.output import console, number, print_envelope, table
-    from wardround.spending import spending_of
-
-    ledgers = spending_of(path, delta=delta)
-    terminal = console(as_json=as_json)
-    for ledger in ledgers:
-        rows = [[study.study, study.run, str(study.rounds), str(study.steps), number(study.epsilon)] for study in ledger.studies]
-        terminal.print(
-            table(
-                f"{ledger.name}: epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g} over all studies",
-                ["study", "run", "rounds", "steps", "epsilon alone"],
-                rows,
-            )
-        )
-        if ledger.limit is not None:
-            terminal.print(f"limit {ledger.limit:g}: a next study is admitted while the total, composed as above, stays within it")
-        terminal.print()
-    if as_json:
-        print_envelope({"ledgers": [ledger.to_table() for ledger in ledgers]})
+app.command("spent")(spent)
+app.command("verify")(verify)

@@ -1,0 +1,102 @@
+"""`wardround privacy spent|verify`: what ledgers say, and whether a run's claim agrees with them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wardround.cli.options import DebugOption, JsonOption
+
+if TYPE_CHECKING:
+    from wardround.spending import Spending
+
+PathArgument = Annotated[Path, typer.Argument(metavar="SITE.TOML|RUN", help="A hospital's site file, or a run's folder.", show_default=False)]
+
+
+def spent(
+    path: PathArgument,
+    delta: Annotated[float | None, typer.Option("--delta", help="For a run's ledgers; a site's policy has its own.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what was spent on a cohort, by study, and what remains of a site's limit."""
+    from wardround.cli.output import console, number, print_envelope, table
+    from wardround.spending import spending_of
+
+    ledgers = spending_of(path, delta=delta)
+    terminal = console(as_json=as_json)
+    columns = ["study", "run", "plan", "rounds", "steps", "epsilon alone", "of the whole plan"]
+    for ledger in ledgers:
+        rows = [
+            [
+                study.study,
+                study.run,
+                study.state,
+                str(study.rounds),
+                f"{study.steps}/{study.planned_steps}",
+                number(study.epsilon),
+                number(study.epsilon_planned),
+            ]
+            for study in ledger.studies
+        ]
+        terminal.print(table(f"{ledger.name}, {ledger.account} patients: {_total(ledger)}", columns, rows))
+        for line in _remarks(ledger):
+            terminal.print(line)
+        terminal.print()
+    if as_json:
+        print_envelope({"ledgers": [ledger.to_table() for ledger in ledgers]})
+
+
+def _total(ledger: "Spending") -> str:
+    if ledger.epsilon is None:
+        return "something was lost, and a repair has charged a whole limit for it"
+    return f"epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g} over all studies"
+
+
+def _remarks(ledger: "Spending") -> list[str]:
+    lines = []
+    if ledger.limit is not None and ledger.epsilon_filter is not None:
+        lines.append(
+            f"limit {ledger.limit:g}: the filter of order {ledger.order:g} holds {ledger.epsilon_filter:.3f} against it (open plans in full)"
+        )
+    if ledger.remains is not None:
+        lines.append(f"room is left for one more study of about epsilon {ledger.remains:.2f}" if ledger.remains > 0.01 else "no room is left")
+    standing = sum(study.standing for study in ledger.studies)
+    if standing:
+        lines.append(f"charged in full and never finished: {standing} rounds")
+    if any(study.state == "open" for study in ledger.studies) and ledger.limit is not None:
+        lines.append("an open plan that will not go on can be ended: wardround ledger close SITE.TOML RUN")
+    if ledger.refused:
+        lines.append(f"{ledger.refused} studies were turned away for want of room")
+    if ledger.repairs:
+        lines.append(f"repaired {ledger.repairs} times; see 'wardround ledger verify'")
+    return lines
+
+
+def verify(path: PathArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Compute every epsilon again, from the ledgers' rows, by both accountants; exit code 1 where a claim says less."""
+    from shared.errors import ClaimError
+    from wardround.cli.output import console, number, print_envelope, table
+    from wardround.verification import verify_path
+
+    checks = verify_path(path)
+    rows = [
+        [
+            check.name,
+            number(check.claimed, 4),
+            number(check.pld, 4),
+            number(check.prv, 4),
+            number(check.renyi, 4),
+            number(check.filter, 4),
+            f"{check.delta:g}",
+            check.source,
+            "yes" if check.agrees else "NO",
+        ]
+        for check in checks
+    ]
+    console(as_json=as_json).print(table("computed again", ["what", "said", "PLD", "PRV", "Renyi", "filter", "delta", "from", "holds"], rows))
+    wrong = [check.name for check in checks if not check.agrees]
+    if wrong:
+        raise ClaimError(f"{path}: expected epsilons that cover what was charged, got less for {', '.join(wrong)}", "do not rely on these numbers")
+    if as_json:
+        print_envelope({"checks": [check.to_table() for check in checks]})
