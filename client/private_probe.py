@@ -45,7 +45,7 @@ REPLACEMENTS = {
     "RNN": f"opacus.layers.DPRNN{BY_HAND}",
     "MultiheadAttention": "shared.models.make_private(model), which replaces it by linear layers",
 }
-FAILURES = (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, IndexError)
+FAILURES = (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, LookupError)
 
 
 def probe_model(task: Task, study: Study) -> None:

@@ -78,7 +78,13 @@ class Coordinator:
     """
 
     def __init__(
-        self, study: Study, task: Task, folder: RunFolder, *, observe: Callable[[RoundRecord], None] = lambda record: None, witness: Witness | None = None
+        self,
+        study: Study,
+        task: Task,
+        folder: RunFolder,
+        *,
+        observe: Callable[[RoundRecord], None] = lambda record: None,
+        witness: Witness | None = None,
     ) -> None:
         self._witness = witness
         self._study = study

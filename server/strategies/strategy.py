@@ -178,7 +178,9 @@ class FederatedStrategy(Strategy):
         _check_statistics(statistics or {})
         if current.training:
             current.mean.add(decode_parameters(record, self._template(current)), member.weight)
-        return Answer(name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
+        return Answer(
+            name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head
+        )
 
     @staticmethod
     def _template(current: Round) -> Template:

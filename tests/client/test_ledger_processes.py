@@ -166,7 +166,9 @@ def test_twelve_kills_at_random_moments(make_hospital: Callable[..., Any], make_
         training={"batch_size": 60, "local_steps": steps},
         privacy={"noise_multiplier": 500.0, "records_per_patient": "one"},
     )
-    hospital.folder.joinpath("site.toml").write_text(hospital.folder.joinpath("site.toml").read_text().replace("max_steps = 1000", "max_steps = 100000"))
+    hospital.folder.joinpath("site.toml").write_text(
+        hospital.folder.joinpath("site.toml").read_text().replace("max_steps = 1000", "max_steps = 100000")
+    )
     answer = json.loads(run(KILLER, str(hospital.folder), json.dumps(study.to_table()), str(seed)))
     charges = hospital.charges()  # and the ledger verifies
     charged = sum(charge.event.steps for charge in charges)
