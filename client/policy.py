@@ -10,7 +10,6 @@ from shared.plan import Limit, SitePlan
 from shared.study import NAME_PATTERN, Real, Study
 from shared.task import Task
 
-
 LEDGERS = "ledgers"  # folder in a site's state
 
 

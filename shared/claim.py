@@ -7,7 +7,7 @@ from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy
 from shared.study import Study
 
-MAX_STEPS = 10_000_000  # of a site's own report; a longer study would take the accountant minutes
+MAX_STEPS = 1_000_000  # of a site's own report; more would take the accountant minutes
 MECHANISM = (
     "DP-SGD: the gradient of each unit clipped to L2 norm {clip:g} over all trainable parameters; their sum rounded to a public grid, and "
     "Gaussian noise of noise_multiplier x {clip:g} (a little more, for the rounding) added on the same grid"

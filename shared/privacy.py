@@ -28,6 +28,7 @@ MAX_POINTS = 2e4  # of one step's distribution; rare and large losses (little no
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
 MIN_NOISE_MULTIPLIER = 0.1  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
 MAX_NOISE_MULTIPLIER = 1e6
+MAX_STEPS = 100_000_000  # more would take the composition hours and all memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +43,11 @@ class PrivacyEvent:
     steps: int
 
     def __post_init__(self) -> None:
-        usable = (
-            math.isfinite(self.noise_multiplier) and self.noise_multiplier >= MIN_NOISE_MULTIPLIER and 0 < self.sample_rate <= 1 and self.steps >= 0
-        )
-        if not usable:
+        usable = math.isfinite(self.noise_multiplier) and self.noise_multiplier >= MIN_NOISE_MULTIPLIER and 0 < self.sample_rate <= 1
+        if not usable or not 0 <= self.steps <= MAX_STEPS:
             raise ConfigurationError(
-                f"privacy event: expected noise multiplier >= {MIN_NOISE_MULTIPLIER}, sample rate in (0, 1], steps >= 0, got {self.noise_multiplier}, {self.sample_rate}, {self.steps}",
+                f"privacy event: expected noise multiplier >= {MIN_NOISE_MULTIPLIER}, sample rate in (0, 1], steps from 0 to {MAX_STEPS}, "
+                f"got {self.noise_multiplier}, {self.sample_rate}, {self.steps}",
                 "an event without noise has no epsilon, and one with less has none worth naming",
             )
 

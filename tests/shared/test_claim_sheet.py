@@ -109,7 +109,7 @@ def test_seeded_noise_protects_nobody() -> None:
 
 @pytest.mark.parametrize("lie", [{"noise_multiplier": 0.0}, {"sample_rate": 7.0}, {"steps": 10**18}])
 def test_a_site_that_lies_spoils_its_number_and_not_the_sheet(lie: dict[str, object]) -> None:
-    honest, liar = spent(2.0), spent(2.0, **lie)
+    honest, liar = spent(2.0), spent(2.0).model_copy(update=lie)
     made = claim(study(patients_overlap=True), north=honest, south=liar)
     assert made.federation is not None
     assert (made.federation.epsilon, made.federation.delta) == (honest.epsilon + liar.epsilon, 2e-5)  # basic composition

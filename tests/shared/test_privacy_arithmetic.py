@@ -133,7 +133,17 @@ def test_nothing_released_costs_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("noise", "rate", "steps"),
-    [(0.0, 0.1, 1), (-1.0, 0.1, 1), (math.nan, 0.1, 1), (math.inf, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.01, 1), (1.0, math.nan, 1), (1.0, 0.1, -1)],
+    [
+        (0.0, 0.1, 1),
+        (-1.0, 0.1, 1),
+        (math.nan, 0.1, 1),
+        (math.inf, 0.1, 1),
+        (1.0, 0.0, 1),
+        (1.0, 1.01, 1),
+        (1.0, math.nan, 1),
+        (1.0, 0.1, -1),
+        (1.0, 0.1, 10**18),
+    ],
 )
 def test_events_without_a_theorem_are_refused(noise: float, rate: float, steps: int) -> None:
     with pytest.raises(ConfigurationError, match="privacy event: expected noise multiplier >= 0.1"):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigurationError
-from shared.plan import plan_site
-from shared.privacy import PrivacyEvent, epsilon_of
+from shared.plan import Limit, plan_site
+from shared.privacy import PrivacyEvent, epsilon_of, filter_order, renyi_budget, renyi_divergence
 from shared.study import Study
 
 
@@ -24,7 +24,19 @@ def test_a_private_plan() -> None:
     assert plan.epsilon is not None and 2.98 < plan.epsilon <= 3.0
     assert plan.study_event() == PrivacyEvent(noise_multiplier=plan.round_event().noise_multiplier, sample_rate=0.16, steps=35)
     assert epsilon_of([plan.round_event()] * 5, 1e-4) == plan.epsilon
-    assert plan.study_event(rounds=2).steps == 14
+    spare = plan_site(study(privacy={"epsilon": 3.0, "delta": 1e-4, "spare_rounds": 2}), 200)
+    assert spare.study_event().steps == 49 and spare.epsilon is not None and 2.98 < spare.epsilon <= 3.0
+    assert spare.round_event().noise_multiplier > plan.round_event().noise_multiplier
+
+
+def test_under_a_sites_limit_the_noise_passes_study_and_filter() -> None:
+    limit = Limit(epsilon=3.0, delta=1e-4)
+    alone, under = plan_site(study(), 200), plan_site(study(), 200, limit=limit)
+    order = filter_order(limit.epsilon, limit.delta)
+    budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
+    assert renyi_divergence(alone.study_event(), order) > budget >= renyi_divergence(under.study_event(), order) > 0.999 * budget
+    assert plan_site(study(), 200, limit=Limit(epsilon=9.0, delta=1e-4)) == alone
+    assert plan_site(study(), 200, limit=Limit(epsilon=2.0, delta=1e-4)) == alone  # more than the site allows is refused, not made to fit
 
 
 @settings(max_examples=10)
