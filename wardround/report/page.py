@@ -11,7 +11,7 @@ from shared.files import write_atomic
 from shared.metrics import SCORE_HISTOGRAM
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
 from wardround.report.run_files import RunFiles, read_run
-from wardround.report.summary import banners, key_numbers, lead, meaning_sentence, shares_by_row
+from wardround.report.summary import banners, federation_sentence, key_numbers, lead, meaning_sentence, shares_by_row
 from wardround.report.tables import (
     absence_table,
     baseline_table,
@@ -78,6 +78,7 @@ def _context(run: RunFiles) -> dict[str, object]:
         "folds": fold_table(run),
         "spent": privacy_table(run),
         "meaning": meaning_sentence(run),
+        "federation": federation_sentence(run),
         "absences": absence_table(run),
         "num_unasked": sum(site.status == "not asked" for record in run.rounds for site in record.sites),
         "notes": notes_table(run),

@@ -11,6 +11,7 @@ from wardround.report.history import fold_curves
 from wardround.report.run_files import RunFiles
 from wardround.report.wording import (
     DASH,
+    compact,
     count,
     duration,
     finite,
@@ -167,6 +168,12 @@ def _epsilon_number(run: RunFiles) -> KeyNumber:
 
 
 FALSE_ALARMS = 0.01  # of the attacker in the sentence below
+
+
+def federation_sentence(run: RunFiles) -> str | None:
+    """What is promised to a patient whichever hospitals know this patient; None without a claim about it."""
+    claim = run.claim.federation if run.claim else None
+    return None if claim is None else f"epsilon {upper_bound(claim.epsilon)} at delta {compact(claim.delta)}: {claim.basis}"
 
 
 def meaning_sentence(run: RunFiles) -> str:

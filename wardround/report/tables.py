@@ -228,6 +228,7 @@ def privacy_table(run: RunFiles) -> Table | None:
             cells=(
                 Cell(text=upper_bound(site.epsilon)),
                 Cell(text=upper_bound(site.epsilon_cross_check)),
+                Cell(text=upper_bound(site.epsilon_planned)),
                 Cell(text=compact(site.delta)),
                 Cell(text=compact(site.noise_multiplier)),
                 Cell(text=compact(site.sample_rate)),
@@ -237,7 +238,7 @@ def privacy_table(run: RunFiles) -> Table | None:
         )
         for name, site in spent.items()
     )
-    heads = ("Epsilon", "Cross-check", "Delta", "Noise multiplier", "Sample rate", "Steps", "Declared size")
+    heads = ("Epsilon", "Cross-check", "Whole plan", "Delta", "Noise multiplier", "Sample rate", "Steps", "Declared size")
     return Table(heads=heads, rows=rows)
 
 
