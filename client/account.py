@@ -111,20 +111,24 @@ class Refuse(Entry):
 
 
 class Bind(Entry):
-    """The cohort's patients: hash over the sorted table of keyed hashes, and whether both accounts now count for everybody."""
+    """The cohort's patients: hash over the sorted table of keyed hashes, and whether both accounts now count for everybody.
 
+    Written at every enrolment, changed or not, with a random `salt`: so the ledger's head, which a coordinator sees, tells nothing of it.
+    """
+
+    salt: str = Field(pattern=r"^[0-9a-f]{32}$")
     patients: str = Field(pattern=Hex)
     merged: bool
 
 
 class Repair(Entry):
-    """Something was lost: this much of a limit counts as spent, and `head` (a lost one) is answered for.
+    """Something was lost: this much of a limit counts as spent, and `heads` (lost ones) are answered for.
 
     `rebuilt`: the table of patients was lost as well, and with it who is on which side.
     """
 
-    spent: Limit | None  # None: an earlier repair, since which nothing was admitted, has charged it
-    head: str | None
+    spent: Limit
+    heads: tuple[str, ...] = Field(strict=False)
     rebuilt: bool
     reason: str
 
@@ -251,5 +255,5 @@ class Account:
         assert self.genesis is not None and self.genesis.order is not None
         order = self.genesis.order
         accounts = ACCOUNTS if (self.merged if merged is None else merged) else (account,)
-        lost = sum(max(0.0, renyi_budget(row.spent.epsilon, order=order, delta=row.spent.delta)) for row in self.repairs if row.spent is not None)
+        lost = sum(max(0.0, renyi_budget(row.spent.epsilon, order=order, delta=row.spent.delta)) for row in self.repairs)
         return lost + sum(plan.divergence(name, order) for plan in self.plans.values() for name in accounts)

@@ -35,7 +35,7 @@ class Ask:
 
     def request(self, parameters: Parameters) -> str:
         """SHA-256 (hex) of all that determines the answer but for its noise."""
-        text = f"{self.run}\n{self.study_hash}\n{self.account}\n{self.fold}\n{self.round}\n{arrays_digest(parameters)}"
+        text = f"{self.site}\n{self.run}\n{self.study_hash}\n{self.account}\n{self.fold}\n{self.round}\n{arrays_digest(parameters)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def key(self, seed: int | None) -> bytes:

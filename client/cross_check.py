@@ -31,4 +31,4 @@ def _epsilon_prv(events: tuple[PrivacyEvent, ...], delta: float) -> float | None
             epsilon = float(accountant.get_epsilon(delta, eps_error=error))
     except (RuntimeError, ValueError, OverflowError, MemoryError):
         return None
-    return epsilon if math.isfinite(epsilon) else None
+    return max(0.0, epsilon) if math.isfinite(epsilon) else None

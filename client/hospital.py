@@ -31,7 +31,7 @@ def open_site(path: Path, file: SiteFile, task: Task) -> Site:
         declared_num_patients=declared.declared_size + declared.declared_test_size,
         declared_num_test=declared.declared_test_size,
         ledger_path=file.ledger_path(path),
-        releases_path=state / RELEASES,
+        releases_path=state / RELEASES / file.name,
         split_key=key,
         signer=signing_key(key),
         policy=file.policy,

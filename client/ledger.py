@@ -6,7 +6,9 @@ standing: never an under-count. Rows are never changed (`client.chain`), and eac
 """
 
 import contextlib
+import fcntl
 import hashlib
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from shared.privacy import PrivacyEvent, epsilon_of, epsilon_renyi, filter_order
 
 RELATION = "add or remove one {unit}"
 TRAIN, TEST, BOTH = "train", "test", "both"
+MOST_REFUSALS = 500  # rows: a coordinator that asks without end does not fill the disk
 WITHIN = 1 + 1e-9  # of a budget: rounding of sums is not spending
 
 
@@ -171,7 +174,7 @@ class Ledger:
     def holds(self, head: str) -> bool:
         """True where a row has this hash (hex), or a repair has answered for it."""
         self._refresh()
-        return any(row.hash == head for row in self._chain.rows) or any(row.head == head for row in self.account.repairs)
+        return any(row.hash == head for row in self._chain.rows) or any(head in row.heads for row in self.account.repairs)
 
     # What a study may do ------------------------------------------------------------------------------------------------------
 
@@ -186,7 +189,7 @@ class Ledger:
             self._check_plan(study)
         except BudgetExhaustedError:
             entry = Refuse(run=study.run, study=study.study, study_hash=study.study_hash, rule="policy.max_epsilon")
-            if entry not in self.account.refused:
+            if len(self.account.refused) < MOST_REFUSALS and not any(known.study_hash == entry.study_hash for known in self.account.refused):
                 with self._chain.transaction():
                     self._append(entry)
             raise
@@ -197,8 +200,6 @@ class Ledger:
         if plan is not None:
             if (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != (study.study_hash, study.training, study.evaluation):
                 raise ProtocolError("run: expected a name of its own, got that of a run with another study, noise or sample rate")
-            if not plan.closed:
-                return
         if self.limit is not None:
             self._check_filter(study, reopened=plan)
 
@@ -209,13 +210,13 @@ class Ledger:
         budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
         wanted: list[tuple[AccountName, PrivacyEvent | None]] = [("training", study.training), ("evaluation", study.evaluation)]
         asked = {name: 0.0 if event is None else renyi_divergence(event, order) for name, event in wanted}
-        if reopened is not None:  # what it was charged is in the total already
+        if reopened is not None:  # what it counts is in the total already: an open plan asks for nothing more, and must still fit
             asked = {name: max(0.0, value - reopened.divergence(name, order)) for name, value in asked.items()}
         if merged:
             asked = dict.fromkeys(asked, sum(asked.values()))
         for name, _ in wanted:
             spent = account.divergence(name, merged=merged)
-            if asked[name] and spent + asked[name] > budget * WITHIN:
+            if spent + asked[name] > budget * WITHIN and (asked[name] or reopened is not None):
                 before, after = (renyi_epsilon(value, order=order, delta=limit.delta) if value else 0.0 for value in (spent, spent + asked[name]))
                 raise BudgetExhaustedError(
                     f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort ({name} patients); "
@@ -333,18 +334,26 @@ class Ledger:
             LedgerError: the ledger knows patients, and none of these is among them; or some are in another ledger beside this one.
         """
         now = {digest: BOTH if merged else TEST if held_out else TRAIN for digest, held_out in zip(hashes, test, strict=True)}
-        self._check_overlap(set(now))
-        with self._chain.transaction():
-            known: dict[bytes, str] = dict(self._chain.database.execute("SELECT hash, part FROM patient"))
-            if known and known.keys().isdisjoint(now):
-                raise LedgerError(
-                    f"{self.path}: expected the patients that this ledger was begun with, got none of them", "give each cohort a site file of its own"
-                )
-            parts = {digest: part if known.get(digest, part) == part else BOTH for digest, part in now.items()}
-            changed = [(digest, part) for digest, part in parts.items() if known.get(digest) != part]
-            self._chain.database.executemany("INSERT INTO patient VALUES (?, ?) ON CONFLICT (hash) DO UPDATE SET part = excluded.part", changed)
-            if changed:
-                self._append(Bind(patients=_digest({**known, **parts}), merged=BOTH in parts.values()))
+        with self._alone_in_folder():
+            self._check_overlap(set(now))
+            with self._chain.transaction():
+                known: dict[bytes, str] = dict(self._chain.database.execute("SELECT hash, part FROM patient"))
+                if known and known.keys().isdisjoint(now):
+                    raise LedgerError(
+                        f"{self.path}: expected the patients that this ledger was begun with, got none of them",
+                        "give each cohort a site file of its own",
+                    )
+                parts = {digest: part if known.get(digest, part) == part else BOTH for digest, part in now.items()}
+                changed = [(digest, part) for digest, part in parts.items() if known.get(digest) != part]
+                self._chain.database.executemany("INSERT INTO patient VALUES (?, ?) ON CONFLICT (hash) DO UPDATE SET part = excluded.part", changed)
+                self._append(Bind(salt=secrets.token_hex(16), patients=_digest({**known, **parts}), merged=BOTH in parts.values()))
+
+    @contextlib.contextmanager
+    def _alone_in_folder(self) -> Iterator[None]:
+        """No other process binds patients to a ledger of this folder meanwhile."""
+        with self._chain.storage(), open(self.path.parent / ".lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _check_overlap(self, hashes: set[bytes]) -> None:
         for other in sorted(self.path.parent.glob(f"*{self.path.suffix}")):

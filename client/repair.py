@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from shared.files import storage_errors
 from shared.plan import Limit
 
 
-def repair_ledger(path: Path, *, cohort: str, limit: Limit, signer: Ed25519PrivateKey, head: str | None = None) -> list[str]:
-    """Mend the ledger at `path`; what was done comes back, in sentences: none where it verifies and holds `head`.
+def repair_ledger(path: Path, *, cohort: str, limit: Limit, signer: Ed25519PrivateKey, heads: Sequence[str] = ()) -> list[str]:
+    """Mend the ledger at `path`; what was done comes back, in sentences: none where it verifies and holds `heads`.
 
     Args:
-        limit: charged in full for what is gone.
-        head: the row (hex) that a coordinator saw last.
+        limit: charged in full for what is gone; also where an earlier repair has charged it, for a copy made after that may have been put back.
+        heads: the rows (hex) that coordinators saw last.
 
     Raises:
         LedgerError: it belongs to another site or cohort, which is no damage.
@@ -40,21 +40,20 @@ def repair_ledger(path: Path, *, cohort: str, limit: Limit, signer: Ed25519Priva
             f"{path}: expected the ledger of cohort {cohort!r}, got that of {account.genesis.cohort!r}", "it is not damaged, but another's"
         )
     unit = "patient" if account.genesis is None else account.genesis.relation.rsplit(" ", 1)[-1]
-    known = {row.hash for row in rows} | {repair.head for repair in account.repairs}
-    lost_head = head if head is not None and head not in known else None
+    known = {row.hash for row in rows} | {head for repair in account.repairs for head in repair.heads}
+    lost = tuple(head for head in heads if head not in known)
     charged = f"epsilon {limit.epsilon:g}, the whole limit, is charged for what is gone; raise policy.max_epsilon to go on"
     if not _verifies(path):
-        repair = Repair(spent=limit, head=lost_head, rebuilt=True, reason="rows were damaged or missing")
+        repair = Repair(spent=limit, heads=lost, rebuilt=True, reason="rows were damaged or missing")
         aside = _replace(path, lambda new: Ledger.write_restored(new, rows, repair, cohort=cohort, unit=unit, limit=limit, signer=signer))
         kept = [] if aside is None else [f"the damaged file was kept as {aside.name}"]
         return [*kept, f"{len(rows)} rows verified and were kept", charged]
-    if lost_head is None:
+    if not lost:
         return []
     ledger = Ledger(path, cohort=cohort, unit=unit, limit=limit, signer=signer)
-    answered = bool(rows) and rows[-1].kind == "repair"  # what is gone came before it, and is in what it has charged
-    ledger.mark_repaired(Repair(spent=None if answered else limit, head=lost_head, rebuilt=False, reason="it was put back to an earlier state"))
+    ledger.mark_repaired(Repair(spent=limit, heads=lost, rebuilt=False, reason="it was put back to an earlier state"))
     ledger.close()
-    return ["the row that the coordinator saw is answered for by the last repair"] if answered else [charged]
+    return [charged]
 
 
 def salvage(path: Path, signer: Ed25519PrivateKey) -> tuple[list[Row], Account]:

@@ -166,7 +166,7 @@ class Site:
         cohort = self.cohort()
         if not self.settings.virtual:
             folds = admission.study.evaluation.folds
-            test = held_out_patients(cohort, self.settings.split_key)
+            test = held_out_patients(cohort, self.settings.split_key, published=False)
             hashes = [patient_hash(self.settings.split_key, name) for name in cohort.patient_ids]
             ledger.bind_patients(hashes, test=list(map(bool, test)), merged=folds > 1)
         ledger.admit(admission.planned())
@@ -268,7 +268,7 @@ class Site:
     def _parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
         cohort = self.cohort()
         if (fold, study.evaluation.folds) not in self._split:
-            test = held_out_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds)
+            test = held_out_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds, published=self.settings.virtual)
             self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
         return self._split[fold, study.evaluation.folds]
 

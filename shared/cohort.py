@@ -93,12 +93,16 @@ def patient_hash(key: bytes, patient_id: str) -> bytes:
     return hmac.new(key, patient_id.encode(), hashlib.sha256).digest()
 
 
-def held_out_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1) -> BoolArray:
-    """`(P,)`, True for the patients tested on; a function of each patient's id and the site's key alone.
+def held_out_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1, published: bool = True) -> BoolArray:
+    """`(P,)`, True for the patients tested on; but for a published split, a function of each patient's id and the site's key alone.
 
     With one fold: the task's published split, or `TEST_FRACTION` by keyed hash. With more: a patient is tested in one fold.
+
+    Args:
+        published: False at a hospital: a published split is a list of places in a file, so that one patient more would move others to the
+            other side, and two cohorts that differ in one patient would differ in many.
     """
-    if folds == 1 and cohort.published_test is not None:
+    if folds == 1 and published and cohort.published_test is not None:
         return cohort.published_test
     hashes = np.array([int.from_bytes(patient_hash(key, name)[:8], "big") for name in cohort.patient_ids], dtype=np.uint64)
     if folds == 1:

@@ -44,7 +44,7 @@ def verify(
 def repair(
     path: SiteArgument,
     head: Annotated[
-        str | None, typer.Option("--head", metavar="HASH", help="The row that a coordinator saw last, where the ledger was put back or lost.")
+        list[str] | None, typer.Option("--head", metavar="HASH", help="The row that a coordinator saw last, where the ledger was put back or lost; repeat.")
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -57,7 +57,7 @@ def repair(
 
     site = SiteFile.load(path)
     signer = signing_key(site_key(path.parent / site.state))
-    done = repair_ledger(site.ledger_path(path), cohort=site.name, limit=site.policy.limit, signer=signer, head=head)
+    done = repair_ledger(site.ledger_path(path), cohort=site.name, limit=site.policy.limit, signer=signer, heads=head or [])
     for line in done or ["the ledger verifies; nothing was done"]:
         console(as_json=as_json).print(line)
     if as_json:
