@@ -197,9 +197,9 @@ class Ledger:
     def _check_plan(self, study: PlannedStudy) -> None:
         self._refresh()
         plan = self.account.plans.get(study.run)
-        if plan is not None:
-            if (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != (study.study_hash, study.training, study.evaluation):
-                raise ProtocolError("run: expected a name of its own, got that of a run with another study, noise or sample rate")
+        asked = (study.study_hash, study.training, study.evaluation)
+        if plan is not None and (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != asked:
+            raise ProtocolError("run: expected a name of its own, got that of a run with another study, noise or sample rate")
         if self.limit is not None:
             self._check_filter(study, reopened=plan)
 

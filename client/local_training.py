@@ -8,23 +8,39 @@ import numpy as np
 import torch
 from torch import nn
 
+from client.noise import KeyedStream
 from client.optimizers import ProximalTerm, local_optimizer
 from client.sampling import shuffled_batches
 from shared.cohort import Cohort, IntArray
 from shared.study import Study
 from shared.task import Task
 
+_STATE_WORDS = 624  # of the Mersenne twister, each in 8 bytes of torch's state
+_STATE_OFFSET = 24  # bytes: seed, how many words are left, whether seeded, next word
+
 
 @contextlib.contextmanager
-def torch_seeded(seed: int) -> Iterator[None]:
-    """Dropout and the like draw from torch's own generator (32-bit seeds): seeded inside, restored after. Never used for privacy noise."""
+def torch_keyed(key: bytes) -> Iterator[None]:
+    """Dropout and the like draw from torch's own generator: inside, its whole state is drawn from `key` (32 bytes); restored after.
+
+    Not only its seed, which has 32 bits and could be tried through: who knew the masks of dropout could tell more than noise hides. Never
+    used for privacy noise itself.
+    """
     generator = torch.default_generator
     before = generator.get_state()
-    generator.manual_seed(seed % 2**32)  # torch.manual_seed would also visit every device it might have
+    generator.set_state(_state_from(key, generator))
     try:
         yield
     finally:
         generator.set_state(before)
+
+
+def _state_from(key: bytes, generator: torch.Generator) -> torch.Tensor:
+    generator.manual_seed(0)  # an unused state: no word taken yet
+    state = generator.get_state().numpy().copy()
+    words = KeyedStream(key).words(_STATE_WORDS) >> np.uint64(32)
+    state[_STATE_OFFSET : _STATE_OFFSET + 8 * _STATE_WORDS] = words.view(np.uint8)
+    return torch.from_numpy(state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

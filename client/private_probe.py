@@ -6,6 +6,7 @@ the gradients are compared with plain autograd's on each record alone, and one p
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ import torch
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from client.local_training import LocalRound, record_losses, torch_seeded
-from client.private_training import Randomness, check_buffers, train_round_private
+from client.local_training import LocalRound, record_losses, torch_keyed
+from client.private_training import Randomness, check_untrained, train_round_private, untrained_state
 from client.record_gradients import RULES, layers_with_parameters, record_gradients
 from shared.cohort import Cohort, IntArray
 from shared.errors import ConfigurationError, ModelRefusedError
@@ -26,6 +27,8 @@ from shared.task import Task
 
 NUM_PROBE_PATIENTS = 8
 RELATIVE_TOLERANCE = 1e-3
+NUM_POINTS = 3  # of parameters at which the model is looked at
+MOVE = 0.5
 PROBE_PLAN = SitePlan(
     unit="patient",
     declared_size=NUM_PROBE_PATIENTS,
@@ -43,6 +46,7 @@ REPLACEMENTS = {
     "LSTM": f"opacus.layers.DPLSTM{BY_HAND}",
     "GRU": f"opacus.layers.DPGRU{BY_HAND}",
     "RNN": f"opacus.layers.DPRNN{BY_HAND}",
+    "Embedding": "the same layer without max_norm",
     "MultiheadAttention": "shared.models.make_private(model), which replaces it by linear layers",
 }
 FAILURES = (RuntimeError, ValueError, AttributeError, NotImplementedError, TypeError, LookupError)
@@ -59,13 +63,28 @@ def probe_model(task: Task, study: Study) -> None:
     model = task.model()
     local = LocalRound(study=study, task=task, round_number=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    frozen = untrained_state(model)
     _check_loss(model, cohort, task)
     if study.private:
         _check_layers(model)
         _check_running_buffers(model, before)
-        _check_rows(model, cohort, task)
-        _check_gradients(model, cohort, task)
+        check_untrained(model, frozen)
+        for number in range(NUM_POINTS):
+            point = _moved(model, number)
+            _check_rows(point, cohort, task)
+            _check_gradients(point, cohort, task)
         _check_step(model, cohort, local)
+
+
+def _moved(model: nn.Module, number: int) -> nn.Module:
+    """The model as it is (0), or elsewhere: a server chooses the parameters, and what is zero at the start may be a gate."""
+    point = copy.deepcopy(model)
+    if number:
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in point.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=MOVE)
+    return point
 
 
 def _check_loss(model: nn.Module, cohort: Cohort, task: Task) -> None:
@@ -91,6 +110,8 @@ def _check_layers(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # also frozen, without affine, or in eval(): a step sets train()
             raise _refusal(name, module, "mixes the records of a batch in its statistics")
+        if getattr(module, "max_norm", None) is not None:
+            raise _refusal(name, module, "writes to the rows that it looks up (max_norm), which tells who was in a batch")
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or ModuleValidator.VALIDATORS.get(type(module), lambda _: [])(module):
             buffers = any(True for _ in module.buffers())
             why = "keeps running buffers, which every patient of a batch changes" if buffers else "gives no gradient for each record alone"
@@ -135,7 +156,7 @@ def _passings(model: nn.Module, cohort: Cohort, records: IntArray, task: Task, *
     def record(layer: str, into: bool, values: object) -> None:
         seen.append(_Passing(layer=layer, into=into, tensors=tuple(tensor.detach().clone() for tensor in _tensors(values))))
 
-    with _without_dropout(model), contextlib.ExitStack() as hooks, torch_seeded(seed), torch.no_grad():
+    with _without_dropout(model), contextlib.ExitStack() as hooks, torch_keyed(bytes([seed]) * 32), torch.no_grad():
         for name, module in model.named_modules():
             before = module.register_forward_pre_hook(lambda _, values, kwargs, name=name: record(name, True, (values, kwargs)), with_kwargs=True)
             after = module.register_forward_hook(lambda _, __, values, name=name: record(name, False, values))
@@ -292,15 +313,14 @@ def _no_gradients(model: nn.Module, error: Exception) -> ModelRefusedError:
 
 def _check_step(model: nn.Module, cohort: Cohort, local: LocalRound) -> None:
     before = get_parameters(model)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad} | set(buffers)
+    untrained = untrained_state(model)
     try:
         train_round_private(model, cohort, local, plan=PROBE_PLAN, randomness=Randomness.from_key(bytes(32)))
     except FAILURES as error:
         raise ModelRefusedError(f"model: one private step fails: {type(error).__name__}: {error}", "avoid in-place operations") from error
-    check_buffers(model, buffers)
+    check_untrained(model, untrained)
     for name, value in get_parameters(model).items():
         if not np.isfinite(value).all():
             raise ModelRefusedError(f"model: {name} is not finite after one private step", "lower learning_rate, or check the model")
-        if name not in still and np.array_equal(value, before[name]):
+        if name not in untrained and np.array_equal(value, before[name]):
             raise ModelRefusedError(f"model: {name} did not move in one private step", "every parameter must take part in the loss, or be frozen")

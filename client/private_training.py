@@ -22,20 +22,25 @@ Arithmetic. A gradient is the float32 numbers that the backward pass gives; norm
 most C (1 + 1e-9), and a sum of B of them is off by at most B^2 2**-52 C, together below C 2**-13 for B up to 700,000.
 
 Assumes: q, steps, C and the denominator come from declared, public numbers (`SitePlan`). No layer mixes records
-(`private_probe.probe_model`): in exact arithmetic a record's gradient depends on that record and the parameters alone; in float32 the shape
-of a batch may change its last bits, and over a whole batch these changes stay below C 2**-13 (measured: 7e-7 C a record at most). Noise and
+(`private_probe.probe_model`): in exact arithmetic a record's gradient depends on that record and the parameters alone. In float32 the shape
+of a batch may change its last bits, and parameters chosen for it can make much of a last bit; so every physical batch has one public
+shape, a multiple of 16 records, filled up where there are fewer, and kernels are taken to give a row of it the same bits wherever it
+stands and whatever the others hold (tested for those of this machine; C 2**-13 of room is left). Masks of dropout come from a generator whose
+whole state is drawn from the round's key, so they are independent of who is in a batch. Noise and
 sampling come from a key that is never used again, ChaCha20 is taken for random, and Box-Muller in float64 (error about 2**-50 of a draw's
 radius) for exact, on a grid that is many orders coarser. Released: the parameters after the last step. Not covered: statistics of
 evaluation, refusals, timing.
 
 Edge cases: an empty batch adds noise to a zero sum and counts as a step; a unit without finite gradient counts as zero, whoever it is; a
 zero gradient stays zero; more records than fit in memory are summed in physical batches with noise once at the end, and a patient with
-more records than that, in pieces, is clipped once all the same; a buffer that changes ends the round with a refusal.
+more records than that, in pieces, is clipped once all the same; a buffer or frozen parameter that changes, or a forward pass that writes to
+a parameter, ends the round with a refusal.
 """
 
 import contextlib
 import hashlib
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +59,8 @@ from shared.plan import SitePlan
 
 logger = logging.getLogger(__name__)
 
+SHAPE = 16  # records: kernels work on rows in blocks of up to 16, and treat what is left over differently
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Randomness:
@@ -65,10 +72,11 @@ class Randomness:
     @classmethod
     def from_key(cls, key: bytes) -> "Randomness":
         """All of a round's randomness from one 32-byte key that is used for this round alone."""
-        return cls(sampling=KeyedStream(_subkey(key, b"sampling")), noise=GaussianNoise(_subkey(key, b"noise")))
+        return cls(sampling=KeyedStream(subkey(key, b"sampling")), noise=GaussianNoise(subkey(key, b"noise")))
 
 
-def _subkey(key: bytes, purpose: bytes) -> bytes:
+def subkey(key: bytes, purpose: bytes) -> bytes:
+    """A key of its own for each purpose: keyed BLAKE2b."""
     return hashlib.blake2b(purpose, key=key, digest_size=32).digest()
 
 
@@ -110,12 +118,12 @@ class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyp
         """The sum becomes zero."""
         self._total.zero_()
 
-    def clip_and_accumulate(self) -> None:
-        """Add the gradient of each record of the last backward pass, clipped alone; every record is a unit."""
-        norms = self._gradients.norms(self._parameters)
+    def clip_and_accumulate(self, num_records: int) -> None:
+        """Add the gradient of each of the first `num_records` records of the last backward pass, clipped alone; every record is a unit."""
+        norms = self._gradients.norms(self._parameters)[:num_records]
         factors = (self.max_grad_norm / norms).clamp_(max=1.0)
         usable = norms.isfinite()
-        rows: torch.Tensor | slice = slice(None)
+        rows: torch.Tensor | slice = slice(0, num_records)
         if not usable.all():
             self.num_without_gradient += int((~usable).sum())
             rows, factors = usable.nonzero().squeeze(1), factors[usable]
@@ -153,7 +161,7 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
         ModelRefusedError: a buffer changed; the parameters must not be sent.
         opacus or torch errors where a layer has no per-record gradient; `private_probe.probe_model` finds them before a study starts.
     """
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    still = untrained_state(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     inner = local_optimizer(local.study, trainable, local.round_number)
     proximal = ProximalTerm(local.study, trainable)
@@ -169,7 +177,7 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
             optimizer.add_noise()
             proximal.add_to_gradients()
             inner.step()
-    check_buffers(model, buffers)
+    check_untrained(model, still)
     if optimizer.num_without_gradient:
         logger.warning("%d gradients were not finite and were counted as zero", optimizer.num_without_gradient)
     return plan.steps_per_round
@@ -188,29 +196,40 @@ def sample_units(cohort: Cohort, index: PatientIndex, local: LocalRound, plan: S
 def sum_clipped_gradients(
     optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, units: IntArray | list[IntArray], local: LocalRound
 ) -> None:
-    """Add the clipped gradient of every unit to the optimizer's sum, in physical batches."""
-    size = local.study.privacy.physical_batch_size
+    """Add the clipped gradient of every unit to the optimizer's sum, in physical batches of one shape."""
+    size = physical_size(optimizer.expected_batch_size, local.study.privacy.physical_batch_size)
     if isinstance(units, list):
         for patients in whole_patients(units, size):
-            _sum_patients(optimizer, gradients, cohort, patients, local)
+            _sum_patients(optimizer, gradients, cohort, patients, local, size)
         return
     for start in range(0, len(units), size):
-        _backward(gradients, cohort, units[start : start + size], local)
-        optimizer.clip_and_accumulate()
+        records = units[start : start + size]
+        _backward(gradients, cohort, records, local, size)
+        optimizer.clip_and_accumulate(len(records))
 
 
-def _sum_patients(optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound) -> None:
+def physical_size(expected_batch_size: float, most: int) -> int:
+    """How many records every physical batch has, filled up where there are fewer: a multiple of 16, from public numbers alone.
+
+    Room for the expected batch and two standard deviations, so that most batches are one, but no more than `most`.
+    """
+    wanted = math.ceil((expected_batch_size + 2 * math.sqrt(expected_batch_size)) / SHAPE) * SHAPE
+    return max(SHAPE, min(wanted, most // SHAPE * SHAPE))
+
+
+def _sum_patients(
+    optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound, size: int
+) -> None:
     """Several patients that fit into one physical batch, or one that may not and comes in pieces; each is clipped once, over all its records."""
-    size = local.study.privacy.physical_batch_size
     if len(patients) == 1:
         [records] = patients
         for start in range(0, len(records), size):
             piece = records[start : start + size]
-            _backward(gradients, cohort, piece, local)
+            _backward(gradients, cohort, piece, local, size)
             optimizer.add_to_unit(slice(0, len(piece)), 1 / len(records))
         optimizer.close_unit()
         return
-    _backward(gradients, cohort, np.concatenate(patients), local)
+    _backward(gradients, cohort, np.concatenate(patients), local, size)
     stop = 0
     for records in patients:
         start, stop = stop, stop + len(records)
@@ -218,22 +237,48 @@ def _sum_patients(optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, co
         optimizer.close_unit()
 
 
-def _backward(gradients: RecordGradients, cohort: Cohort, records: IntArray, local: LocalRound) -> None:
-    """The gradient of each of these records, in `gradients`."""
+def _backward(gradients: RecordGradients, cohort: Cohort, records: IntArray, local: LocalRound, size: int) -> None:
+    """The gradient of each of these records, in `gradients`, first; after them those of the first again, which fills the batch up to `size`.
+
+    Raises:
+        ModelRefusedError: the forward pass wrote to a parameter.
+    """
     gradients.forget()
-    gradients.backward(record_losses(gradients.model, cohort, records, local.task))
+    parameters = dict(gradients.model.named_parameters())
+    versions = {name: parameter._version for name, parameter in parameters.items()}
+    filled = np.concatenate([records, np.full(size - len(records), records[0])])
+    losses = record_losses(gradients.model, cohort, filled, local.task)
+    for name, parameter in parameters.items():
+        if parameter._version != versions[name]:
+            raise ModelRefusedError(
+                f"model: {name} is written to by a forward pass, without clipping or noise",
+                "use a layer that writes nothing, such as nn.Embedding without max_norm",
+            )
+    gradients.backward(losses)
 
 
-def check_buffers(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    """Every buffer of `model` is bit for bit as it was `before`.
+def untrained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all that training must not change: buffers and frozen parameters, by name."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    return {name: value.detach().clone() for name, value in state.items() if name not in trainable}
+
+
+def check_untrained(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Every buffer and frozen parameter of `model` is bit for bit as it was `before`.
 
     Raises:
         ModelRefusedError: the first that is not, by its layer.
     """
-    for name, buffer in model.named_buffers():
-        if name not in before or not torch.equal(buffer, before[name]):
+    after = untrained_state(model)
+    for name in {**before, **after}:
+        if name not in before or name not in after or not _same_bits(after[name], before[name]):
             layer, _, own = name.rpartition(".")
             raise ModelRefusedError(
-                f"model: layer {layer or '(root)'!r} changes its buffer {own!r} in training, without clipping or noise",
-                "use a layer without running buffers",
+                f"model: layer {layer or '(root)'!r} changes {own!r} in training, without clipping or noise",
+                "use a layer without running buffers, which writes nothing of what it sees",
             )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))

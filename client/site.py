@@ -20,10 +20,10 @@ from client.charging import Ask, Charging
 from client.cross_check import epsilon_prv
 from client.evaluation_noise import bounded_statistics, evaluation_noise_multiplier, noise_statistics
 from client.ledger import Ledger, PlannedStudy
-from client.local_training import LocalRound, torch_seeded, train_round
+from client.local_training import LocalRound, torch_keyed, train_round
 from client.policy import Policy
 from client.private_probe import probe_model
-from client.private_training import Randomness, train_round_private
+from client.private_training import Randomness, subkey, train_round_private
 from client.releases import Arrays, Releases
 from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
@@ -317,7 +317,7 @@ class Site:
 
         def make(key: bytes) -> tuple[Arrays, int]:
             set_parameters(model, parameters)
-            with torch_seeded(int.from_bytes(key[:4], "big")):
+            with torch_keyed(subkey(key, b"torch")):
                 if admission.plan.private:
                     steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=Randomness.from_key(key))
                 else:

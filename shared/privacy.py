@@ -26,7 +26,7 @@ GRID = 0.05  # of a step's root mean square privacy loss, rounded pessimisticall
 FINEST_GRID, FINEST_GRID_PER_STEP = 1e-7, 2e-12  # on a grid finer than these, cancellation in float64 would add mass that outweighs the precision
 MAX_POINTS = 2e4  # of one step's distribution; rare and large losses (little noise, low rate) get a coarser grid
 SOLVE_MARGIN = 0.999  # so that the other accountant's upper bound, whose own error is wider, stays within the budget as well
-MIN_NOISE_MULTIPLIER = 0.1  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
+MIN_NOISE_MULTIPLIER = 0.2  # below, epsilon is in the hundreds and says nothing, and its computation takes minutes and gigabytes
 MAX_NOISE_MULTIPLIER = 1e6
 MAX_STEPS = 100_000_000  # more would take the composition hours and all memory
 

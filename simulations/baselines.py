@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.local_training import LocalRound, torch_seeded, train_round
+from client.local_training import LocalRound, torch_keyed, train_round
 from client.private_training import Randomness, train_round_private
 from client.site import evaluate_parameters
 from server.evaluation import add_statistics
@@ -16,7 +16,7 @@ from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.plan import plan_site
 from shared.privacy import default_delta
-from shared.seeding import derive_key, generator
+from shared.seeding import derive_key, generator_of
 from shared.study import Study
 from shared.task import Task
 
@@ -99,12 +99,11 @@ def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Paramet
     set_parameters(model, initial_parameters(model, study.seed))
     for number in range(1, study.rounds.count + 1):
         path = ("baseline", who, plan.unit, number)
-        rng = generator(study.seed, *path)
+        key = derive_key(study.seed, *path)
         local = LocalRound(study=study, task=task, round_number=number)
-        with torch_seeded(int(rng.integers(2**32))):
+        with torch_keyed(key):
             if plan.private:
-                randomness = Randomness.from_key(derive_key(study.seed, "noise", *path))
-                train_round_private(model, train, local, plan=plan, randomness=randomness)
+                train_round_private(model, train, local, plan=plan, randomness=Randomness.from_key(key))
             else:
-                train_round(model, train, local, rng=rng)
+                train_round(model, train, local, rng=generator_of(key))
     return get_parameters(model)

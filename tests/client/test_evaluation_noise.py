@@ -28,7 +28,7 @@ from client.evaluation_noise import (
 from shared.cohort import Cohort
 from shared.errors import ConfigurationError
 from shared.metrics import BINARY_METRICS, SCORE_HISTOGRAM, FloatArray, Metric, Statistic, confusion_metrics, error_metrics, finish_metrics
-from shared.privacy import PrivacyEvent, epsilon_of, renyi_divergence
+from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, renyi_divergence
 from shared.seeding import derive_key
 
 LOW, HIGH = -20.0, 60.0
@@ -184,7 +184,7 @@ def test_the_grid_is_a_power_of_two_far_below_the_sensitivity(sensitivity: float
 # What it costs --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon", [0.001, 0.05, 0.5, 1.0, 3.0, 10.0, 50.0])
+@pytest.mark.parametrize("epsilon", [0.001, 0.05, 0.5, 1.0, 3.0, 10.0, 20.0])
 @pytest.mark.parametrize("delta", [1e-2, 1e-4, 1e-6, 1e-9])
 @pytest.mark.parametrize("releases", [1, 7])
 def test_the_noise_keeps_the_budget_and_hardly_less(epsilon: float, delta: float, releases: int) -> None:
@@ -209,7 +209,7 @@ def test_renyi_is_no_less_than_the_continuous_gaussians_own_epsilon() -> None:
 
 
 def test_extremes_of_the_budget() -> None:
-    assert evaluation_noise_multiplier(100.0, 1e-2) == 0.1  # the least noise that an event may have
+    assert evaluation_noise_multiplier(100.0, 1e-2) == MIN_NOISE_MULTIPLIER  # the least noise that an event may have
     with pytest.raises(ConfigurationError, match="evaluation_epsilon"):
         evaluation_noise_multiplier(1e-9, 1e-9)
 

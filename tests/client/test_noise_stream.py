@@ -105,16 +105,16 @@ def test_uniforms_have_53_bits_and_are_never_zero() -> None:
     assert np.isfinite(draws(4, 10)).all()
 
 
-def test_the_smallest_uniform_is_a_draw_of_eight_and_a_half() -> None:
-    """The tail ends at sqrt(-2 log 2**-54) = 8.65; torch's own float32 noise ends at 5.768."""
+def test_the_tail_goes_on_to_twelve() -> None:
+    """It ends at sqrt(-2 log 2**-107) = 12.2, where no delta looks; torch's own float32 noise ends at 5.768."""
 
     class Smallest(KeyedStream):
         def uniforms(self, count: int) -> np.ndarray:
-            return np.where(np.arange(count) < count // 2, 2.0**-54, 1.0)
+            return np.where(np.arange(count) < 2 * count // 3, 2.0**-54, 1.0)
 
     noise = GaussianNoise(key(5))
     noise._stream = Smallest(key(5))
-    assert noise.normal((2,), 1.0)[0].item() == pytest.approx(8.6525, abs=1e-3)
+    assert noise.normal((2,), 1.0)[0].item() == pytest.approx(np.sqrt(2 * 107 * np.log(2)), abs=1e-3)
 
 
 @pytest.mark.slow

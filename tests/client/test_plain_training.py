@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.local_training import LocalRound, record_losses, round_batches, torch_seeded, train_round
+from client.local_training import LocalRound, record_losses, round_batches, torch_keyed, train_round
+from client.noise import KeyedStream
 from client.optimizers import learning_rate_at, local_optimizer
 from shared.cohort import Cohort
 from shared.models import initial_parameters, set_parameters
@@ -111,12 +112,27 @@ def test_every_round_has_a_fresh_optimizer_at_its_rate(task: Task, make_study: S
 
 def test_torchs_generator_is_seeded_inside_and_restored_after() -> None:
     before = torch.get_rng_state()
-    with torch_seeded(5):
+    with torch_keyed(bytes([5]) * 32):
         first = torch.rand(3)
-    with pytest.raises(KeyError), torch_seeded(5):
+    with pytest.raises(KeyError), torch_keyed(bytes([5]) * 32):
         assert torch.equal(torch.rand(3), first)
         raise KeyError
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_whole_state_of_torchs_generator_comes_from_the_key() -> None:
+    """Not 32 bits of it: all 624 words are those of the keyed stream, and what is drawn is the Mersenne twister's continuation of them."""
+    reference = np.random.MT19937()
+    words = (KeyedStream(bytes([5]) * 32).words(624) >> np.uint64(32)).astype(np.uint32)
+    reference.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    with torch_keyed(bytes([5]) * 32):
+        drawn = torch.randint(0, 2**24, (2000,), dtype=torch.int64)
+        again = torch.rand(5)
+    expected = reference.random_raw(2000)
+    assert np.array_equal(drawn.numpy(), expected % 2**24)
+    with torch_keyed(bytes([6]) * 32):
+        torch.randint(0, 2**24, (2000,), dtype=torch.int64)
+        assert not torch.equal(torch.rand(5), again)
 
 
 def test_dropout_depends_on_the_seed_alone(task: Task, make_study: Studies, make_patients: Patients) -> None:
@@ -125,7 +141,7 @@ def test_dropout_depends_on_the_seed_alone(task: Task, make_study: Studies, make
     results = []
     for seed in (1, 1, 2):
         model = fresh_model(dropped)
-        with torch_seeded(seed):
+        with torch_keyed(bytes([seed]) * 32):
             train_round(model, make_patients(30), local, rng=np.random.default_rng(4))
         results.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])

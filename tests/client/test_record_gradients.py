@@ -280,7 +280,7 @@ def test_a_buffer_that_changes_late_ends_the_round(task: Task, make_round: Round
         return train_round_private(model, make_patients(5), make_round(), plan=make_plan(steps_per_round=steps), randomness=key)
 
     assert train(2) == 2
-    with pytest.raises(ModelRefusedError, match="layer '0' changes its buffer 'seen'"):
+    with pytest.raises(ModelRefusedError, match="layer '0' changes 'seen' in training"):
         train(2)
 
 

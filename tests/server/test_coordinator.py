@@ -15,7 +15,8 @@ from torch import nn
 
 import server.coordinator
 import simulations.in_process
-from client.local_training import LocalRound, torch_seeded, train_round
+from client.local_training import LocalRound, torch_keyed, train_round
+from client.private_training import subkey
 from server.evaluation import add_statistics
 from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
@@ -156,7 +157,7 @@ def test_one_site_equals_centralised_training(make_rig: MakeRig, task: Task) -> 
     set_parameters(model, initial_parameters(model, rig.study.seed))
     for number in range(1, 9):
         key = derive_key(rig.study.seed, "training", "site-1", 1, number)
-        with torch_seeded(int.from_bytes(key[:4], "big")):
+        with torch_keyed(subkey(key, b"torch")):
             train_round(model, train, LocalRound(study=rig.study, task=task, round_number=number), rng=generator_of(key))
     for name, value in get_parameters(model).items():
         np.testing.assert_allclose(federated[name], value, rtol=2e-6, atol=2e-7)

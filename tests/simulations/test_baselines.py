@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from client.local_training import LocalRound, torch_seeded, train_round
+from client.local_training import LocalRound, torch_keyed, train_round
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError
 from shared.models import get_parameters, initial_parameters, set_parameters
-from shared.seeding import generator
+from shared.seeding import derive_key, generator_of
 from shared.task import Task, resolve_task
 from simulations.baselines import POOLED, pool, run_baselines, train_alone
 from simulations.federation import virtual_federation
@@ -37,9 +37,9 @@ def plain_loop(train: Cohort, task: Task, study, who: str) -> dict[str, np.ndarr
     model = task.model()
     set_parameters(model, initial_parameters(model, study.seed))
     for number in range(1, study.rounds.count + 1):
-        rng = generator(study.seed, "baseline", who, "none", number)
-        with torch_seeded(int(rng.integers(2**32))):
-            train_round(model, train, LocalRound(study=study, task=task, round_number=number), rng=rng)
+        key = derive_key(study.seed, "baseline", who, "none", number)
+        with torch_keyed(key):
+            train_round(model, train, LocalRound(study=study, task=task, round_number=number), rng=generator_of(key))
     return get_parameters(model)
 
 

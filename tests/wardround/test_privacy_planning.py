@@ -108,7 +108,7 @@ def test_where_nothing_fits_it_is_said_what_would(command: Command, known: dict[
         (("--epsilon", 1, "--noise-multiplier", 2, "--rounds", 3, "--batch-size", 8, "--delta", 1e-5), "to be left open, got all; omit one"),
         (("--rounds", 3), "expected either epsilon or noise_multiplier, or both, got neither"),
         (("--epsilon", 101), "less than or equal to 100"),
-        (("--noise-multiplier", 0.01), "greater than or equal to 0.1"),
+        (("--noise-multiplier", 0.01), "greater than or equal to 0.2"),
         (("--epsilon", 1, "--rounds", 0), "rounds: expected greater than or equal to 1, got 0"),
         (("--epsilon", 1, "--parameters", 0), "parameters: expected greater than or equal to 1, got 0"),
         (("--epsilon", 1, "--delta", 0.006), "privacy.delta: expected delta < 1/200"),
