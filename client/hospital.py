@@ -1,21 +1,17 @@
 """A real hospital, as its site.toml describes it: its cohort, its policy, its durable ledger and its secret key."""
 
-import hashlib
-import os
+import logging
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from client.chain import public_key_text
-from client.ledger import Ledger, reading
-from client.policy import LEDGERS, SiteFile
+from client.keys import signing_key, site_key
+from client.policy import SiteFile
 from client.site import Site, SiteSettings
-from shared.errors import DataMissingError, LedgerError, StorageError
-from shared.files import storage_errors, write_secret
+from shared.cohort import Cohort, held_out_patients
+from shared.errors import DataMissingError
 from shared.task import Task
 
 RELEASES = "releases"
-KEY_BYTES = 32
+logger = logging.getLogger(__name__)
 
 
 def open_site(path: Path, file: SiteFile, task: Task) -> Site:
@@ -37,61 +33,17 @@ def open_site(path: Path, file: SiteFile, task: Task) -> Site:
         policy=file.policy,
         cohort_id=file.name,
     )
-    return Site(settings, task, lambda: task.load_cohort(cohort_path, dict(declared.options)))
 
+    def open_cohort() -> Cohort:
+        try:
+            cohort = task.load_cohort(cohort_path, dict(declared.options))
+        except DataMissingError as error:
+            raise DataMissingError(error.what, f"correct [cohort] path in {path}") from None
+        training = int((~held_out_patients(cohort, key, published=False)).sum())
+        if not 0.75 * training <= declared.declared_size <= 1.25 * training:
+            logger.warning(
+                "%s: cohort.declared_size = %d is more than a quarter off the training patients in %s", path, declared.declared_size, cohort_path
+            )
+        return cohort
 
-def signing_key(key: bytes) -> Ed25519PrivateKey:
-    """The key that signs the ledger's rows, derived from the site's one secret."""
-    return Ed25519PrivateKey.from_private_bytes(hashlib.blake2b(b"ledger", key=key, digest_size=32).digest())
-
-
-def site_key(state: Path) -> bytes:
-    """The site's secret, for patient hashes, splits and the ledger's signatures: made once, 32 bytes, mode 0600.
-
-    Raises:
-        LedgerError: there is a ledger, and its key is gone.
-        StorageError: the state folder cannot be written, or the key there is damaged.
-    """
-    path = state / "patient-hash.key"
-    with storage_errors(path, "make or read the site's key"):
-        state.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if list((state / LEDGERS).glob("*.sqlite")):
-                raise LedgerError(
-                    f"{path}: expected the site's key beside its ledger, found none",
-                    "restore it from backup: the ledger knows its patients, and is signed, by this key",
-                )
-            write_secret(path, os.urandom(KEY_BYTES))
-        key = path.read_bytes()
-    if len(key) != KEY_BYTES:
-        raise StorageError(
-            f"{path}: expected a key of {KEY_BYTES} bytes, got {len(key)}", "restore it from backup: splits and the ledger's patients hang on it"
-        )
-    return key
-
-
-def open_ledger(path: Path) -> Ledger:
-    """The existing ledger of the cohort in the site file at `path`, for writing.
-
-    Raises:
-        DataMissingError: there is none yet.
-        LedgerError: it does not verify, or is another site's.
-    """
-    file = SiteFile.load(path)
-    ledger = file.ledger_path(path)
-    if not ledger.is_file():
-        raise DataMissingError(f"{ledger}: no ledger yet: nothing was ever spent on this cohort", "it is made by the first study")
-    with reading(ledger) as existing:
-        unit = existing.unit
-    return Ledger(ledger, cohort=file.name, unit=unit, limit=file.policy.limit, signer=signing_key(site_key(path.parent / file.state)))
-
-
-def check_ledger_key(path: Path, ledger: Ledger) -> None:
-    """Return where `ledger` is signed with the key of the site file at `path`: a forger would have begun it with a key of his own.
-
-    Raises:
-        LedgerError: it is not.
-    """
-    key = signing_key(site_key(path.parent / SiteFile.load(path).state))
-    if ledger.public_key != public_key_text(key):
-        raise LedgerError(f"{ledger.path}: expected a ledger signed with this site's key, got another", "restore the ledger that belongs to this key")
+    return Site(settings, task, open_cohort)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.account import Account, AccountName, Admit, Bind, Charge, Close, Commit, Entry, Event, Genesis, Plan, Refuse, Repair, Reserve
 from client.chain import GENESIS, REMEDY_DAMAGED, Chain, Row, public_key_text
-from shared.errors import BudgetExhaustedError, LedgerError, ProtocolError
+from shared.errors import BudgetExhaustedError, DataMissingError, LedgerError, ProtocolError
 from shared.files import write_atomic
 from shared.plan import Limit
 from shared.privacy import PrivacyEvent, epsilon_of, epsilon_renyi, filter_order, renyi_budget, renyi_divergence, renyi_epsilon
@@ -166,10 +166,7 @@ class Ledger:
             LedgerError: it does not: it was lost, replaced, or put back to an earlier state.
         """
         if not self.holds(remembered):
-            raise LedgerError(
-                f"{self.path}: expected a ledger that holds the row {remembered}, which the coordinator saw last; it does not: it was lost or put back",
-                f"restore the newest copy, or let 'wardround ledger repair SITE.TOML --head {remembered}' count the whole limit as spent",
-            )
+            raise missing_row(self.path, remembered)
 
     def holds(self, head: str) -> bool:
         """True where a row has this hash (hex), or a repair has answered for it."""
@@ -221,7 +218,7 @@ class Ledger:
                 raise BudgetExhaustedError(
                     f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort ({name} patients); "
                     f"spent {before:.3g}, with the whole study {after:.3g} (Renyi filter of order {order:g})",
-                    "ask for less (epsilon, rounds), or let the hospital raise its limit",
+                    "ask for less (epsilon, rounds), or let the hospital raise its limit; 'wardround privacy spent' says there what room is left",
                     rule="policy.max_epsilon",
                 )
 
@@ -335,7 +332,7 @@ class Ledger:
         """
         now = {digest: BOTH if merged else TEST if held_out else TRAIN for digest, held_out in zip(hashes, test, strict=True)}
         with self._alone_in_folder():
-            self._check_overlap(set(now))
+            check_overlap(self.path, set(now))
             with self._chain.transaction():
                 known: dict[bytes, str] = dict(self._chain.database.execute("SELECT hash, part FROM patient"))
                 if known and known.keys().isdisjoint(now):
@@ -354,20 +351,6 @@ class Ledger:
         with self._chain.storage(), open(self.path.parent / ".lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-    def _check_overlap(self, hashes: set[bytes]) -> None:
-        for other in sorted(self.path.parent.glob(f"*{self.path.suffix}")):
-            if other.resolve() == self.path.resolve():
-                continue
-            neighbour = Ledger.read(other)
-            shared = not hashes.isdisjoint(neighbour.patients())
-            genesis = neighbour.account.genesis
-            neighbour.close()
-            if shared and genesis is not None:
-                raise LedgerError(
-                    f"{self.path}: expected patients of no other ledger, got some that are in that of cohort {genesis.cohort!r} beside it",
-                    "a patient has one ledger, whatever the cohort is called: give the cohort its former name, or divide the patients",
-                )
 
     def patients(self) -> set[bytes]:
         """The keyed hashes of all patients ever bound."""
@@ -404,6 +387,31 @@ class Ledger:
             self._chain.catch_up()
 
 
+def missing_row(path: Path, remembered: str) -> LedgerError:
+    """What to say of a ledger that lacks the row that a coordinator saw last."""
+    return LedgerError(
+        f"{path}: expected a ledger that holds the row {remembered}, which the coordinator saw last; it does not: it was lost or put back",
+        "if the coordinator means another hospital of this name, let it use another --out; else restore the newest copy, or, if there is none, let "
+        f"'wardround ledger repair SITE.TOML --head {remembered}' count the whole limit as spent",
+    )
+
+
+def check_there(path: Path) -> None:
+    """Return where there is a ledger at `path`.
+
+    Raises:
+        LedgerError: there was one, and it is gone.
+        DataMissingError: nothing was spent under this name; other ledgers beside it are named.
+    """
+    if path.is_file():
+        return
+    if begun_mark(path).exists():
+        raise LedgerError(f"{path}: expected the ledger that was begun here, found none: it was lost", REMEDY_DAMAGED)
+    others = ", ".join(other.stem for other in sorted(path.parent.glob(f"*{path.suffix}")))
+    beside = f"; beside it there are ledgers of {others}" if others else ""
+    raise DataMissingError(f"{path}: no ledger of this name yet{beside}", "it is made by the first study; a renamed cohort keeps its former name's")
+
+
 def begun_mark(path: Path) -> Path:
     """The file that says a ledger was begun at `path`."""
     return path.with_suffix(".begun")
@@ -412,6 +420,24 @@ def begun_mark(path: Path) -> Path:
 def _genesis(*, cohort: str, unit: str, limit: Limit | None, signer: Ed25519PrivateKey | None) -> Genesis:
     order = None if limit is None else filter_order(limit.epsilon, limit.delta)
     return Genesis(cohort=cohort, relation=RELATION.format(unit=unit), limit=limit, order=order, public_key=public_key_text(signer))
+
+
+def check_overlap(path: Path, hashes: set[bytes]) -> None:
+    """Return where none of these patients is in another ledger beside the one at `path`, which may not exist yet.
+
+    Raises:
+        LedgerError: some are; it names the other cohort.
+    """
+    for other in sorted(path.parent.glob(f"*{path.suffix}")):
+        if other.resolve() == path.resolve():
+            continue
+        with reading(other) as neighbour:
+            genesis, shared = neighbour.account.genesis, not hashes.isdisjoint(neighbour.patients())
+        if shared and genesis is not None:
+            raise LedgerError(
+                f"{path}: expected patients of no other ledger, got some that are in that of cohort {genesis.cohort!r} beside it",
+                "a patient has one ledger, whatever the cohort is called: give the cohort its former name, or divide the patients",
+            )
 
 
 @contextlib.contextmanager

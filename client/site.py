@@ -18,8 +18,8 @@ from torch import nn
 
 from client.charging import Ask, Charging
 from client.cross_check import epsilon_prv
-from client.evaluation_noise import bounded_statistics, evaluation_noise_multiplier, noise_statistics
-from client.ledger import Ledger, PlannedStudy
+from client.evaluation_noise import bounded_statistics, evaluation_noise_multiplier, merge, noise_statistics, spread
+from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.policy import Policy
 from client.private_probe import probe_model
@@ -38,9 +38,10 @@ from shared.messages import (
     WitnessedHead,
     head_statement,
 )
+from shared.metrics import Statistic
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
-from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site
-from shared.privacy import PrivacyEvent, epsilon_of
+from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
+from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_of
 from shared.results import SitePrivacy
 from shared.seeding import generator_of
 from shared.study import Study
@@ -158,18 +159,35 @@ class Site:
 
     def _admit(self, admission: Admission, witnessed: WitnessedHead | None) -> None:
         """The ledger agrees to the whole plan: before the cohort is opened that there is room, after it that these are its patients."""
-        ledger = self.ledger_for(admission.plan)
-        if witnessed is not None and not self.settings.virtual:
+        settings = self.settings
+        if witnessed is not None and not settings.virtual:
             self._check_witness(witnessed, admission.coordinator_key)
+        if not settings.ledger_path.exists() and not settings.virtual:
+            self._check_beginning(witnessed)
+        ledger = self.ledger_for(admission.plan)
+        if witnessed is not None and not settings.virtual:
             ledger.check_head(witnessed.head)
         ledger.check_room(admission.planned())
-        cohort = self.cohort()
-        if not self.settings.virtual:
-            folds = admission.study.evaluation.folds
-            test = held_out_patients(cohort, self.settings.split_key, published=False)
-            hashes = [patient_hash(self.settings.split_key, name) for name in cohort.patient_ids]
-            ledger.bind_patients(hashes, test=list(map(bool, test)), merged=folds > 1)
+        hashes, test = self._patients()
+        if not settings.virtual:
+            ledger.bind_patients(hashes, test=test, merged=admission.study.evaluation.folds > 1)
         ledger.admit(admission.planned())
+
+    def _check_beginning(self, witnessed: WitnessedHead | None) -> None:
+        """A ledger is begun only where none was, for patients of no other: nothing is written before that is known."""
+        path = self.settings.ledger_path
+        if witnessed is not None:
+            raise missing_row(path, witnessed.head)
+        if not begun_mark(path).exists():  # else opening it will say that it was lost
+            check_overlap(path, set(self._patients()[0]))
+
+    def _patients(self) -> tuple[list[bytes], list[bool]]:
+        """The keyed hashes of the cohort's patients, and whether each is tested on."""
+        cohort, settings = self.cohort(), self.settings
+        if settings.virtual:
+            return [], []
+        test = held_out_patients(cohort, settings.split_key, published=False)
+        return [patient_hash(settings.split_key, name) for name in cohort.patient_ids], list(map(bool, test))
 
     def _check_witness(self, witnessed: WitnessedHead, key: str | None) -> None:
         try:
@@ -288,8 +306,8 @@ class Site:
             return None, withheld
         statistics = evaluate_parameters(self._task, test_part, parameters, model=self._model)
         step = self.settings.policy.round_counts_to if self.settings.policy is not None else 1
-        counts = {metric.statistic.name for metric in self._task.metrics if metric.statistic.is_counts}
-        released = {name: rounded(value, step if name in counts else 1) for name, value in statistics.items() if rules[name] is None}
+        declared = {metric.statistic.name: metric.statistic for metric in self._task.metrics}
+        released = {name: rounded(value, declared[name], step) for name, value in statistics.items() if rules[name] is None}
         return released, withheld
 
     def _noised_statistics(
@@ -354,8 +372,8 @@ class Site:
             return None
         assert delta is not None
         check_delta(delta, self.settings.declared_num_test)
-        noise_multiplier = evaluation_noise_multiplier(epsilon, delta, releases=1)
-        return PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=1.0, steps=1)
+        noise_multiplier = evaluation_noise_multiplier(epsilon * SOLVE_MARGIN, delta, releases=1)
+        return within_filter(PrivacyEvent(noise_multiplier=noise_multiplier, sample_rate=1.0, steps=1), self.settings.limit)
 
     def _head(self, plan: SitePlan) -> str | None:
         """What a coordinator may remember of a real ledger."""
@@ -391,9 +409,12 @@ def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivac
     )
 
 
-def rounded(counts: NDArray[np.float64], step: int) -> NDArray[np.float64]:
-    """`counts` rounded to multiples of `step`; 1 leaves them as they are."""
-    return counts if step == 1 else np.round(counts / step) * step
+def rounded(counts: NDArray[np.float64], statistic: Statistic, step: int) -> NDArray[np.float64]:
+    """Counts rounded to multiples of `step`, in the few cells that noise would be added to; what counts nobody is left as it is."""
+    if step == 1 or not statistic.is_counts:
+        return counts
+    merged = merge(counts, statistic.noised_widths)
+    return spread(np.round(merged / step) * step, statistic.noised_widths)
 
 
 def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *, model: nn.Module) -> Statistics:

@@ -33,7 +33,7 @@ NOT_COVERED = [
     "whether a site took part, refused or was late, and how long it took",
     "what is true of everybody: a model may say of a patient what it says of any like patient, who took part or not",
 ]
-EXACT_METRICS = "evaluation metrics on test patients: exact sums, without noise; test patients are covered by no epsilon here"
+EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
     "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
     "average: wardround privacy epsilon --event {event} --delta {delta:g} --best-of 10"
@@ -58,7 +58,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str
         composition=COMPOSITION,
         statement=_statement(study, privacy, federation),
         protects=not privacy.seeded_noise,
-        covered=_covered(study),
+        covered=_covered(study) if privacy.sites else [],
         not_covered=_not_covered(study, privacy),
         assumed=ASSUMED
         if federation is None or study.privacy.patients_overlap

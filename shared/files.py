@@ -9,17 +9,17 @@ from pathlib import Path
 
 from shared.errors import StorageError
 
+REMEDY = "check free space and permissions of that folder, or give another with --out"
+
 
 @contextlib.contextmanager
-def storage_errors(path: Path, action: str) -> Iterator[None]:
+def storage_errors(path: Path, action: str, *, remedy: str = REMEDY) -> Iterator[None]:
     """Turn an `OSError` of the block into a `StorageError` that names `path` and the remedy."""
     try:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise StorageError(
-            f"{path}: could not {action}: {reason}", "check free space and permissions of that folder, or give another with --out"
-        ) from error
+        raise StorageError(f"{path}: could not {action}: {reason}", remedy) from error
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

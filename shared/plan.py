@@ -113,7 +113,7 @@ def _with_noise(shape: SitePlan, study: Study, limit: Limit | None) -> SitePlan:
     )
     event = PrivacyEvent(noise_multiplier=noise, sample_rate=shape.sample_rate, steps=steps)
     if limit is not None and delta <= limit.delta and epsilon_of([event], delta) <= limit.epsilon:
-        event = _within_filter(event, limit)
+        event = within_filter(event, limit)
     return dataclasses.replace(
         shape,
         noise_multiplier=event.noise_multiplier,
@@ -123,8 +123,10 @@ def _with_noise(shape: SitePlan, study: Study, limit: Limit | None) -> SitePlan:
     )
 
 
-def _within_filter(event: PrivacyEvent, limit: Limit) -> PrivacyEvent:
-    """`event`, with more noise where alone it would not pass the filter of `limit`."""
+def within_filter(event: PrivacyEvent, limit: Limit | None) -> PrivacyEvent:
+    """`event`, with more noise where alone it would not pass the filter of `limit`; as it is without a limit."""
+    if limit is None:
+        return event
     order = filter_order(limit.epsilon, limit.delta)
     budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
     if renyi_divergence(event, order) <= budget:

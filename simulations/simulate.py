@@ -47,7 +47,10 @@ def prepare(study: Study, data: Path | None) -> Setting:
         real = real_sites(files, task)
         check_quorum(study, len(real))
         sizes = [site.settings.declared_size for site in real.values()]
-        return Setting(study=resolve_delta(study, sizes), task=task, federation=None, real=real)
+        resolved = resolve_delta(study, sizes)
+        if resolved.private:
+            resolved = resolved.replace(privacy={"noise_source": "os"})  # a hospital's noise is never seeded, whatever a study says
+        return Setting(study=resolved, task=task, federation=None, real=real)
     federation = virtual_federation(task, study, data)
     check_quorum(study, len(federation.cohorts))
     summaries = federation.summaries(task, study)

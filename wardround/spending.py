@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.account import AccountName, Plan
-from client.ledger import Ledger, reading
+from client.keys import check_ledger_key
+from client.ledger import Ledger, check_there, reading
 from client.policy import SiteFile
 from server.run_folder import RunFolder
 from shared.errors import DataMissingError
@@ -69,8 +70,7 @@ def ledgers_of(path: Path) -> list[Path]:
     """
     if path.suffix == ".toml":
         ledger = SiteFile.load(path).ledger_path(path)
-        if not ledger.is_file():
-            raise DataMissingError(f"{ledger}: no ledger yet: nothing was ever spent on this cohort", "it is made by the first study")
+        check_there(ledger)
         return [ledger]
     RunFolder.open(path)
     ledgers = sorted((path / "ledgers").glob("*.sqlite"))
@@ -97,12 +97,14 @@ def spending_of(path: Path, *, delta: float | None) -> list[Spending]:
     found = []
     for file in ledgers_of(path):
         with reading(file) as ledger:
+            if path.suffix == ".toml":
+                check_ledger_key(path, ledger)
             found += [_spending(ledger, account, used, limit) for account in _accounts(ledger)]
     return found
 
 
 def _accounts(ledger: Ledger) -> list[AccountName]:
-    tested = any(plan.entry.evaluation is not None for plan in ledger.account.plans.values())
+    tested = bool(ledger.account.repairs) or any(plan.entry.evaluation is not None for plan in ledger.account.plans.values())
     return ["training", "evaluation"] if tested else ["training"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from client.account import ACCOUNTS, AccountName
 from client.cross_check import epsilon_prv
-from client.hospital import check_ledger_key
+from client.keys import check_ledger_key
 from client.ledger import Ledger, reading
 from client.policy import SiteFile
 from shared.errors import DataMissingError

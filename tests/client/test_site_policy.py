@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from client.hospital import site_key
+from client.keys import site_key
 from client.policy import Policy, SiteFile
 from shared.errors import ConfigurationError, PolicyRefusedError, StorageError, describe_exception
 from shared.plan import plan_site, shape_site

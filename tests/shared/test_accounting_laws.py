@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shared.errors import ConfigurationError
 from shared.privacy import (
     FILTER_ORDERS,
+    MIN_NOISE_MULTIPLIER,
     PrivacyEvent,
     default_delta_of_sites,
     delta_of,
@@ -237,7 +238,9 @@ def test_the_least_noise_for_a_filter_passes_it_and_wastes_little(epsilon: float
     budget = renyi_budget(epsilon, order=order, delta=DELTA)
     noise = solve_noise_for_budget(budget=budget, order=order, sample_rate=rate, steps=steps)
     assert renyi_divergence(event(noise, rate, steps), order) <= budget
-    assert noise == pytest.approx(0.1) or renyi_divergence(event(max(0.1, noise * 0.999), rate, steps), order) > budget
+    assert (
+        noise == pytest.approx(MIN_NOISE_MULTIPLIER) or renyi_divergence(event(max(MIN_NOISE_MULTIPLIER, noise * 0.999), rate, steps), order) > budget
+    )
     assert renyi_epsilon(renyi_divergence(event(noise, rate, steps), order), order=order, delta=DELTA) <= epsilon * (1 + 1e-9)
 
 

@@ -1,5 +1,6 @@
 """A study rehearsed with hospitals' own site files: their policies and ledgers hold, and the printout says what each kept back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,69 @@ def test_a_finished_run_is_resumed_as_it_is(command: Command) -> None:
     again = command("simulate", "--resume", renamed, "--json")
     assert again.code == 0
     assert (renamed / "result.json").read_bytes() == before
+
+
+def test_a_hospitals_ledger_is_shown_computed_again_and_verified(command: Command, rehearsal: Path) -> None:
+    study = (rehearsal / "study.toml").read_text()
+    (rehearsal / "study.toml").write_text(study + "evaluation_epsilon = 1.0\n")
+    assert command("simulate", "study.toml", "--data", "sites").code == 0
+    [training, evaluation] = command("privacy", "spent", "sites/north/site.toml", "--json").data["ledgers"]  # type: ignore[misc]
+    assert (training["account"], evaluation["account"]) == ("training", "evaluation")
+    for account in (training, evaluation):
+        assert 0 < account["epsilon"] <= account["epsilon_filter"] <= account["limit"] and account["remains"] > 0
+        assert account["studies"][0]["state"] == "closed"
+    checks = command("privacy", "verify", "sites/north/site.toml", "--json").data["checks"]
+    assert [check["agrees"] for check in checks] == [True, True]  # type: ignore[attr-defined, union-attr, index]
+    [run] = [path for path in (rehearsal / "runs").iterdir() if not path.name.startswith(".")]
+    checks = command("privacy", "verify", run, "--json").data["checks"]
+    assert [(check["name"], check["source"], check["agrees"]) for check in checks] == [("north", "claim", True), ("south", "claim", True)]  # type: ignore[index, union-attr, attr-defined]
+    [ledger] = command("ledger", "verify", "sites/north/site.toml", "--json").data["ledgers"]  # type: ignore[misc]
+    assert ledger["signed"] is True and ledger["rows"] > 5
+
+
+def test_a_claim_that_says_less_than_was_charged_is_found(command: Command) -> None:
+    run = Path(str(command("simulate", "--rounds", "2", "--sites", "2", "--json").data["run_dir"]))
+    assert command("privacy", "verify", run).code == 0
+    claim = (run / "privacy.json").read_text()
+    sites = json.loads(claim)["sites"]
+    epsilon = sites["site-1"]["epsilon"]
+    (run / "privacy.json").write_text(claim.replace(str(epsilon), str(epsilon / 2)))
+    outcome = command("privacy", "verify", run, "--json")
+    assert (outcome.code, outcome.data["code"]) == (1, "E105") and "site-1" in str(outcome.data["what"])
+
+
+def test_a_ledger_that_is_gone_is_missed_by_every_command(command: Command, rehearsal: Path) -> None:
+    assert command("simulate", "study.toml", "--data", "sites").code == 0
+    ledger = rehearsal / "sites" / "north" / "state" / "ledgers" / "north.sqlite"
+    ledger.unlink()
+    for words in (("privacy", "spent"), ("privacy", "verify"), ("ledger", "verify"), ("ledger", "close")):
+        extra = ["run"] if words[1] == "close" else []
+        outcome = command(*words, "sites/north/site.toml", *extra, "--json")
+        assert (outcome.code, outcome.data["code"]) == (1, "E104"), words
+    refused = command("simulate", "study.toml", "--data", "sites/north", "--json")
+    assert refused.code == 8 and "E104" in str(refused.data["what"]) and not ledger.exists()
+    assert command("ledger", "repair", "sites/north/site.toml", "--head", "xyz", "--json").code == 3
+    assert command("ledger", "repair", "sites/north/site.toml", "--json").code == 0
+    assert command("privacy", "spent", "sites/north/site.toml").code == 0
+
+
+def test_a_renamed_site_is_told_its_former_name_and_leaves_no_ledger(command: Command, rehearsal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert command("simulate", "study.toml", "--data", "sites").code == 0
+    path = rehearsal / "sites" / "north" / "site.toml"
+    path.write_text(path.read_text().replace('name = "north"', 'name = "nord"'))
+    outcome = command("simulate", "study.toml", "--data", "sites/north")
+    assert outcome.code == 8 and "in that of cohort 'north' beside it" in caplog.text
+    assert sorted(file.name for file in (path.parent / "state" / "ledgers").glob("*.sqlite")) == ["north.sqlite"]
+    assert "beside it there are ledgers of north" in command("privacy", "spent", path).err
+
+
+def test_remedies_name_the_key_of_the_site_file(command: Command, rehearsal: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = rehearsal / "sites" / "north" / "site.toml"
+    text = path.read_text()
+    path.write_text(text.replace("cohort.csv", "nope.csv"))
+    assert command("simulate", "study.toml", "--data", "sites/north").code == 5
+    assert "correct [cohort] path in" in caplog.text  # the hospital's own log
+    (rehearsal / "file").write_text("")
+    path.write_text(text.replace("[cohort]", 'state = "../../file"\n[cohort]'))
+    outcome = command("simulate", "study.toml", "--data", "sites/north")
+    assert outcome.code == 1 and "correct 'state' in the site file" in outcome.err

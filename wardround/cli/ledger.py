@@ -1,5 +1,6 @@
 """`wardround ledger verify|repair|close`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Read every row: hashes, signatures, order, patients. A ledger that does not verify ends with exit code 1."""
-    from client.hospital import check_ledger_key
+    from client.keys import check_ledger_key
     from client.ledger import reading
     from wardround.cli.output import console, print_envelope
     from wardround.spending import ledgers_of
@@ -44,18 +45,23 @@ def verify(
 def repair(
     path: SiteArgument,
     head: Annotated[
-        list[str] | None, typer.Option("--head", metavar="HASH", help="The row that a coordinator saw last, where the ledger was put back or lost; repeat.")
+        list[str] | None,
+        typer.Option("--head", metavar="HASH", help="The row that a coordinator saw last, where the ledger was put back or lost; repeat."),
     ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Mend a ledger that is damaged, lost or put back. What is gone counts as the whole limit: a mended ledger never says less than was spent."""
-    from client.hospital import signing_key, site_key
+    from client.keys import signing_key, site_key
     from client.policy import SiteFile
     from client.repair import repair_ledger
+    from shared.errors import ConfigurationError
     from wardround.cli.output import console, print_envelope
 
     site = SiteFile.load(path)
+    for text in head or []:
+        if not re.fullmatch("[0-9a-f]{64}", text):
+            raise ConfigurationError(f"--head: expected the 64 hexadecimal digits of a row, got {text!r}", "copy it from the error that named it")
     signer = signing_key(site_key(path.parent / site.state))
     done = repair_ledger(site.ledger_path(path), cohort=site.name, limit=site.policy.limit, signer=signer, heads=head or [])
     for line in done or ["the ledger verifies; nothing was done"]:
@@ -71,8 +77,11 @@ def close(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """End a study that will not go on: what its plan did not use returns to the cohort; what was charged stays charged."""
-    from client.hospital import open_ledger
+    """End a study that will not go on: what its plan did not use returns to the cohort; what was charged stays charged.
+
+    A coordinator that resumes it all the same asks for what is left of its plan again, and is admitted while there is room.
+    """
+    from client.keys import open_ledger
     from shared.errors import ConfigurationError
     from wardround.cli.output import console, print_envelope
 

@@ -37,6 +37,11 @@ def read_run(folder: Path) -> RunFiles:
     """
     result = _read_model(folder / "result.json", Result)
     if result is None:
+        if (folder / "run.json").exists():
+            raise StorageError(
+                f"{folder}: this run was cut off before it wrote its result.json",
+                f"go on with 'wardround simulate --resume {folder}', and --data as before",
+            )
         raise StorageError(f"{folder}: expected a run's folder, found no result.json in it", "give the folder that simulate printed")
     study_toml = (_read(folder / "study.toml") or b"").decode(errors="replace")
     study = Study.load(folder / "study.toml")
