@@ -50,7 +50,9 @@ def spent(
 def _total(ledger: "Spending") -> str:
     if ledger.epsilon is None:
         return "something was lost, and a repair has charged a whole limit for it"
-    return f"epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g} over all studies"
+    if ledger.epsilon_filter is None:
+        return f"epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g}"
+    return f"epsilon {ledger.epsilon_filter:.3f} at delta {ledger.delta:g} for all studies together, however they were chosen"
 
 
 def _remarks(ledger: "Spending") -> list[str]:
