@@ -100,6 +100,30 @@ def bootstrap_interval(metric: Metric, total: FloatArray, *, resamples: int, rng
     return float(low), float(high)
 
 
+def noise_interval(metric: Metric, total: FloatArray, *, std: float, draws: int, rng: np.random.Generator) -> tuple[float, float] | None:
+    """How far the noise in `total`, of known size, may have moved the metric: about 95 %, of the noise alone, and cut to the metric's range.
+
+    Drawn again and again on top of the sum, noise of the same size moves the metric about as far as it has moved it already. Where that
+    leaves most draws without a value the sum says nothing, and the interval is the whole range. None where the metric has no value.
+
+    Args:
+        std: of the noise on each entry, or on each group of entries that shares a draw.
+    """
+    value, widths = metric.of(total), metric.statistic.noised_widths
+    if value is None or draws == 0:
+        return None
+    shape = (*total.shape[:-1], len(widths)) if widths else total.shape
+    moved = []
+    for _ in range(draws):
+        noise = rng.normal(scale=std, size=shape)
+        moved.append(metric.of(total + (np.repeat(noise / np.array(widths), widths, axis=-1) if widths else noise)))
+    known = [other for other in moved if other is not None]
+    if len(known) < draws / 2:
+        return (metric.low, metric.high) if math.isfinite(metric.low) and math.isfinite(metric.high) else None
+    reach = 1.96 * math.sqrt(float(np.mean((np.array(known) - value) ** 2)))
+    return max(metric.low, value - reach), min(metric.high, value + reach)
+
+
 # Two classes: a histogram of scores per class -----------------------------------------------------------------------------------
 
 

@@ -112,7 +112,9 @@ class Result(Record):
     per_site_support: dict[str, dict[str, int]]  # site -> class -> test patients, where the statistics count classes
     per_site_baselines: dict[str, dict[str, MetricValues]]  # baseline -> site -> metrics on the site's own test patients
     folds: list[MetricValues]  # one per fold of a cross-validation; empty without
-    evaluation_epsilon: float | None = None  # the test patients' budget, where metrics of the sites' statistics carry noise; they have no intervals
+    evaluation_epsilon: float | None = (
+        None  # the test patients' budget, where metrics of the sites' statistics carry noise; their intervals are of that noise alone
+    )
     privacy: RunPrivacy
     timing: Timing
 

@@ -159,7 +159,9 @@ class Privacy(Settings):
     records_per_patient: Literal["one", "all"] = Field(
         default="one", description="of unit 'patient', in a step: one record, drawn anew, or the mean gradient of all, clipped as one"
     )
-    physical_batch_size: int = Field(default=256, ge=1, le=16_384, description="most records in memory at once, in steps of 16; no effect on the result")
+    physical_batch_size: int = Field(
+        default=256, ge=1, le=16_384, description="most records in memory at once, in steps of 16; no effect on the result"
+    )
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:

@@ -1,16 +1,19 @@
 """What a run came to, as the files of its folder: result.json, privacy.json, evaluation.json."""
 
 import importlib.metadata
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from client.evaluation_noise import evaluation_noise_multiplier
 from server.coordinator import Coordinator, FoldResult
 from server.evaluation import Evaluation, add_statistics, count_tested, evaluate
 from server.run_folder import RunFolder
 from shared.claim import privacy_claim
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
+from shared.privacy import SOLVE_MARGIN
 from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
 from shared.schema import TableSchema
 from shared.seeding import Step
@@ -30,11 +33,20 @@ class RunOutcome:
     folder: RunFolder
     engine: str
 
-    def evaluation(self, total: Statistics, *path: Step, noised: bool = False) -> Evaluation:
-        """Metrics of a sum, with the study's intervals; without, where the sum carries noise: resampling patients would leave that out."""
+    def evaluation(self, total: Statistics, *path: Step, num_noised: int = 0) -> Evaluation:
+        """Metrics of a sum, with the study's intervals; of the noise alone where `num_noised` sites have put noise into it."""
         study = self.setting.study
-        resamples = 0 if noised else study.evaluation.bootstrap
-        return evaluate(self.setting.task, total, resamples=resamples, seed=study.seed, path=path)
+        noise_std = self._noise_std(num_noised) if num_noised else None
+        return evaluate(self.setting.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise_std)
+
+    def _noise_std(self, num_sites: int) -> dict[str, float]:
+        """Standard deviation of the noise in each statistic summed over sites; one that its policy holds to more adds a little more."""
+        privacy = self.setting.study.privacy
+        assert privacy.evaluation_epsilon is not None and privacy.delta is not None
+        multiplier = evaluation_noise_multiplier(privacy.evaluation_epsilon * SOLVE_MARGIN, privacy.delta)
+        statistics = {metric.statistic.name: metric.statistic for metric in self.setting.task.metrics}
+        each = multiplier * math.sqrt(len(statistics) * num_sites)
+        return {name: each * statistic.sensitivity for name, statistic in statistics.items()}
 
 
 def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float) -> None:
@@ -79,9 +91,11 @@ def _totals(run: RunOutcome, baselines: dict[str, Baseline]) -> dict[str, Statis
 def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float) -> Result:
     study, task, history = run.setting.study, run.setting.task, run.coordinator.history
     records = run.folder.rounds()
-    noised = {"federated"} if study.noised_statistics else set()  # baselines are evaluated without
+    noised = {"federated": len(history.folds[0].statistics)} if study.noised_statistics and history.folds else {}  # baselines carry no noise
     evaluations = {
-        name: run.evaluation(total, "final", name, noised=name in noised) for name, total in totals.items() if not name.startswith("local_only")
+        name: run.evaluation(total, "final", name, num_noised=noised.get(name, 0))
+        for name, total in totals.items()
+        if not name.startswith("local_only")
     }
     metrics = {name: evaluation.metrics for name, evaluation in evaluations.items()}
     metrics |= {name: _mean_of_models(run, baseline) for name, baseline in baselines.items() if name.startswith("local_only")}
@@ -140,7 +154,7 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
     table: dict[str, dict[str, float | int | Interval]] = {}
     for name in names:
         total = add_statistics(fold.statistics.get(name) for fold in folds)
-        evaluation = run.evaluation(total, "site", name, noised=run.setting.study.noised_statistics)
+        evaluation = run.evaluation(total, "site", name, num_noised=int(run.setting.study.noised_statistics))
         row: dict[str, float | int | Interval] = dict(evaluation.metrics)
         row["num_test"] = _num_test(run, name, total)
         row |= {f"{metric}_ci95": interval for metric, interval in evaluation.ci95.items()}

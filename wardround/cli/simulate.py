@@ -125,7 +125,9 @@ def print_result(result: "Result", terminal: "Console") -> None:
     if result.synthetic:
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
     if result.evaluation_epsilon is not None:
-        terminal.print(f"\nThe sites' statistics carry noise for their test patients (epsilon {result.evaluation_epsilon:g}): no intervals.")
+        terminal.print(
+            f"\nThe sites' statistics carry noise for their test patients (epsilon {result.evaluation_epsilon:g}): intervals are of that noise alone."
+        )
     if result.privacy.unit == "none":
         terminal.print("\nNo privacy: every update was sent as it was.", style="yellow")
     if result.privacy.seeded_noise:

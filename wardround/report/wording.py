@@ -124,7 +124,7 @@ def noise_sentence(evaluation_epsilon: float) -> str:
     """What noise in the evaluation statistics means for the metrics."""
     return (
         f"The sites’ statistics carry noise that protects their test patients (epsilon {upper_bound(evaluation_epsilon)}): "
-        "the federated model’s metrics can be far from the true ones where test patients are few, and have no interval."
+        "the federated model’s metrics can be far from the true ones where test patients are few. Their intervals are of that noise alone."
     )
 
 
