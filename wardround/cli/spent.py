@@ -39,7 +39,7 @@ def spent(
             ]
             for study in ledger.studies
         ]
-        terminal.print(table(f"{ledger.name}, {ledger.account} patients: {_total(ledger)}", columns, rows))
+        terminal.print(table(f"{ledger.name}, {ledger.account} patients", columns, rows))
         for line in _remarks(ledger):
             terminal.print(line)
         terminal.print()
@@ -50,16 +50,17 @@ def spent(
 def _total(ledger: "Spending") -> str:
     if ledger.epsilon is None:
         return "something was lost, and a repair has charged a whole limit for it"
-    if ledger.epsilon_filter is None:
-        return f"epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g}"
-    return f"epsilon {ledger.epsilon_filter:.3f} at delta {ledger.delta:g} for all studies together, however they were chosen"
+    together = f"all together: epsilon {ledger.epsilon:.3f} at delta {ledger.delta:g}"
+    if ledger.epsilon_filter is None or len(ledger.studies) < 2:
+        return together
+    return f"{together}, had all been fixed beforehand; at most {ledger.epsilon_filter:.3f} however each was chosen after seeing the others"
 
 
 def _remarks(ledger: "Spending") -> list[str]:
-    lines = []
+    lines = [_total(ledger)]
     if ledger.limit is not None and ledger.epsilon_filter is not None:
         lines.append(
-            f"limit {ledger.limit:g}: the filter of order {ledger.order:g} holds {ledger.epsilon_filter:.3f} against it (open plans in full)"
+            f"limit {ledger.limit:g}: a Renyi filter of order {ledger.order:g} holds {ledger.epsilon_filter:.3f} against it, open plans in full"
         )
     if ledger.remains is not None:
         lines.append(f"room is left for one more study of about epsilon {ledger.remains:.2f}" if ledger.remains > 0.01 else "no room is left")
@@ -69,7 +70,7 @@ def _remarks(ledger: "Spending") -> list[str]:
     if any(study.state == "open" for study in ledger.studies) and ledger.limit is not None:
         lines.append("an open plan that will not go on can be ended: wardround ledger close SITE.TOML RUN")
     if ledger.refused:
-        lines.append(f"{ledger.refused} studies were turned away for want of room")
+        lines.append(f"turned away for want of room: {ledger.refused} studies")
     if ledger.repairs:
         lines.append(f"repaired {ledger.repairs} times; see 'wardround ledger verify'")
     return lines
