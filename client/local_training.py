@@ -16,6 +16,7 @@ from shared.study import Study
 from shared.task import Task
 
 _STATE_WORDS = 624  # of the Mersenne twister, each in 8 bytes of torch's state
+_UNUSED_STATE = torch.Generator().manual_seed(0).get_state()  # of a generator from which nothing was drawn yet
 _STATE_OFFSET = 24  # bytes: seed, how many words are left, whether seeded, next word
 
 
@@ -28,19 +29,18 @@ def torch_keyed(key: bytes) -> Iterator[None]:
     """
     generator = torch.default_generator
     before = generator.get_state()
-    generator.set_state(_state_from(key, generator))
+    generator.set_state(_state_from(key))
     try:
         yield
     finally:
         generator.set_state(before)
 
 
-def _state_from(key: bytes, generator: torch.Generator) -> torch.Tensor:
-    generator.manual_seed(0)  # an unused state: no word taken yet
-    state = generator.get_state().numpy().copy()
+def _state_from(key: bytes) -> torch.Tensor:
     words = KeyedStream(key).words(_STATE_WORDS) >> np.uint64(32)
-    state[_STATE_OFFSET : _STATE_OFFSET + 8 * _STATE_WORDS] = words.view(np.uint8)
-    return torch.from_numpy(state)
+    state = _UNUSED_STATE.clone()
+    state[_STATE_OFFSET : _STATE_OFFSET + 8 * _STATE_WORDS] = torch.from_numpy(words.view(np.uint8))
+    return state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
