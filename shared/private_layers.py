@@ -4,29 +4,16 @@ Imported by `shared.models.make_private` alone, when it is called: Opacus takes 
 back here.
 """
 
-import contextlib
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from shared.errors import ModelRefusedError
+from shared.root_log import root_log_unchanged
 
-
-@contextlib.contextmanager
-def _root_log_unchanged() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-
-
-with _root_log_unchanged():
+with root_log_unchanged():
     from opacus.layers import DPGRU, DPLSTM, DPRNN
 
 MOST_GROUPS = 32  # Wu and He 2018

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from server.run_folder import RunFolder
 from shared.errors import DataMissingError, StorageError
 from shared.results import MetricValues, Result, RoundRecord, RunPrivacy
+from shared.root_log import root_log_unchanged
 from shared.study import Study
-from wardround.quiet import quiet_flower_log, root_log_unchanged, switch_off_telemetry
+from wardround.quiet import quiet_flower_log, switch_off_telemetry
 from wardround.report import write_report
 
 if TYPE_CHECKING:
