@@ -175,6 +175,8 @@ class FederatedStrategy(Strategy):
             raise ProtocolError("expected a reply for this site and round, got one for another")
         _check_privacy(content.privacy)
         statistics = decode_statistics(record, self._statistics, signed=self._noised_statistics)
+        if statistics is not None and self._noised_statistics and current.training:
+            raise ProtocolError("expected noised statistics with the closing evaluation alone, got some with an update")
         _check_statistics(statistics or {})
         if current.training:
             current.mean.add(decode_parameters(record, self._template(current)), member.weight)

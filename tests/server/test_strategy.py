@@ -426,3 +426,13 @@ def test_evaluation_replies_add_no_update(grid: InProcessGrid) -> None:
     assert strategy.round is not None
     assert {name: answer.status for name, answer in strategy.round.answers.items()} == {"a": "ok", "b": "failed"}
     assert strategy.round.mean.total_weight == 0
+
+
+@pytest.mark.parametrize("noised", [False, True])
+def test_exact_statistics_with_an_update_are_not_taken_in_a_noised_study(grid: InProcessGrid, noised: bool) -> None:
+    strategy = FederatedStrategy(options.FedAvg(), seed=1, trainable=frozenset(SHAPES), statistics=STATISTICS_DECLARED, noised_statistics=noised)
+    strategy.set_members(MEMBERS.values())
+    message = ask(strategy, grid)["a"]
+    strategy.take_replies([Message(encode(trained("a"), parameters=update_of("a"), statistics={"histogram": one(3.0)}), reply_to=message)])
+    assert strategy.round is not None and strategy.round.answers["a"].status == ("failed" if noised else "ok")
+    assert (strategy.round.mean.total_weight == 0) == noised

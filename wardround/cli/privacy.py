@@ -127,11 +127,11 @@ def epsilon_of_events(
         raise ConfigurationError(f"--delta: expected a number in (0, 1), got {delta}", "for example --delta 1e-5")
     events = [parse_event(text) for text in event]
     value = epsilon_of(events, delta)
+    best = None if best_of is None else epsilon_of_best(events, delta, mean_runs=best_of)
     terminal = console(as_json=as_json)
     terminal.print(f"epsilon {value:.4f} at delta {delta:g} (add or remove one; PLD upper bound)")
     data: dict[str, object] = {"epsilon": value, "delta": delta}
-    if best_of is not None:
-        best = epsilon_of_best(events, delta, mean_runs=best_of)
+    if best_of is not None and best is not None:
         terminal.print(
             f"epsilon {best:.4f} at delta {delta:g} for the best of {best_of:g} such runs on average: after each, stop with probability "
             f"{1 / best_of:.3g} (geometric law), and release the best alone (Papernot and Steinke 2022; Renyi upper bound)"
