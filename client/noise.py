@@ -94,11 +94,13 @@ class NoiseGrid:
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
         """The nearest grid points, float64."""
-        return (values / self.spacing).round_().mul_(self.spacing)
+        return self._points(values).mul_(self.spacing)
+
+    def _points(self, values: torch.Tensor) -> torch.Tensor:
+        return (values / self.spacing).round_()
 
     def release(self, total: torch.Tensor, noise: GaussianNoise, noise_multiplier: float) -> torch.Tensor:
         """`total` (float64) rounded, plus noise of standard deviation noise_multiplier x sensitivity, rounded; the addition is exact."""
         std = noise_multiplier * self.sensitivity / self.spacing
         assert 13 * std < 2**52  # no draw passes 12.3 standard deviations
-        points = (total / self.spacing).round_()
-        return points.add_(noise.normal(total.shape, std).round_()).mul_(self.spacing)
+        return self._points(total).add_(noise.normal(total.shape, std).round_()).mul_(self.spacing)

@@ -59,6 +59,11 @@ def probe_model(task: Task, study: Study) -> None:
         ModelRefusedError: a layer mixes records, changes buffers, or gives no per-record gradient; it names the layer and what to do.
         ConfigurationError: the model, loss or prediction fails or has the wrong shape on synthetic patients.
     """
+    with torch_keyed(bytes(32)):  # the same answer every time
+        _probe(task, study)
+
+
+def _probe(task: Task, study: Study) -> None:
     cohort = task.synthetic_cohort(NUM_PROBE_PATIENTS, 0)
     model = task.model()
     local = LocalRound(study=study, task=task, round_number=1)
@@ -228,14 +233,19 @@ def _first_difference(first: list[_Passing], second: list[_Passing], same: Calla
     return None
 
 
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal, but for the last bits."""
+def _same(first: torch.Tensor, second: torch.Tensor, scale: float | None = None) -> bool:
+    """Equal, but for the last bits of numbers of size `scale`; without it, of the largest of `first`."""
     if first.shape != second.shape:
         return False
     if not first.is_floating_point():
         return torch.equal(first, second)
-    scale = float(first.abs().max()) if first.numel() else 0.0
-    return bool(torch.allclose(first, second, rtol=RELATIVE_TOLERANCE, atol=RELATIVE_TOLERANCE * 1e-2 * scale, equal_nan=True))
+    size = _size(first) if scale is None else scale
+    return bool(torch.allclose(first, second, rtol=RELATIVE_TOLERANCE, atol=RELATIVE_TOLERANCE * 1e-2 * size, equal_nan=True))
+
+
+def _size(values: torch.Tensor) -> float:
+    """The largest finite magnitude; a number near zero may be what is left of large ones, and is compared as such."""
+    return float(values.abs().nan_to_num(posinf=0.0).max()) if values.numel() and values.is_floating_point() else 0.0
 
 
 def _row_is(batch: torch.Tensor, alone: torch.Tensor, row: int) -> bool:
@@ -247,7 +257,7 @@ def _row_is(batch: torch.Tensor, alone: torch.Tensor, row: int) -> bool:
         return False
     [axis] = differing
     width = alone.shape[axis]
-    return bool(batch.shape[axis] >= (row + 1) * width) and _same(batch.narrow(axis, row * width, width), alone)
+    return bool(batch.shape[axis] >= (row + 1) * width) and _same(batch.narrow(axis, row * width, width), alone, _size(batch))
 
 
 def _place(model: nn.Module, passing: _Passing) -> str:
@@ -272,11 +282,13 @@ def _check_gradients(model: nn.Module, cohort: Cohort, task: Task) -> None:
         together = _batch_gradients(model, cohort, task)
     except FAILURES as error:
         raise _no_gradients(model, error) from error
+    scale = max(
+        (float(gradients.flatten(1).norm(dim=1).max()) for gradients in together.values()), default=0.0
+    )  # a saturated record's is all rounding
     with _without_dropout(model):
         for row in records:
             loss = record_losses(model, cohort, records[row : row + 1], task).sum()
             alone = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            scale = max((float(gradient.norm()) for gradient in alone if gradient is not None), default=0.0)
             for (name, parameter), gradient in zip(parameters.items(), alone, strict=True):
                 expected = torch.zeros_like(parameter) if gradient is None else gradient
                 if float((together[name][row] - expected).norm()) > RELATIVE_TOLERANCE * max(scale, 1e-12):

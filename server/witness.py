@@ -6,9 +6,10 @@ head is a hash: it says nothing of what the ledger holds.
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import RootModel, ValidationError
+from pydantic import Field, RootModel, ValidationError
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic, write_secret
@@ -17,7 +18,7 @@ from shared.messages import WitnessedHead, head_statement
 KEY, HEADS = "witness.key", "heads.json"
 
 
-class _Heads(RootModel[dict[str, str]]):
+class _Heads(RootModel[dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]]):
     """Site -> head (hex)."""
 
 

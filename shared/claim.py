@@ -24,6 +24,7 @@ COMPOSITION = (
 ACCOUNTANTS = ["dp-accounting PLD (add/remove one)", "Opacus PRV (add/remove one)"]
 ASSUMED = [
     "ChaCha20 is taken for random, and the evaluation of the Box-Muller transform in float64 for exact",
+    "a gradient has the same bits wherever its record stands in a batch of one public shape (kernels are tested for it, not proved)",
     "every site runs this code unchanged, on all records of its patients; nobody checks that from outside",
     "in the model a patient's gradient depends on that patient's records and the parameters alone (real sites probe for it before they train)",
 ]

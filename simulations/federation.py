@@ -15,7 +15,7 @@ from client.site import Site, SiteSettings
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.files import storage_errors
-from shared.privacy import default_delta
+from shared.privacy import default_delta_of_sites
 from shared.results import SiteSummary
 from shared.schema import TableSchema
 from shared.study import Study
@@ -82,14 +82,10 @@ def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
 
 
 def resolve_delta(study: Study, declared_sizes: list[int]) -> Study:
-    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out.
-
-    From the smallest size; where that would not be below 1 / size at the largest site, from the largest.
-    """
+    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out."""
     if not study.private or study.privacy.delta is not None:
         return study
-    delta = default_delta(min(declared_sizes))
-    return study.replace(privacy={"delta": delta if delta * max(declared_sizes) < 1 else default_delta(max(declared_sizes))})
+    return study.replace(privacy={"delta": default_delta_of_sites(declared_sizes)})
 
 
 def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledgers: Path) -> dict[str, Site]:
