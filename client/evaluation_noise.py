@@ -27,13 +27,11 @@ from numpy.typing import NDArray
 
 from client.discrete_gaussian import RandomBytes, keyed_bytes, sample_discrete_gaussian
 from shared.cohort import Cohort
-from shared.errors import ConfigurationError
 from shared.messages import Statistics
 from shared.metrics import FloatArray, Statistic
-from shared.privacy import MAX_NOISE_MULTIPLIER, MIN_NOISE_MULTIPLIER, renyi_budget, renyi_epsilon
+from shared.privacy import EVALUATION_ORDERS, renyi_epsilon
 
 GRID_BITS = 20  # steps of the grid per sensitivity: 2**20 to 2**21
-ORDERS = tuple(1 + math.exp(step / 100) for step in range(-500, 1600))  # of Renyi divergence; 1 % apart costs 0.001 % of noise
 
 
 def grid_of(statistic: Statistic) -> float:
@@ -147,26 +145,4 @@ def noised_epsilon(noise_multiplier: float, *, delta: float, releases: int = 1) 
     The privacy loss distribution of the continuous Gaussian is no bound for the discrete one in many dimensions, so it is not used here.
     """
     divergence = releases / (2 * noise_multiplier**2)  # a unit of order
-    return min(renyi_epsilon(order * divergence, order=order, delta=delta) for order in ORDERS)
-
-
-def evaluation_noise_multiplier(epsilon: float, delta: float, releases: int = 1) -> float:
-    """The noise multiplier (within 0.1 % of the least) whose `releases` noised evaluations cost at most `epsilon` at `delta`.
-
-    At a given order alpha the cost releases x alpha / (2 noise_multiplier^2) is within the budget for a noise multiplier that can be written
-    down; this is the least over orders.
-
-    Raises:
-        ConfigurationError: more than a million would be needed.
-
-    >>> round(evaluation_noise_multiplier(1.0, 1e-5), 2)
-    4.05
-    """
-    budgets = {order: renyi_budget(epsilon, order=order, delta=delta) for order in ORDERS}
-    squares = [releases * order / (2 * budget) for order, budget in budgets.items() if budget > 0]
-    noise = max(MIN_NOISE_MULTIPLIER, math.sqrt(min(squares, default=math.inf)) * (1 + 1e-12))  # over rounding
-    if noise > MAX_NOISE_MULTIPLIER:
-        raise ConfigurationError(
-            f"privacy.evaluation_epsilon: expected a budget that a noise multiplier of {MAX_NOISE_MULTIPLIER:g} keeps, got {epsilon:g}", "raise it"
-        )
-    return noise
+    return min(renyi_epsilon(order * divergence, order=order, delta=delta) for order in EVALUATION_ORDERS)

@@ -1,7 +1,7 @@
 """One round of training at a site without privacy: shuffled passes, or a number of steps, over the training records."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,7 @@ class LocalRound:
     study: Study
     task: Task
     round_number: int
+    still_wanted: Callable[[], None] = lambda: None  # called before every step; raises where the work is stale
 
 
 def train_round(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.random.Generator) -> int:
@@ -59,6 +60,7 @@ def train_round(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.
     proximal = ProximalTerm(local.study, list(model.parameters()))
     model.train()
     for batch in batches:
+        local.still_wanted()
         optimizer.zero_grad()
         record_losses(model, cohort, batch, local.task).mean().backward()  # type: ignore[no-untyped-call]  # torch
         proximal.add_to_gradients()

@@ -1,6 +1,8 @@
 """What a hospital allows. site.toml belongs to the hospital and outranks every request."""
 
+from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
@@ -8,7 +10,9 @@ from shared.config import Settings, read_toml, validate
 from shared.errors import PolicyRefusedError
 from shared.plan import Limit, SitePlan
 from shared.study import NAME_PATTERN, Real, Study
-from shared.task import Task
+
+if TYPE_CHECKING:  # the courier reads a site file, and imports no torch
+    from shared.task import Task
 
 LEDGERS = "ledgers"  # folder in a site's state
 
@@ -26,6 +30,9 @@ class Policy(Settings):
     allowed_metrics: tuple[str, ...] = Field(default=(), strict=False, description="statistics leave only when every metric made of them is here")
     exact_metrics: bool = Field(default=False, description="whether a private study's statistics may leave without noise")
     round_counts_to: int = Field(default=1, ge=1, description="statistics that count patients leave rounded to multiples of this")
+    accept_unconfined_courier: bool = Field(
+        default=False, description="whether the process that faces the network may run as it is, where neither Landlock nor another user confines it"
+    )
     allow_record_unit: bool = Field(default=False, description="whether a promise to single records, not to patients, may ever be accepted")
     allow_no_privacy: bool = Field(default=False, description="whether a study without privacy may ever be accepted")
 
@@ -34,7 +41,7 @@ class Policy(Settings):
         """What the cohort may spend over all studies."""
         return Limit(epsilon=self.max_epsilon, delta=self.max_delta)
 
-    def check(self, study: Study, task: Task, shape: SitePlan) -> None:
+    def check(self, study: Study, task: "Task", shape: SitePlan) -> None:
         """Return where the policy allows what is asked; the plan's noise is not yet looked at, and computing it may take long.
 
         Raises:
@@ -62,7 +69,7 @@ class Policy(Settings):
             assert plan.epsilon is not None
             _at_most("max_epsilon", self.max_epsilon, plan.epsilon, "lower [privacy] epsilon, or raise noise_multiplier")
 
-    def _check_kind(self, study: Study, task: Task) -> None:
+    def _check_kind(self, study: Study, task: "Task") -> None:
         if task.name not in self.allowed_tasks:
             raise _refusal("allowed_tasks", f"one of {', '.join(self.allowed_tasks)}", repr(task.name), "ask the hospital")
         if not study.private and not self.allow_no_privacy:
@@ -70,7 +77,7 @@ class Policy(Settings):
         if study.privacy.unit == "record" and not self.allow_record_unit:
             raise _refusal("allow_record_unit", "a promise to patients", "unit = 'record'", "set [privacy] unit = 'patient'")
 
-    def withholds(self, task: Task, statistic: str, *, num_test: int, exact: bool) -> str | None:
+    def withholds(self, task: "Task", statistic: str, *, num_test: int, exact: bool) -> str | None:
         """The rule that keeps the sums of this statistic at the site; None where they may leave.
 
         Args:
@@ -103,6 +110,14 @@ class CohortFile(Settings):
     options: dict[str, str | int | float | bool] = Field(default={}, description="of the task's loader")
 
 
+class AdvanceApproval(Settings):
+    """[approve_in_advance] of site.toml: studies that need nobody's yes, as long as they ask for no more than this."""
+
+    tasks: tuple[str, ...] = Field(min_length=1, strict=False, description="names of tasks")
+    max_epsilon: Real = Field(gt=0, description="of one study; one without privacy is never approved in advance")
+    until: date = Field(description="the last day, as 2027-06-30", strict=False)
+
+
 class SiteFile(Settings):
     """A hospital's site.toml."""
 
@@ -110,6 +125,7 @@ class SiteFile(Settings):
     state: str = Field(default="state", description="folder of ledger and keys, relative to the site file")
     cohort: CohortFile
     policy: Policy
+    approve_in_advance: AdvanceApproval | None = Field(default=None, description="studies that need nobody's yes")
 
     @field_validator("state")
     @classmethod

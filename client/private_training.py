@@ -172,6 +172,7 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
         contextlib.closing(KeyedNoiseOptimizer(inner, gradients, plan=plan, noise=randomness.noise)) as optimizer,
     ):
         for _ in range(plan.steps_per_round):
+            local.still_wanted()
             optimizer.clear()
             sum_clipped_gradients(optimizer, gradients, cohort, sample_units(cohort, index, local, plan, randomness.sampling), local)
             optimizer.add_noise()

@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from torch import nn
 
-from client.charging import Ask, Charging
+from client.charging import KIND, Ask, Charging
 from client.cross_check import epsilon_prv
-from client.evaluation_noise import bounded_statistics, evaluation_noise_multiplier, merge, noise_statistics, spread
+from client.evaluation_noise import bounded_statistics, merge, noise_statistics, spread
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.policy import Policy
@@ -41,7 +41,7 @@ from shared.messages import (
 from shared.metrics import Statistic
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
-from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_of
+from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_of, evaluation_noise_multiplier
 from shared.results import SitePrivacy
 from shared.seeding import generator_of
 from shared.study import Study
@@ -61,6 +61,7 @@ class SiteSettings:
         releases_path: folder of what was released last; only where noise comes from the operating system.
         split_key: keys the hash that fixes each patient's split.
         signer: signs the ledger's rows; None for a virtual site.
+        noise_seed: for tests that compare two runs bit for bit, and settable from Python alone: noise drawn from a seed protects nobody.
     """
 
     name: str
@@ -73,6 +74,7 @@ class SiteSettings:
     signer: Ed25519PrivateKey | None = field(default=None, repr=False)
     policy: Policy | None = None
     cohort_id: str = "virtual"
+    noise_seed: int | None = field(default=None, repr=False)
 
     @property
     def virtual(self) -> bool:
@@ -112,10 +114,20 @@ class Site:
         open_cohort: loads the patients; called once, only after policy and ledger have agreed.
         task: the site's own, installed code; a coordinator's must have the same fingerprint.
         model: a model of the task to work with; every message loads its own parameters into it, so virtual sites may share one.
+        still_wanted: called before every training step; raises where the work is stale, and what was reserved then stays charged.
     """
 
-    def __init__(self, settings: SiteSettings, task: Task, open_cohort: Callable[[], Cohort], *, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        settings: SiteSettings,
+        task: Task,
+        open_cohort: Callable[[], Cohort],
+        *,
+        model: nn.Module | None = None,
+        still_wanted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.settings = settings
+        self._still_wanted = still_wanted
         self._task = task
         self._model = model if model is not None else task.model()
         self._open_cohort = open_cohort
@@ -331,7 +343,7 @@ class Site:
 
     def _update(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
         model = self._model
-        local = LocalRound(study=admission.study, task=self._task, round_number=task.round)
+        local = LocalRound(study=admission.study, task=self._task, round_number=task.round, still_wanted=self._still_wanted)
 
         def make(key: bytes) -> tuple[Arrays, int]:
             set_parameters(model, parameters)
@@ -345,7 +357,7 @@ class Site:
 
         ask = self._ask(task, admission)
         if not admission.plan.private:
-            return make(ask.key(self._seed(admission)))[0]
+            return self._kept(ask, admission, parameters, make)
         return self._charging(admission).release(ask, parameters, make, witnessed=task.heads.get(self.settings.name))
 
     def _ask(self, task: TrainTask | EvaluateTask, admission: Admission) -> Ask:
@@ -356,15 +368,27 @@ class Site:
             fold=task.fold, round=task.round, event=event or NOTHING,
         )  # fmt: skip
 
+    def _kept(self, ask: Ask, admission: Admission, parameters: Parameters, make: Callable[[bytes], tuple[Arrays, int]]) -> Parameters:
+        """What `make` gives, or the identical update that answered this very request before; nothing is charged without a promise."""
+        releases, request, kind = self._releases(admission), ask.request(parameters), KIND[ask.account]
+        kept = releases.find(ask.run, kind, request) if releases is not None else None
+        if kept is None:
+            kept, _ = make(ask.key(self._seed(admission)))
+            if releases is not None:
+                releases.keep(ask.run, kind, request, kept)
+        return kept
+
+    def _releases(self, admission: Admission) -> Releases | None:
+        """Where releases are kept that could not be made again; None where their randomness is seeded."""
+        return Releases(self.settings.releases_path) if self._seed(admission) is None else None
+
     def _charging(self, admission: Admission) -> Charging:
-        seed = self._seed(admission)
-        releases = Releases(self.settings.releases_path) if seed is None else None
-        return Charging(ledger=self.ledger_for(admission.plan), releases=releases, seed=seed)
+        return Charging(ledger=self.ledger_for(admission.plan), releases=self._releases(admission), seed=self._seed(admission))
 
     def _seed(self, admission: Admission) -> int | None:
         """The seed of a simulation's noise; None where it comes from the operating system."""
         study = admission.study
-        return study.seed if self.settings.virtual and study.privacy.noise_source == "seeded" else None
+        return study.seed if self.settings.virtual and study.privacy.noise_source == "seeded" else self.settings.noise_seed
 
     def _evaluation_event(self, study: Study) -> PrivacyEvent | None:
         epsilon, delta = study.privacy.evaluation_epsilon, study.privacy.delta

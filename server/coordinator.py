@@ -1,9 +1,11 @@
 """The coordinator's round loop: enrol, then select, train, aggregate, evaluate, checkpoint, until the last round of the last fold."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -11,19 +13,22 @@ from flwr.serverapp import Grid
 from server.aggregation import MAX_WEIGHT
 from server.evaluation import add_statistics, count_tested, evaluate
 from server.run_folder import Checkpoint, RunFolder
-from server.strategies.strategy import Answer, FederatedStrategy, Member
+from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason
 from server.witness import Witness
 from shared.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     DataError,
     DeadlineMissedError,
+    NotApprovedError,
     PolicyRefusedError,
     ProtocolError,
     QuorumLostError,
     StorageError,
     WardroundError,
+    fixed_sentence,
 )
+from shared.kit import installed_version
 from shared.messages import (
     MESSAGE,
     PARAMETERS,
@@ -46,8 +51,34 @@ from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
 
-LATE = f"{DeadlineMissedError.code} {DeadlineMissedError.__doc__}"
+LATE = fixed_sentence(DeadlineMissedError)
+ENROL_PAUSE_SECONDS, MAX_PAUSE_SECONDS, ENROL_SECONDS, WELCOME_SECONDS = 2.0, 60.0, 60.0, 15.0
+MENDABLE = ("E101", "E103", "E104", "E5", NotApprovedError.code, "E8", "E4")  # refusals that a hospital may mend while the study waits
 MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
+
+
+def is_final(reason: str) -> bool:
+    """Whether a refusal stands however often the site is asked: of policy, budget or protocol."""
+    return not reason.startswith(MENDABLE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """How often a node that has not enrolled was asked, and when it may be asked again."""
+
+    times: int = 0
+    due: float = 0.0  # time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= self.due
+
+    def after(self, reason: str) -> "_Asking":
+        pause = math.inf if is_final(reason) else min(ENROL_PAUSE_SECONDS * 2**self.times, MAX_PAUSE_SECONDS)
+        return _Asking(times=self.times + 1, due=time.monotonic() + pause)
+
+
+NEVER_ASKED = _Asking()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +100,23 @@ class History:
     folds: list[FoldResult] = field(default_factory=list)
 
 
+class Membership(Protocol):
+    """Who may take part in a deployment, where sites come and go."""
+
+    def expected(self) -> frozenset[str]:
+        """Names of the sites that may take part now."""
+
+    def name_of(self, node_id: int) -> str:
+        """The name of a node's site."""
+
+
 class Coordinator:
     """Runs one study over whatever grid carries its messages, into a run's folder.
 
     Args:
         observe: called with every round's record as soon as it is on disk.
         witness: remembers the sites' ledgers from run to run; None where the sites are virtual.
+        membership: of a deployment: enrolment then waits for its sites, up to the deadline, and one that comes later joins at the next round.
     """
 
     def __init__(
@@ -85,8 +127,12 @@ class Coordinator:
         *,
         observe: Callable[[RoundRecord], None] = lambda record: None,
         witness: Witness | None = None,
+        membership: Membership | None = None,
     ) -> None:
         self._witness = witness
+        self._membership = membership
+        self._asking: dict[int, _Asking] = {}  # by node: those that have not enrolled
+        self._nodes: dict[str, int] = {}  # of the enrolled, by name
         self._study = study
         self._task = task
         self._folder = folder
@@ -137,44 +183,87 @@ class Coordinator:
             self.history.folds.append(FoldResult(fold=fold, parameters=parameters, statistics=self._close_fold(grid, fold, parameters)))
 
     def _enrol(self, grid: Grid) -> None:
+        """Everybody is asked; in a deployment again and again, until all have answered, the quorum is there, or the deadline has passed."""
+        deadline = time.monotonic() + self._study.rounds.deadline_seconds
+        self._ask_to_enrol(grid, timeout=self._study.rounds.deadline_seconds)
+        while self._membership is not None and not self._enough() and time.monotonic() < deadline:
+            self._note_absent()
+            time.sleep(ENROL_PAUSE_SECONDS)
+            self._ask_to_enrol(grid, timeout=max(1.0, min(ENROL_SECONDS, deadline - time.monotonic())))
+        self._note_absent()
+        logger.info(
+            "%d sites enrolled%s", len(self.history.enrolled), "".join(f"; {name}: {why}" for name, why in sorted(self.history.refused.items()))
+        )
+        self._hold_quorum(len(self.history.enrolled), self.history.refused, what="enrolment")
+
+    def _enough(self) -> bool:
+        """Whether the study may begin: all that are expected, or as many as it requires."""
+        assert self._membership is not None
+        required = self._study.rounds.require
+        if required != "all" and len(self.history.enrolled) >= required:
+            return True
+        undecided = self._membership.expected() - self.history.enrolled.keys() - {name for name, why in self.history.refused.items() if is_final(why)}
+        return not undecided
+
+    def _note_absent(self) -> None:
+        """A site that has never answered is named as missing."""
+        if self._membership is not None:
+            absent = self._membership.expected() - self.history.enrolled.keys() - self.history.refused.keys()
+            self.history.refused.update(dict.fromkeys(absent, LATE))
+
+    def _welcome(self, grid: Grid) -> None:
+        """Sites that came late, or whose hospital has decided since, join from this round on; a node that is not ready is asked ever less often."""
+        if self._membership is not None:
+            self._ask_to_enrol(grid, timeout=min(WELCOME_SECONDS, self._study.rounds.deadline_seconds))
+
+    def _ask_to_enrol(self, grid: Grid, *, timeout: float) -> None:
         key = None if self._witness is None else self._witness.public_key
         content = EnrolTask(
-            run=self._folder.name, study=self._study.to_table(), task_fingerprint=self._task.fingerprint(), coordinator_key=key, heads=self._heads()
-        )
-        record = encode(content)
-        messages = [Message(record, node_id, MessageType.QUERY) for node_id in sorted(grid.get_node_ids())]
-        members = []
-        silent = {message.metadata.dst_node_id for message in messages}
-        for reply in grid.send_and_receive(messages, timeout=self._study.rounds.deadline_seconds):
+            run=self._folder.name, study=self._study.to_table(), task_fingerprint=self._task.fingerprint(), coordinator_key=key, heads=self._heads(),
+            version=None if self._membership is None else installed_version(),
+        )  # fmt: skip
+        record, known = encode(content), set(self._nodes.values())
+        nodes = [node_id for node_id in sorted(grid.get_node_ids()) if node_id not in known and self._asking.get(node_id, NEVER_ASKED).is_due]
+        messages = [Message(record, node_id, MessageType.QUERY) for node_id in nodes]
+        silent = set(nodes)
+        for reply in grid.send_and_receive(messages, timeout=timeout) if messages else ():
             silent.discard(reply.metadata.src_node_id)
-            enrolled = self._take_enrolment(reply)
-            if enrolled is not None:
-                weight = enrolled.declared_size if self._study.strategy.weights == "declared" else 1
-                members.append(Member(name=enrolled.name, node_id=reply.metadata.src_node_id, weight=min(max(1, weight), MAX_WEIGHT)))
-        self.history.refused.update({f"node {node_id}": LATE for node_id in sorted(silent)})
-        self._remember({site.name: site.ledger_head for site in self.history.enrolled.values()})
-        self._strategy.set_members(members)
-        logger.info("%d of %d sites enrolled", len(members), len(messages))
-        self._hold_quorum(len(members), self.history.refused, what="enrolment")
+            self._take_enrolment(reply)
+        for node_id in silent:
+            self._refuse(node_id, LATE)
+        self._remember({site.name: site.ledger_head for site in self.history.enrolled.values()} if messages else {})
+        self._strategy.set_members(self._member(site) for site in self.history.enrolled.values())
 
-    def _take_enrolment(self, reply: Message) -> Enrolled | None:
+    def _member(self, site: Enrolled) -> Member:
+        weight = site.declared_size if self._study.strategy.weights == "declared" else 1
+        return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT))
+
+    def _take_enrolment(self, reply: Message) -> None:
+        node_id = reply.metadata.src_node_id
         if reply.has_error():
-            self.history.refused[f"node {reply.metadata.src_node_id}"] = "E101 The site's app failed."
-            return None
+            self._refuse(node_id, failure_reason(reply))
+            return
         try:
             content: Content = decode(reply.content, Enrolled, Refused)
         except ProtocolError as error:
-            self.history.refused[f"node {reply.metadata.src_node_id}"] = f"{error.code} {error.what}"
-            return None
-        if isinstance(content, Refused):
-            self.history.refused[content.name] = f"{content.code} {content.reason}"
-            return None
-        assert isinstance(content, Enrolled)
-        if content.name in self.history.enrolled or content.declared_size < 1:
-            self.history.refused[f"node {reply.metadata.src_node_id}"] = "E102 expected a name of its own and a declared size of at least 1"
-            return None
-        self.history.enrolled[content.name] = content
-        return content
+            self._refuse(node_id, f"{error.code} {error.what}")
+            return
+        if self._membership is not None and isinstance(content, Enrolled | Refused) and content.name != self._membership.name_of(node_id):
+            self._refuse(node_id, "E102 expected the name on the roster, got another")
+        elif isinstance(content, Refused):
+            self._refuse(node_id, f"{content.code} {content.reason}", name=content.name)
+        elif isinstance(content, Enrolled):
+            if content.name in self.history.enrolled or content.declared_size < 1:
+                self._refuse(node_id, "E102 expected a name of its own and a declared size of at least 1", name=f"node {node_id}")
+                return
+            self.history.refused.pop(content.name, None)
+            self.history.enrolled[content.name] = content
+            self._nodes[content.name] = node_id
+
+    def _refuse(self, node_id: int, reason: str, *, name: str | None = None) -> None:
+        known = f"node {node_id}" if self._membership is None else self._membership.name_of(node_id)
+        self.history.refused[name or known] = reason
+        self._asking[node_id] = self._asking.get(node_id, NEVER_ASKED).after(reason)
 
     def _run_fold(self, grid: Grid, start: Checkpoint) -> None:
         self._strategy.fold, self._strategy.state = start.fold, start.state
@@ -188,6 +277,7 @@ class Coordinator:
         self.history.folds.append(FoldResult(fold=start.fold, parameters=parameters, statistics=statistics))
 
     def _run_round(self, grid: Grid, fold: int, number: int, parameters: Parameters) -> Parameters:
+        self._welcome(grid)
         started = time.monotonic()
         content = TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
         record = encode(content, parameters=parameters)

@@ -56,6 +56,42 @@ class ClaimError(WardroundError):
     code = "E105"
 
 
+class SealError(WardroundError):
+    """A message is not signed by who it should be, or is not the answer to what was asked."""
+
+    code = "E107"
+
+
+class BundleError(WardroundError):
+    """A Flower run's bundle is not the one that this installation builds."""
+
+    code = "E108"
+
+
+class AuditError(WardroundError):
+    """An audit log does not verify."""
+
+    code = "E106"
+
+
+class ConfinementError(WardroundError):
+    """A process could not give up its power over the rest of the machine."""
+
+    code = "E109"
+
+
+class AlreadyRunningError(WardroundError):
+    """Another process of ours already works in this folder."""
+
+    code = "E110"
+
+
+class StudyStoppedError(WardroundError):
+    """Somebody stopped the study."""
+
+    code = "E110"
+
+
 class UsageError(WardroundError):
     """The command line was used wrongly."""
 
@@ -92,10 +128,34 @@ class ModelMismatchError(ConfigurationError):
     code = "E304"
 
 
+class VersionMismatchError(ConfigurationError):
+    """Coordinator and site run different versions of wardround."""
+
+    code = "E305"
+
+
 class ConnectionFailedError(WardroundError):
     """A host could not be reached, or TLS failed."""
 
     code = "E400"
+
+
+class KitError(WardroundError):
+    """A kit is damaged, altered, expired, or of another federation."""
+
+    code = "E402"
+
+
+class NodeRefusedError(ConnectionFailedError):
+    """The coordinator does not let this node in."""
+
+    code = "E401"
+
+
+class DoorClosedError(ConnectionFailedError):
+    """The site's daemon does not answer at its socket."""
+
+    code = "E403"
 
 
 class DataError(WardroundError):
@@ -128,6 +188,12 @@ class PolicyRefusedError(WardroundError):
     code = "E600"
 
 
+class NotApprovedError(PolicyRefusedError):
+    """The hospital has not approved this study."""
+
+    code = "E601"
+
+
 class BudgetExhaustedError(WardroundError):
     """The ledger has no room left for what was asked."""
 
@@ -144,6 +210,26 @@ class DeadlineMissedError(QuorumLostError):
     """A site's answer did not come before the deadline."""
 
     code = "E801"
+
+
+class StaleWorkError(QuorumLostError):
+    """Work was stopped because its deadline passed, a newer round came, or the study was stopped."""
+
+    code = "E802"
+
+
+def fixed_sentence(kind: type[WardroundError]) -> str:
+    """The code and the one sentence by which an error of this kind is told to others."""
+    return f"{kind.code} {(kind.__doc__ or '').strip().splitlines()[0]}"
+
+
+def is_fixed_sentence(text: str) -> bool:
+    """True where `text` is exactly such a sentence, and so holds nothing of anybody's."""
+    return text in {fixed_sentence(kind) for kind in _kinds(WardroundError)}
+
+
+def _kinds(kind: type[WardroundError]) -> list[type[WardroundError]]:
+    return [kind, *(found for below in kind.__subclasses__() for found in _kinds(below))]
 
 
 def describe_exception(error: BaseException) -> tuple[str, str]:

@@ -61,6 +61,7 @@ class EnrolTask(Content):
     task_fingerprint: str
     coordinator_key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     heads: dict[str, WitnessedHead] = {}
+    version: str | None = Field(default=None, max_length=MAX_NAME, description="of wardround at the coordinator, in a deployment")
 
 
 class Enrolled(Content):
@@ -93,6 +94,21 @@ class EvaluateTask(Content):
     study_hash: str
     round: int
     fold: int
+
+
+class StopTask(Content):
+    """Stop whatever is under way for this run; what was charged stays charged, and the run may be resumed."""
+
+    kind: Literal["stop"] = "stop"
+    run: str
+    study_hash: str
+
+
+class Stopped(Content):
+    """Nothing of that run is under way here."""
+
+    kind: Literal["stopped"] = "stopped"
+    name: str = Field(min_length=1, max_length=MAX_NAME)
 
 
 class Trained(Content):

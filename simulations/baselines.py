@@ -3,14 +3,13 @@
 They train with the sites' own code, for as many rounds, from the same initial parameters; only nobody is averaged with.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.private_training import Randomness, train_round_private
 from client.site import evaluate_parameters
 from server.evaluation import add_statistics
+from server.outcome import Baseline
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
@@ -21,19 +20,6 @@ from shared.study import Study
 from shared.task import Task
 
 POOLED = "all sites\n"  # no site's name has a line break, so no site shares the pooled model's randomness
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Baseline:
-    """Summed statistics of one baseline.
-
-    Attributes:
-        models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together.
-        own: per site, the statistics of its model (or the pooled one) on its own test patients.
-    """
-
-    models: dict[str, Statistics]
-    own: dict[str, Statistics]
 
 
 def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study) -> dict[str, Baseline]:

@@ -14,6 +14,7 @@ from client.private_probe import probe_model
 from client.site import Site
 from server.app import server_app
 from server.coordinator import Coordinator
+from server.outcome import Baseline, RunOutcome, write_outcome
 from server.run_folder import RunFolder
 from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
@@ -21,10 +22,9 @@ from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
 from shared.study import Study
 from shared.task import resolve_task
-from simulations.baselines import Baseline, run_baselines
+from simulations.baselines import run_baselines
 from simulations.federation import VirtualFederation, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
-from simulations.outcome import RunOutcome, write_outcome
 from simulations.setting import Setting
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,12 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
-    run = RunOutcome(setting=setting, coordinator=coordinator, folder=folder, engine=ENGINE)
+    federation = setting.federation
+    run = RunOutcome(
+        study=setting.study, task=setting.task, coordinator=coordinator, folder=folder, engine=ENGINE, sites=setting.summaries(),
+        seeded_noise=setting.study.privacy.noise_source == "seeded" and not setting.real,
+        synthetic=federation is not None and federation.synthetic, notes={} if federation is None else federation.notes,
+    )  # fmt: skip
     rooms = ("simulations", "server") if setting.real else ("simulations", "server", "client", "shared")  # what a real site logs stays with it
     with _one_thread(), _logging_to(folder, rooms):
         try:

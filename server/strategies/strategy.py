@@ -23,7 +23,7 @@ from server.strategies.fedavgm import FedAvgM
 from server.strategies.fedyogi import fedyogi
 from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
 from shared import study as options
-from shared.errors import ProtocolError, SiteFailedError
+from shared.errors import ProtocolError, SiteFailedError, is_fixed_sentence
 from shared.messages import (
     MESSAGE,
     PARAMETERS,
@@ -157,7 +157,7 @@ class FederatedStrategy(Strategy):
 
     def _judge(self, reply: Message, member: Member, current: Round) -> Answer:
         if reply.has_error():
-            return Answer(name=member.name, status="failed", reason=f"{SiteFailedError.code} The site's app failed.")
+            return Answer(name=member.name, status="failed", reason=failure_reason(reply))
         try:
             return self._accept(reply.content, member, current)
         except ProtocolError as error:
@@ -217,6 +217,12 @@ class FederatedStrategy(Strategy):
     def _current(self) -> Round:
         assert self.round is not None, "configure_* comes before aggregate_*"
         return self.round
+
+
+def failure_reason(reply: Message) -> str:
+    """Why a reply is an error: a code and sentence of our own grid's where there is one, and never a foreign text."""
+    told = reply.error.reason or ""
+    return told if is_fixed_sentence(told) else f"{SiteFailedError.code} The site's app failed."
 
 
 def _check_privacy(privacy: SitePrivacy | None) -> None:

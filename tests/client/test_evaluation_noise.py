@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from client.evaluation_noise import (
     bounded_statistics,
-    evaluation_noise_multiplier,
     grid_of,
     grid_sensitivity,
     merge,
@@ -28,7 +27,7 @@ from client.evaluation_noise import (
 from shared.cohort import Cohort
 from shared.errors import ConfigurationError
 from shared.metrics import BINARY_METRICS, SCORE_HISTOGRAM, FloatArray, Metric, Statistic, confusion_metrics, error_metrics, finish_metrics
-from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, renyi_divergence
+from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, evaluation_noise_multiplier, renyi_divergence
 from shared.seeding import derive_key
 
 LOW, HIGH = -20.0, 60.0

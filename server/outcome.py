@@ -2,49 +2,72 @@
 
 import importlib.metadata
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from client.evaluation_noise import evaluation_noise_multiplier
 from server.coordinator import Coordinator, FoldResult
 from server.evaluation import Evaluation, add_statistics, count_tested, evaluate
 from server.run_folder import RunFolder
 from shared.claim import privacy_claim
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
-from shared.privacy import SOLVE_MARGIN
+from shared.privacy import SOLVE_MARGIN, evaluation_noise_multiplier
 from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
 from shared.schema import TableSchema
 from shared.seeding import Step
+from shared.study import Study
 from shared.task import Task
-from simulations.baselines import Baseline
-from simulations.setting import Setting
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "numpy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunOutcome:
-    """A run that has ended, one way or another."""
+class Baseline:
+    """Summed statistics of one baseline.
 
-    setting: Setting
+    Attributes:
+        models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together.
+        own: per site, the statistics of its model (or the pooled one) on its own test patients.
+    """
+
+    models: dict[str, Statistics]
+    own: dict[str, Statistics]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """A run that has ended, one way or another.
+
+    Attributes:
+        sites: as declared, or exact in a simulation.
+        seeded_noise: whether the noise of a private study came from the study's seed.
+        notes: what reading a simulation's data did, in counts.
+    """
+
+    study: Study
+    task: Task
     coordinator: Coordinator
     folder: RunFolder
     engine: str
+    sites: list[SiteSummary]
+    seeded_noise: bool
+    synthetic: bool = False
+    notes: Mapping[str, int] = field(default_factory=dict)
 
     def evaluation(self, total: Statistics, *path: Step, num_noised: int = 0) -> Evaluation:
         """Metrics of a sum, with the study's intervals; of the noise alone where `num_noised` sites have put noise into it."""
-        study = self.setting.study
+        study = self.study
         noise_std = self._noise_std(num_noised) if num_noised else None
-        return evaluate(self.setting.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise_std)
+        return evaluate(self.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise_std)
 
     def _noise_std(self, num_sites: int) -> dict[str, float]:
         """Standard deviation of the noise in each statistic summed over sites; one that its policy holds to more adds a little more."""
-        privacy = self.setting.study.privacy
+        privacy = self.study.privacy
         assert privacy.evaluation_epsilon is not None and privacy.delta is not None
         multiplier = evaluation_noise_multiplier(privacy.evaluation_epsilon * SOLVE_MARGIN, privacy.delta)
-        statistics = {metric.statistic.name: metric.statistic for metric in self.setting.task.metrics}
+        statistics = {metric.statistic.name: metric.statistic for metric in self.task.metrics}
         each = multiplier * math.sqrt(len(statistics) * num_sites)
         return {name: each * statistic.sensitivity for name, statistic in statistics.items()}
 
@@ -61,7 +84,7 @@ def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseli
     )
     result = _result(run, outcome, baselines, totals, seconds)
     claim = privacy_claim(
-        run.setting.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
+        run.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
     )
     run.folder.write_privacy(claim)
     run.folder.write_result(result)
@@ -89,7 +112,7 @@ def _totals(run: RunOutcome, baselines: dict[str, Baseline]) -> dict[str, Statis
 
 
 def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float) -> Result:
-    study, task, history = run.setting.study, run.setting.task, run.coordinator.history
+    study, task, history = run.study, run.task, run.coordinator.history
     records = run.folder.rounds()
     noised = {"federated": len(history.folds[0].statistics)} if study.noised_statistics and history.folds else {}  # baselines carry no noise
     evaluations = {
@@ -108,9 +131,9 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         engine=run.engine,
         seed=study.seed,
         outcome=outcome,
-        synthetic=run.setting.federation is not None and run.setting.federation.synthetic,
-        sites=_summaries(run),
-        notes=dict(run.setting.federation.notes) if run.setting.federation is not None else {},
+        synthetic=run.synthetic,
+        sites=run.sites,
+        notes=dict(run.notes),
         rounds_completed=len({record.round for record in records if record.fold == records[-1].fold}) if records else 0,
         primary_metric=task.primary_metric,
         metrics={name: metrics.get(name, {}) for name in order},
@@ -124,7 +147,7 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         evaluation_epsilon=study.privacy.evaluation_epsilon,
         privacy=RunPrivacy(
             unit=study.privacy.unit,
-            seeded_noise=study.private and study.privacy.noise_source == "seeded" and not run.setting.real,
+            seeded_noise=study.private and run.seeded_noise,
             sites=dict(sorted(history.privacy.items())),
         ),
         timing=Timing(total_seconds=seconds, seconds_per_round=[record.seconds for record in records]),
@@ -133,20 +156,9 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
 
 def _mean_of_models(run: RunOutcome, baseline: Baseline) -> MetricValues:
     """How good one hospital's model is alone: the mean over the sites' models of each metric on the test patients of all sites."""
-    values = [finish_metrics(run.setting.task.metrics, total) for total in baseline.models.values()]
+    values = [finish_metrics(run.task.metrics, total) for total in baseline.models.values()]
     known = {metric: [value[metric] for value in values if value.get(metric) is not None] for metric in values[0]}
     return {metric: float(np.mean(np.asarray(found, dtype=np.float64))) if found else None for metric, found in known.items()}
-
-
-def _summaries(run: RunOutcome) -> list[SiteSummary]:
-    setting = run.setting
-    if setting.federation is not None:
-        return setting.federation.summaries(setting.task, setting.study)
-    settings = [setting.real[name].settings for name in setting.site_names]
-    return [
-        SiteSummary(name=site.name, num_patients=site.declared_num_patients, num_train=site.declared_size, num_test=site.declared_num_test)
-        for site in settings
-    ]
 
 
 def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, float | int | Interval]]:
@@ -154,7 +166,7 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
     table: dict[str, dict[str, float | int | Interval]] = {}
     for name in names:
         total = add_statistics(fold.statistics.get(name) for fold in folds)
-        evaluation = run.evaluation(total, "site", name, num_noised=int(run.setting.study.noised_statistics))
+        evaluation = run.evaluation(total, "site", name, num_noised=int(run.study.noised_statistics))
         row: dict[str, float | int | Interval] = dict(evaluation.metrics)
         row["num_test"] = _num_test(run, name, total)
         row |= {f"{metric}_ci95": interval for metric, interval in evaluation.ci95.items()}
@@ -164,7 +176,7 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
 
 def _support(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, int]]:
     """Test patients of each site by class: the row sums of a statistic whose rows are the classes."""
-    statistics = {metric.statistic.name: metric.statistic for metric in run.setting.task.metrics}
+    statistics = {metric.statistic.name: metric.statistic for metric in run.task.metrics}
     by_class = next((statistic.name for statistic in statistics.values() if statistic.is_counts and len(statistic.shape) == 2), None)
     sites = sorted({name for fold in folds for name in fold.statistics})
     support = {}
@@ -172,7 +184,7 @@ def _support(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, in
         total = add_statistics(fold.statistics.get(site) for fold in folds)
         if by_class in total:
             counts = total[by_class].sum(axis=1)
-            support[site] = {name: round(float(count)) for name, count in zip(class_names(run.setting.task, len(counts)), counts, strict=True)}
+            support[site] = {name: round(float(count)) for name, count in zip(class_names(run.task, len(counts)), counts, strict=True)}
     return support
 
 
@@ -188,9 +200,9 @@ def _num_test(run: RunOutcome, name: str, total: Statistics) -> int | None:
     Never counted from statistics with noise: they come with one fold alone, and are declared.
     """
     enrolled = run.coordinator.history.enrolled[name]
-    folds = run.setting.study.evaluation.folds
+    folds = run.study.evaluation.folds
     if len(run.coordinator.history.folds) < folds:
-        return count_tested(run.setting.task, total)
+        return count_tested(run.task, total)
     return enrolled.declared_num_test if folds == 1 else enrolled.declared_num_patients
 
 

@@ -1,0 +1,116 @@
+"""The one place where work is done at a site: one thread, one piece of work at a time, and never a stale one.
+
+Ledgers are SQLite files of one thread, and a hospital's machine has one accelerator, so all studies take turns. Work for a run is
+cancelled by a newer question of the same run, by a stop, and by its own deadline; the same question twice is one piece of work.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from shared.errors import StaleWorkError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where in a run a question stands: later ones make earlier ones stale."""
+
+    run: str
+    fold: int = 0
+    round: int = 0
+    closing: bool = False  # evaluation after the last round
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Grows along a run."""
+        return self.fold, self.closing, self.round
+
+
+@dataclass(slots=True, kw_only=True)
+class _Work(Generic[T]):
+    place: Place
+    content: str  # what is asked, as a hash
+    deadline: float
+    future: Future[T]
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Bench(Generic[T]):
+    """Runs work one after another. `check_wanted` is to be called often by what runs; it raises `StaleWorkError` where nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bench")
+        self._lock = threading.Lock()
+        self._works: list[_Work[T]] = []  # waiting and under way
+        self._current: _Work[T] | None = None
+
+    def do(self, place: Place, content: str, make: Callable[[], T], *, seconds: float) -> T:
+        """What `make()` gives, run on the bench's thread once it is its turn.
+
+        Args:
+            content: names the question; the same one, asked again while it is under way, waits for the same result.
+            seconds: after so long it is stale.
+
+        Raises:
+            StaleWorkError: it was cancelled, or its time is over.
+            whatever `make` raises.
+        """
+        with self._lock:
+            known = next((work for work in self._works if (work.place, work.content) == (place, content) and not work.cancelled.is_set()), None)
+            if known is None:
+                for work in self._works:
+                    if work.place.run == place.run and work.place.order < place.order:
+                        work.cancelled.set()
+                known = _Work(place=place, content=content, deadline=time.monotonic() + seconds, future=Future())
+                self._works.append(known)
+                self._thread.submit(self._run, known, make)
+        return known.future.result()
+
+    def cancel(self, run: str) -> None:
+        """Nothing of `run` goes on, from its next step on."""
+        with self._lock:
+            for work in self._works:
+                if work.place.run == run:
+                    work.cancelled.set()
+
+    def check_wanted(self) -> None:
+        """Return where the work under way is still wanted; to be called on the bench's thread.
+
+        Raises:
+            StaleWorkError: it is not.
+        """
+        work = self._current
+        if work is not None and (work.cancelled.is_set() or time.monotonic() > work.deadline):
+            raise StaleWorkError("expected work that is still wanted; a newer task, a stop or the deadline came first")
+
+    @property
+    def at(self) -> Place | None:
+        """Where the work under way stands."""
+        work = self._current
+        return None if work is None else work.place
+
+    def close(self) -> None:
+        """Cancel everything and wait until the thread has ended."""
+        with self._lock:
+            for work in self._works:
+                work.cancelled.set()
+        self._thread.shutdown(wait=True)
+
+    def _run(self, work: _Work[T], make: Callable[[], T]) -> None:
+        self._current = work
+        try:
+            self.check_wanted()
+            result = make()
+        except BaseException as error:  # handed to whoever waits
+            work.future.set_exception(error)
+        else:
+            work.future.set_result(result)
+        finally:
+            self._current = None
+            with self._lock:
+                self._works.remove(work)

@@ -1,0 +1,246 @@
+"""The gate of a hospital: what comes in, what is decided, what leaves.
+
+A question passes, in this order: the coordinator's seal, its freshness, the audit log, the version, the hospital's approval, and then the site's
+own policy, ledger and trainer. The answer is written down before it is sealed and handed back. Nothing passes outward but the declared
+keys of `shared.messages`.
+"""
+
+import functools
+import hashlib
+import logging
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from google.protobuf.message import DecodeError
+
+from client.app import answer_record, refusal
+from client.approvals import Approvals, Asked, what_is_asked
+from client.bench import Bench, Place
+from client.hospital import AUDIT, Hospital, open_site
+from client.site import Site
+from shared.audit import AuditLog, Value
+from shared.cohort import Cohort
+from shared.errors import PolicyRefusedError, ProtocolError, SealError, VersionMismatchError, WardroundError, describe_exception
+from shared.files import storage_errors, write_atomic
+from shared.kit import installed_version
+from shared.messages import (
+    PARAMETERS,
+    STATISTICS,
+    Content,
+    Enrolled,
+    EnrolTask,
+    Evaluated,
+    EvaluateTask,
+    Refused,
+    Stopped,
+    StopTask,
+    Trained,
+    TrainTask,
+    decode,
+    encode,
+)
+from shared.seals import SealedTask, content_digest, open_task, seal_reply
+from shared.study import Study
+from shared.task import Task, resolve_task
+
+Details = dict[str, Value]
+MAX_NONCES = 100_000  # remembered at once; flwr lets no message in that is older than five minutes
+MAX_OPEN_RUNS = 4
+STUDIES = "studies"  # folder in a site's state: what was agreed to, so that a daemon that starts again goes on
+
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """Answers the coordinator's questions for one hospital.
+
+    Args:
+        noise_seed: for tests alone, see `SiteSettings`.
+    """
+
+    def __init__(self, hospital: Hospital, *, noise_seed: int | None = None) -> None:
+        self._hospital = hospital
+        self._noise_seed = noise_seed
+        self.audit = AuditLog(hospital.state / AUDIT, owner=hospital.name, role="site", signer=hospital.signer)
+        self._approvals = Approvals(hospital.state, hospital.signer, hospital.file.approve_in_advance)
+        self._bench: Bench[RecordDict] = Bench()
+        self._lock = threading.Lock()
+        self._nonces: OrderedDict[str, None] = OrderedDict()
+        self._runs: OrderedDict[str, _OpenRun] = OrderedDict()  # used on the bench's thread alone
+        self._cohorts: dict[str, Cohort] = {}
+
+    def answer(self, question: bytes) -> bytes:
+        """The sealed answer to a sealed question; empty where it is no question of the coordinator's to this site."""
+        try:
+            record, task = open_task(_parse(question), site=self._hospital.name, coordinator=self._hospital.coordinator_key)
+            self._check_fresh(task)
+        except WardroundError as error:
+            self._log("task refused", {"outcome": "refused", "reason": f"{error.code} {describe_exception(error)[1]}", "bytes": len(question)})
+            return b""
+        reply = self._reply(record, task, len(question))
+        return bytes(recorddict_to_proto(reply).SerializeToString())
+
+    def close(self) -> None:
+        """Stop what is under way, and release ledgers."""
+        self._bench.close()
+        for run in self._runs.values():
+            run.site.close()
+
+    def _reply(self, record: RecordDict, task: SealedTask, num_bytes: int) -> RecordDict:
+        asked: Content | None = None
+        try:
+            asked = decode(record, EnrolTask, TrainTask, EvaluateTask, StopTask)
+            self._log("task received", _came(asked, task, num_bytes))
+            content = self._decide(asked, record, task)
+        except Exception as error:  # the border of the site: nothing of an exception may pass it but a code
+            content = refusal(self._hospital.name, error)
+        try:
+            head = self.audit.append("answer sent", _leaves(content, asked))
+        except WardroundError as error:  # what cannot be written down does not leave
+            content, head = refusal(self._hospital.name, error), self.audit.head
+        return seal_reply(content, task, signer=self._hospital.signer, audit_head=head)
+
+    def _decide(self, asked: Content, record: RecordDict, task: SealedTask) -> RecordDict:
+        if isinstance(asked, StopTask):
+            self._bench.cancel(asked.run)
+            return encode(Stopped(name=self._hospital.name))
+        assert isinstance(asked, EnrolTask | TrainTask | EvaluateTask)
+        place = Place(run=asked.run) if isinstance(asked, EnrolTask) else _place(asked)
+        return self._bench.do(place, task.content, functools.partial(self._work, asked, record), seconds=task.seconds)
+
+    def _check_fresh(self, task: SealedTask) -> None:
+        with self._lock:
+            if task.nonce in self._nonces:
+                raise SealError("expected a task asked for the first time, got one again (a replay)")
+            self._nonces[task.nonce] = None
+            while len(self._nonces) > MAX_NONCES:
+                self._nonces.popitem(last=False)
+
+    def _log(self, event: str, details: Details) -> None:
+        self.audit.append(event, details)
+
+    # On the bench's thread -----------------------------------------------------------------------------------------------------
+
+    def _work(self, asked: EnrolTask | TrainTask | EvaluateTask, record: RecordDict) -> RecordDict:
+        if isinstance(asked, EnrolTask):
+            run = self._enrol(asked)
+            return encode(run.enrolled)
+        run = self._open_run(asked.run)
+        self._approvals.check(run.asked)  # an approval may have been withdrawn, or have expired
+        return answer_record(run.site, asked, record)
+
+    def _enrol(self, asked: EnrolTask) -> "_OpenRun":
+        if asked.version != installed_version():
+            versions = f"wardround {asked.version} at the coordinator, {installed_version()} at the site"
+            raise VersionMismatchError(f"expected the same version, got {versions}", "install the same version at both sides", rule=versions)
+        study = Study.from_table(asked.study, source="study")
+        allowed = self._hospital.file.policy.allowed_tasks
+        if study.task not in allowed:  # before anything is imported by that name
+            rule = "policy.allowed_tasks"
+            raise PolicyRefusedError(f"{rule}: expected one of {', '.join(allowed)}, got {study.task!r}", "ask the hospital", rule=rule)
+        task = resolve_task(study.task)
+        wanted = what_is_asked(study, task, self._hospital.file)
+        try:
+            how = self._approvals.check(wanted)
+        except WardroundError:
+            self._approvals.remember(wanted)
+            raise
+        self._log("study approved", {"study": study.name, "study_hash": wanted.study_hash, "run": asked.run, "how": how})
+        site = self._site(asked.run, task)
+        run = _OpenRun(site=site, enrolled=site.enrol(asked), asked=wanted)
+        self._keep(asked)
+        self._runs[asked.run] = run
+        self._runs.move_to_end(asked.run)
+        while len(self._runs) > MAX_OPEN_RUNS:
+            self._runs.popitem(last=False)[1].site.close()
+        return run
+
+    def _site(self, run: str, task: Task) -> Site:
+        known = self._runs.pop(run, None)
+        if known is not None:
+            known.site.close()
+        file, path = self._hospital.file, self._hospital.site_file
+        return open_site(path, file, task, opened=self._cohorts, still_wanted=self._bench.check_wanted, noise_seed=self._noise_seed)
+
+    def _open_run(self, name: str) -> "_OpenRun":
+        """A run that was agreed to; where the daemon was started anew since, it is agreed to again, under policy, approval and ledger of today."""
+        if name not in self._runs:
+            path = self._agreed(name)
+            if not path.exists():
+                raise ProtocolError("expected a study that this site has agreed to, got one it has not")
+            with storage_errors(path, "read a study", remedy="check the permissions of the state folder"):
+                self._enrol(EnrolTask.model_validate_json(path.read_bytes()))
+        self._runs.move_to_end(name)
+        return self._runs[name]
+
+    def _keep(self, asked: EnrolTask) -> None:
+        path = self._agreed(asked.run)
+        with storage_errors(path, "keep a study", remedy="check free space and permissions of the state folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, asked.model_dump_json())
+
+    def _agreed(self, run: str) -> Path:
+        return self._hospital.state / STUDIES / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OpenRun:
+    """A run that the site has agreed to."""
+
+    site: Site
+    enrolled: Enrolled
+    asked: Asked
+
+
+def _parse(question: bytes) -> RecordDict:
+    try:
+        return recorddict_from_proto(RecordDictProto.FromString(question))
+    except (DecodeError, ValueError, TypeError, KeyError):
+        raise ProtocolError("expected Flower records, got other bytes") from None
+
+
+def _place(asked: TrainTask | EvaluateTask) -> Place:
+    return Place(run=asked.run, fold=asked.fold, round=asked.round, closing=isinstance(asked, EvaluateTask))
+
+
+def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
+    """What the audit log says of a question."""
+    details: Details = {"kind": _kind(asked), "nonce": task.nonce, "content": task.content, "bytes": num_bytes, "audit_head": task.audit_head}
+    for name in ("run", "study_hash", "round", "fold"):
+        if hasattr(asked, name):
+            details[name] = getattr(asked, name)
+    if isinstance(asked, EnrolTask):
+        study = asked.study.get("name")
+        details["study"] = study if isinstance(study, str) and len(study) <= 64 else "?"
+    return details
+
+
+def _leaves(content: RecordDict, asked: Content | None) -> Details:
+    """What the audit log says of an answer: names, shapes, bytes, hash, epsilon."""
+    reply = decode(content, Enrolled, Trained, Evaluated, Stopped, Refused)
+    details: Details = {"kind": _kind(reply), "outcome": "ok", "content": content_digest(content)}
+    for name in ("run", "study_hash", "round", "fold"):
+        if asked is not None and hasattr(asked, name):
+            details[name] = getattr(asked, name)
+    if isinstance(reply, Refused):
+        details |= {"outcome": "refused", "reason": f"{reply.code} {reply.reason}"}
+    if isinstance(reply, Trained | Evaluated) and reply.privacy is not None:
+        details |= {"epsilon": reply.privacy.epsilon, "delta": reply.privacy.delta, "steps": reply.privacy.steps}
+    for part in (PARAMETERS, STATISTICS):
+        arrays = content.get(part)
+        if isinstance(arrays, ArrayRecord):
+            details[part] = {
+                "names": len(arrays),
+                "shapes": [f"{name} {list(array.shape)} {array.dtype}"[:200] for name, array in list(arrays.items())[:50]],
+                "bytes": sum(len(array.data) for array in arrays.values()),
+            }
+    return details
+
+
+def _kind(content: Content) -> str:
+    return str(type(content).model_fields["kind"].default)

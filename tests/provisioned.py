@@ -1,0 +1,61 @@
+"""A provisioned federation for tests of what hangs on it."""
+
+import contextlib
+import stat
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+
+from client.kit import SiteAnswers, init_site, unpack_kit
+from server.federation_file import FederationFile
+from server.provisioning import Consortium, Provisioned, open_consortium, provision
+from shared.kit import REQUEST, SiteRequest
+
+PASSPHRASE = "a passphrase for tests"
+
+
+def federation(
+    *, sites: Iterable[str] = ("north", "south"), hosts: Iterable[str] = ("coordinator.example.org", "10.0.0.5"), **days: int
+) -> FederationFile:
+    """A federation file."""
+    table = {"name": "tests", "sites": [*sites], "coordinator": {"hosts": [*hosts]}, "certificates": days}
+    return FederationFile.model_validate(table)
+
+
+def provisioned(
+    out: Path,
+    file: FederationFile | None = None,
+    *,
+    requests: Iterable[SiteRequest] = (),
+    with_keys: bool = False,
+    now: datetime | None = None,
+) -> Provisioned:
+    """What `wardround provision` does."""
+    with open_consortium(file or federation(), out, passphrase=PASSPHRASE, now=now) as consortium:
+        return provision(consortium, requests=[*requests], with_keys=with_keys)
+
+
+def opened(out: Path, file: FederationFile | None = None, *, now: datetime | None = None) -> contextlib.AbstractContextManager[Consortium]:
+    """The consortium in `out`."""
+    return open_consortium(file or federation(), out, passphrase=PASSPHRASE, now=now)
+
+
+def joined(out: Path, site: str, folder: Path, *, now: datetime | None = None) -> SiteRequest:
+    """The request of a site that took up its kit in `folder`."""
+    unpack_kit(out / "sites" / f"{site}.zip", folder, now=now)
+    init_site(folder, SiteAnswers(), now=now)
+    return SiteRequest.read(folder / REQUEST)
+
+
+def secrets_in(folder: Path) -> list[Path]:
+    """Every file below `folder` that holds a private key or a zip of one."""
+    return [path for path in folder.rglob("*") if path.is_file() and b"PRIVATE KEY" in path.read_bytes()]
+
+
+def check_modes(folder: Path) -> None:
+    """Nobody but the owner reads a file with a private key, and nobody else writes to a folder."""
+    for path in secrets_in(folder):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            assert not stat.S_IMODE(path.stat().st_mode) & 0o022, path

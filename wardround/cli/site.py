@@ -1,0 +1,126 @@
+"""`wardround site init`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from wardround.cli.options import DebugOption, JsonOption
+
+if TYPE_CHECKING:
+    from client.kit import Scalar, SiteAnswers, TakenUp
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="The site's kit: its folder, or its zip.", show_default=False)]
+
+
+@app.command("init")
+def init(
+    path: KitArgument,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where a zip is unpacked; default: beside it.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="The cohort: a file or a folder.")] = None,
+    task: Annotated[str | None, typer.Option("--task", metavar="T", help="The clinical problem that may be studied.")] = None,
+    declared_size: Annotated[int | None, typer.Option("--declared-size", metavar="N", help="Training patients, rounded; it becomes public.")] = None,
+    declared_test_size: Annotated[int | None, typer.Option("--declared-test-size", metavar="N", help="Test patients, rounded.")] = None,
+    epsilon: Annotated[float | None, typer.Option("--epsilon", metavar="E", help="The cohort's privacy budget, over all studies together.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="An option of the task's loader; repeat.")] = None,
+    wizard: Annotated[bool, typer.Option("--wizard", help="Ask for what was not given.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take up a kit: make the site's own keys, describe its cohort in site.toml, and write the request that the coordinator approves."""
+    from client.kit import SiteAnswers, init_site, unpack_kit
+    from shared.errors import UsageError
+
+    answers = SiteAnswers(
+        data=data,
+        task=task,
+        declared_size=declared_size,
+        declared_test_size=declared_test_size or 0,
+        epsilon=epsilon,
+        options=dict(map(_parse_option, option or [])),
+    )
+    folder = path
+    if path.suffix == ".zip" and not path.is_dir():
+        folder = out or path.parent / path.stem
+        unpack_kit(path, folder)
+    elif out is not None:
+        raise UsageError("--out: expected a zip to unpack there, got a folder", "leave --out away: a folder is used where it is")
+    if wizard:
+        answers = _ask(answers, ask_test_size=declared_test_size is None)
+    _print(init_site(folder, answers), as_json=as_json)
+
+
+def _parse_option(text: str) -> "tuple[str, Scalar]":
+    """Key and value of `--option`: true, false and numbers as such, all else as text."""
+    from shared.errors import UsageError
+
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise UsageError(f"--option: expected KEY=VALUE, got {text!r}", "for example --option encoding=latin-1")
+    if value in ("true", "false"):
+        return key, value == "true"
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
+
+
+def _ask(answers: "SiteAnswers", *, ask_test_size: bool) -> "SiteAnswers":
+    """The answers with those that are missing, from the terminal."""
+    import dataclasses
+
+    from shared.task import task_names
+
+    data = answers.data or Path(typer.prompt("The cohort (a file or a folder)", err=True))
+    task = answers.task or typer.prompt(f"The task ({', '.join(task_names())}, or a schema .toml)", err=True)
+    size = answers.declared_size
+    if size is None:
+        size = typer.prompt("Training patients, rounded (it becomes public)", type=int, err=True)
+    test_size = typer.prompt("Test patients, rounded", default=0, type=int, err=True) if ask_test_size else answers.declared_test_size
+    epsilon = answers.epsilon
+    if epsilon is None:
+        epsilon = typer.prompt("Privacy budget epsilon, over all studies together", default=3.0, type=float, err=True)
+    return dataclasses.replace(answers, data=data, task=task, declared_size=size, declared_test_size=test_size, epsilon=epsilon)
+
+
+def _print(taken: "TakenUp", *, as_json: bool) -> None:
+    """What was made and what comes next."""
+    from shared.certificates import grouped
+    from wardround.cli.output import console, print_envelope
+
+    manifest, request, terminal = taken.manifest, taken.request, console(as_json=as_json)
+    coordinator = f"{manifest.coordinator.hosts[0]}, port {manifest.coordinator.port}"
+    terminal.print(f"{manifest.site} in {manifest.federation}: kit of generation {manifest.generation}, coordinator {coordinator}", markup=False)
+    for note in taken.notes:
+        terminal.print(f"note: {note}", markup=False)
+    terminal.print("Compare both with the coordinator over the phone:")
+    terminal.print(f"  CA       {grouped(taken.ca_fingerprint)}")
+    terminal.print(f"  request  {grouped(request.fingerprint)}")
+    next_steps = [
+        f"send {taken.folder / 'request.json'} to the coordinator (it holds no private key)",
+        *([] if taken.site_file else [f"describe the cohort in {taken.folder / 'site.toml'}"]),
+        f"when approved: wardround site check {taken.folder}, then wardround site start {taken.folder}",
+    ]
+    for number, step in enumerate(next_steps, start=1):
+        terminal.print(f"{number}. {step}", markup=False)
+    if as_json:
+        print_envelope(
+            {
+                "kit": str(taken.folder),
+                "site": manifest.site,
+                "federation": manifest.federation,
+                "generation": manifest.generation,
+                "expires": manifest.expires.isoformat(),
+                "ca_fingerprint": taken.ca_fingerprint,
+                "request": str(taken.folder / "request.json"),
+                "fingerprint": request.fingerprint,
+                "declared_size": request.declared_size,
+                "site_file": str(taken.site_file) if taken.site_file else None,
+                "notes": list(taken.notes),
+                "next": next_steps,
+            }
+        )
