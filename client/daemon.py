@@ -52,7 +52,7 @@ def serve(kit: Path, *, noise_seed: int | None = None) -> int:
 
 def main() -> None:
     """Run the daemon of the kit named on the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr, force=True)
     os.umask(0o077)
     sys.exit(serve(Path(sys.argv[1]).resolve()))
 

@@ -44,7 +44,7 @@ from shared.messages import (
     decode,
     encode,
 )
-from shared.seals import SealedTask, content_digest, open_task, seal_reply
+from shared.seals import SealedTask, open_task, packed_message, seal_reply
 from shared.study import Study
 from shared.task import Task, resolve_task
 
@@ -65,6 +65,7 @@ class Gate:
 
     def __init__(self, hospital: Hospital, *, noise_seed: int | None = None) -> None:
         self._hospital = hospital
+        self._written = hospital.site_file.stat().st_mtime_ns  # site.toml, when it was read
         self._noise_seed = noise_seed
         self.audit = AuditLog(hospital.state / AUDIT, owner=hospital.name, role="site", signer=hospital.signer)
         self._approvals = Approvals(hospital.state, hospital.signer, hospital.file.approve_in_advance)
@@ -127,12 +128,30 @@ class Gate:
     # On the bench's thread -----------------------------------------------------------------------------------------------------
 
     def _work(self, asked: EnrolTask | TrainTask | EvaluateTask, record: RecordDict) -> RecordDict:
+        self._read_again()
         if isinstance(asked, EnrolTask):
             run = self._enrol(asked)
             return encode(run.enrolled)
         run = self._open_run(asked.run)
         self._approvals.check(run.asked)  # an approval may have been withdrawn, or have expired
         return answer_record(run.site, asked, record)
+
+    def _read_again(self) -> None:
+        """A site.toml that was changed holds from the next task on: every study is then agreed to anew, under what it says now.
+
+        Raises:
+            ConfigurationError: it does not fit, and nothing is done until it does.
+        """
+        written = self._hospital.site_file.stat().st_mtime_ns
+        if written != self._written:
+            self._hospital = Hospital.open(self._hospital.kit)
+            self._approvals = Approvals(self._hospital.state, self._hospital.signer, self._hospital.file.approve_in_advance)
+            for run in self._runs.values():
+                run.site.close()
+            self._runs.clear()
+            self._cohorts.clear()
+            self._written = written
+            self._log("site file read again", {"sha256": hashlib.sha256(self._hospital.site_file.read_bytes()).hexdigest()})
 
     def _enrol(self, asked: EnrolTask) -> "_OpenRun":
         if asked.version != installed_version():
@@ -223,7 +242,7 @@ def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
 def _leaves(content: RecordDict, asked: Content | None) -> Details:
     """What the audit log says of an answer: names, shapes, bytes, hash, epsilon."""
     reply = decode(content, Enrolled, Trained, Evaluated, Stopped, Refused)
-    details: Details = {"kind": _kind(reply), "outcome": "ok", "content": content_digest(content)}
+    details: Details = {"kind": _kind(reply), "outcome": "ok", "content": packed_message(content).content}
     for name in ("run", "study_hash", "round", "fold"):
         if asked is not None and hasattr(asked, name):
             details[name] = getattr(asked, name)

@@ -4,10 +4,19 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.coordinator import Coordinator
+from server.deployed_run import run_deployed
+from shared.bundle import RUN
+
+app = ServerApp()  # of a deployment: named in the bundle of every study
+
+
+@app.main()
+def _deployed(grid: Grid, context: Context) -> None:
+    run_deployed(grid, str(context.run_config[RUN]))
 
 
 def server_app(coordinator: Coordinator) -> ServerApp:
-    """The app that runs one study; what it comes to is in `coordinator.history`."""
+    """The app that runs one study in this process; what it comes to is in `coordinator.history`."""
     app = ServerApp()
 
     @app.main()

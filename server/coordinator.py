@@ -73,6 +73,10 @@ class _Asking:
     def is_due(self) -> bool:
         return time.monotonic() >= self.due
 
+    def hurried(self) -> "_Asking":
+        """As it was, but due now, unless its answer was final: while everybody waits, nobody is spared."""
+        return self if self.due == math.inf else _Asking(times=self.times)
+
     def after(self, reason: str) -> "_Asking":
         pause = math.inf if is_final(reason) else min(ENROL_PAUSE_SECONDS * 2**self.times, MAX_PAUSE_SECONDS)
         return _Asking(times=self.times + 1, due=time.monotonic() + pause)
@@ -133,6 +137,7 @@ class Coordinator:
         self._membership = membership
         self._asking: dict[int, _Asking] = {}  # by node: those that have not enrolled
         self._nodes: dict[str, int] = {}  # of the enrolled, by name
+        self._told = ""
         self._study = study
         self._task = task
         self._folder = folder
@@ -185,10 +190,14 @@ class Coordinator:
     def _enrol(self, grid: Grid) -> None:
         """Everybody is asked; in a deployment again and again, until all have answered, the quorum is there, or the deadline has passed."""
         deadline = time.monotonic() + self._study.rounds.deadline_seconds
-        self._ask_to_enrol(grid, timeout=self._study.rounds.deadline_seconds)
+        self._ask_to_enrol(
+            grid, timeout=min(ENROL_SECONDS, self._study.rounds.deadline_seconds) if self._membership else self._study.rounds.deadline_seconds
+        )
         while self._membership is not None and not self._enough() and time.monotonic() < deadline:
             self._note_absent()
+            self._tell_waiting()
             time.sleep(ENROL_PAUSE_SECONDS)
+            self._asking = {node_id: asking.hurried() for node_id, asking in self._asking.items()}
             self._ask_to_enrol(grid, timeout=max(1.0, min(ENROL_SECONDS, deadline - time.monotonic())))
         self._note_absent()
         logger.info(
@@ -204,6 +213,12 @@ class Coordinator:
             return True
         undecided = self._membership.expected() - self.history.enrolled.keys() - {name for name, why in self.history.refused.items() if is_final(why)}
         return not undecided
+
+    def _tell_waiting(self) -> None:
+        told = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.history.refused.items()))
+        if told != self._told:
+            logger.info("waiting for sites, %d enrolled; %s", len(self.history.enrolled), told)
+            self._told = told
 
     def _note_absent(self) -> None:
         """A site that has never answered is named as missing."""
@@ -401,6 +416,7 @@ class Coordinator:
 MEND = "mend the named sites and resume with --resume, or ask fewer with [rounds] require"
 COMMON_ERRORS: tuple[tuple[type[WardroundError], str, str], ...] = (
     (BudgetExhaustedError, "E7", "ask for less (epsilon, rounds), or let the hospitals raise their limits"),
+    (NotApprovedError, NotApprovedError.code, "each hospital decides with 'wardround site approve'; then resume the study"),
     (PolicyRefusedError, "E6", "change the study to what the sites' policies allow"),
     (DataError, "E5", "the sites' own logs say what their data lack"),
     (ConfigurationError, "E3", "correct the study, or install the same version at both sides"),

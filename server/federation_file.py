@@ -36,12 +36,20 @@ class CoordinatorTable(Settings):
 
     hosts: tuple[str, ...] = Field(min_length=1, strict=False, description="names and addresses; the first is what sites dial")
     port: int = Field(default=8443, ge=1, le=65535, description="the one port that sites reach")
+    listen: str = Field(
+        default="0.0.0.0", description="address on which that port is opened; '::' for IPv6 and IPv4, 127.0.0.1 for this machine alone"
+    )
     page_port: int = Field(default=8480, ge=1, le=65535, description="page and status, on loopback only")
 
     @field_validator("hosts")
     @classmethod
     def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(check_host(host) for host in hosts))
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, text: str) -> str:
+        return str(ipaddress.ip_address(text))
 
     @model_validator(mode="after")
     def _check_ports(self) -> "CoordinatorTable":

@@ -21,10 +21,10 @@ import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import h11
 import httpx
 import uvicorn
 from starlette.applications import Starlette
@@ -57,7 +57,8 @@ RETRY_AFTER_SECONDS = 2
 HEALTH_KEPT_SECONDS = 1.0  # so that asking us often does not ask the SuperLink often
 KEEP_ALIVE_SECONDS = 75
 REQUEST_HEAD_SECONDS = 30.0  # from the connection, or from the last answer's end and its keep-alive, to a whole request head
-IDLE_SECONDS = 30.0  # longest silence of a client within a body
+IDLE_SECONDS, BODY_SECONDS = 30.0, 600.0  # longest silence of a client within a body, and longest time for a whole one
+_UPSTREAM_KEEP_ALIVE_SECONDS = 2.0  # less than the 5 s after which the SuperLink hangs up, lest a request meet a connection that is just closing
 _UPSTREAM_TIMEOUT = httpx.Timeout(connect=5, read=60, write=60, pool=5)
 
 _NOT_FOUND = b'{"detail":"Not Found"}'
@@ -100,32 +101,38 @@ def front_door(
     """
     if not re.fullmatch(r"https://[A-Za-z0-9.\-\[\]:]+:[0-9]{1,5}", upstream):
         raise ConfigurationError(f"upstream: expected https://host:port, got {upstream!r}", "give the SuperLink's address on loopback")
-    limits = httpx.Limits(max_connections=max_concurrent + 1, max_keepalive_connections=max_concurrent)
-    client = httpx.AsyncClient(base_url=upstream, verify=verify, timeout=_UPSTREAM_TIMEOUT, limits=limits, follow_redirects=False, trust_env=False)
+    limits = httpx.Limits(max_connections=max_concurrent + 1, keepalive_expiry=_UPSTREAM_KEEP_ALIVE_SECONDS)
+    # Not a client: that would keep cookies, and so carry what one site was told into what another asks, and add headers of its own.
+    transport = httpx.AsyncHTTPTransport(verify=verify, limits=limits, trust_env=False)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with client:
+        async with transport:
             yield
 
-    door = Middleware(
-        _Door, client=client, version=version, max_body_bytes=max_body_bytes, max_concurrent=max_concurrent, idle_seconds=idle_seconds
-    )
+    bounds = _Bounds(max_body_bytes=max_body_bytes, max_concurrent=max_concurrent, idle_seconds=idle_seconds)
+    door = Middleware(_Door, upstream=upstream, transport=transport, version=version, bounds=bounds)
     return Starlette(middleware=[door], lifespan=lifespan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Bounds:
+    """What one client may take of the door; `front_door` says what each is."""
+
+    max_body_bytes: int
+    max_concurrent: int
+    idle_seconds: float
 
 
 class _Door:
     """Stands before Starlette's routing, which compares decoded paths; behind it there is no route."""
 
-    def __init__(
-        self, app: ASGIApp, *, client: httpx.AsyncClient, version: str, max_body_bytes: int, max_concurrent: int, idle_seconds: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, upstream: str, transport: httpx.AsyncHTTPTransport, version: str, bounds: _Bounds) -> None:
         self._app = app
-        self._client = client
+        self._upstream = upstream
+        self._transport = transport
         self._version = version
-        self._max_body_bytes = max_body_bytes
-        self._max_concurrent = max_concurrent
-        self._idle_seconds = idle_seconds
+        self._bounds = bounds
         self._active = 0
         self._healthy, self._health_until = False, 0.0
 
@@ -136,7 +143,7 @@ class _Door:
             await self._tell_health(send)
         elif not _is_request(scope, "POST", FLEET_PATHS):
             await _refuse(scope, send, 404, _NOT_FOUND)
-        elif self._active >= self._max_concurrent:
+        elif self._active >= self._bounds.max_concurrent:
             await _refuse(scope, send, 503, _UNAVAILABLE)
         else:
             self._active += 1
@@ -148,16 +155,15 @@ class _Door:
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask the SuperLink and give back its answer, or say why not."""
         headers = _only(scope["headers"], REQUEST_HEADERS)
-        if _declared_length(headers) > self._max_body_bytes:
+        if _declared_length(headers) > self._bounds.max_body_bytes:
             await _refuse(scope, send, 413, _TOO_LARGE)
             return
         path = scope["raw_path"].decode("ascii")  # one of FLEET_PATHS, character by character
         started = False
         try:
-            request = self._client.build_request("POST", path, content=self._body(receive), headers=[*headers, (b"accept-encoding", b"identity")])
-            response = await self._client.send(request, stream=True)
+            response = await self._ask("POST", path, headers, self._body(receive))
             async with contextlib.aclosing(response):
-                if not response.is_redirect and response.status_code >= 200:
+                if not 300 <= response.status_code < 400:
                     started = True
                     await self._answer(response, send)
                     return
@@ -171,20 +177,26 @@ class _Door:
             if not started:  # else returning now, with half an answer sent, makes uvicorn cut the connection, which the client takes as a failure
                 await _refuse(scope, send, 503, _UNAVAILABLE)
 
+    async def _ask(self, method: str, path: str, headers: Headers, body: AsyncIterator[bytes] | None) -> httpx.Response:
+        """The SuperLink's answer, up to its body. httpx adds Host and, where no length is known, Transfer-Encoding."""
+        extensions = {"timeout": _UPSTREAM_TIMEOUT.as_dict()}
+        return await self._transport.handle_async_request(
+            httpx.Request(method, self._upstream + path, headers=headers, content=body, extensions=extensions)
+        )
+
     async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
         """The request's body, as it comes."""
-        length = 0
-        more = True
+        length, more, deadline = 0, True, time.monotonic() + BODY_SECONDS
         while more:
             try:
-                message = await asyncio.wait_for(receive(), self._idle_seconds)
+                message = await asyncio.wait_for(receive(), min(self._bounds.idle_seconds, max(deadline - time.monotonic(), 0)))
             except TimeoutError:
                 raise _ClientGoneError from None
             if message["type"] == "http.disconnect":
                 raise _ClientGoneError
             part = message.get("body", b"")
             length += len(part)
-            if length > self._max_body_bytes:
+            if length > self._bounds.max_body_bytes:
                 raise _TooLargeError
             if part:
                 yield part
@@ -199,24 +211,30 @@ class _Door:
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:
-        await asyncio.wait_for(send(message), self._idle_seconds)
+        await asyncio.wait_for(send(message), self._bounds.idle_seconds)
 
     async def _tell_health(self, send: Send) -> None:
         """Whether the SuperLink answers, whatever it says."""
         if time.monotonic() >= self._health_until:
             self._health_until = time.monotonic() + HEALTH_KEPT_SECONDS
             try:
-                await self._client.get(HEALTH_PATH, timeout=5)
+                await (await self._ask("GET", HEALTH_PATH, [], None)).aclose()
                 self._healthy = True
             except httpx.HTTPError:
                 self._healthy = False
-        body = json.dumps({"status": "ok" if self._healthy else "starting", "wardround": self._version}).encode()
+        body = _health_text("ok" if self._healthy else "starting", self._version).encode()
         await _say(send, 200 if self._healthy else 503, body)
 
 
 def _is_request(scope: Scope, method: str, paths: tuple[str, ...]) -> bool:
-    """Whether it is exactly that request, in the bytes that came."""
-    plain = not scope["query_string"] and not any(name == b"upgrade" for name, _ in scope["headers"])
+    """Whether it is exactly that request, in the bytes that came, with one opinion on its length and none on another protocol."""
+    names = {name for name, _ in scope["headers"]}
+    plain = (
+        scope["http_version"] == "1.1"
+        and not scope["query_string"]
+        and b"upgrade" not in names
+        and not {b"content-length", b"transfer-encoding"} <= names
+    )
     return plain and scope["method"] == method and scope["raw_path"] in [path.encode() for path in paths]
 
 
@@ -242,3 +260,252 @@ async def _say(send: Send, status: int, body: bytes) -> None:
         headers.append((b"retry-after", str(RETRY_AFTER_SECONDS).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+class _DoorProtocol(H11Protocol):
+    """HTTP that also hangs up on who does not bring a whole request head in time; uvicorn alone waits for ever."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._expect_head_within(REQUEST_HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_head_within(None)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:  # a head came
+            self._expect_head_within(None)
+
+    def on_response_complete(self) -> None:
+        self._expect_head_within(KEEP_ALIVE_SECONDS + REQUEST_HEAD_SECONDS)
+        super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """As uvicorn's, but an idle connection does not keep us waiting for the other side's TLS goodbye."""
+        super().shutdown()
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+    def _expect_head_within(self, seconds: float | None) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+        self._head_timer = self.loop.call_later(seconds, self.transport.abort) if seconds is not None else None
+
+
+class _DoorServer(uvicorn.Server):
+    """A server that leaves signals to the program it is a part of: set `should_exit` to end it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def door_server(app: ASGIApp, *, certificate: Path, key: Path, max_connections: int = MAX_CONNECTIONS) -> uvicorn.Server:
+    """The server for a front door: `await server.serve(sockets=[listening_socket(host, port)])`; it ends when `should_exit` is set.
+
+    TLS 1.2 or newer, HTTP/1.1 by h11, neither server nor date told, no access log, no signal handlers.
+
+    Raises:
+        ConfigurationError: certificate or key cannot be used.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_DoorProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        limit_concurrency=max_connections,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=5,
+    )
+    config.load()
+    config.ssl = _server_tls(certificate, key)
+    return _DoorServer(config)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one.
+
+    Raises:
+        ConnectionFailedError: the port is taken, or the address is not this machine's.
+    """
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=MAX_CONNECTIONS)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # handed on to connections; asyncio sets it on its own sockets alone
+        return listening
+    except OSError as error:
+        raise ConnectionFailedError(
+            f"{host}:{port}: expected a free port to listen on, got: {error.strerror}", "choose another port or host"
+        ) from error
+
+
+def _server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:  # SSLError is one
+        reason = error.strerror or type(error).__name__
+        raise ConfigurationError(
+            f"{certificate}, {key}: expected a certificate and its key, got: {reason}", "make the kit anew, or renew it"
+        ) from error
+    return context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NginxDoor:
+    """What an nginx that stands in for the front door needs to know; files by full paths."""
+
+    server_names: tuple[str, ...]
+    listen: tuple[str, ...] = ("443",)  # ports, or addresses with ports
+    certificate: Path  # with its chain
+    key: Path
+    upstream: str  # host:port of the SuperLink, on loopback
+    upstream_name: str = "localhost"  # a DNS name in its certificate: nginx compares no IP addresses
+    upstream_ca: Path
+    version: str
+    max_body_bytes: int = MAX_BODY_BYTES
+    max_concurrent: int = MAX_CONCURRENT
+
+
+def nginx_configuration(door: NginxDoor) -> str:
+    """A file for nginx's http context (`/etc/nginx/conf.d/`) that lets through what `front_door` does; nginx 1.15.3 or newer.
+
+    Raises:
+        ConfigurationError: a value would not survive nginx's quoting.
+    """
+    values = (
+        *door.server_names,
+        *door.listen,
+        str(door.certificate),
+        str(door.key),
+        door.upstream,
+        door.upstream_name,
+        str(door.upstream_ca),
+        door.version,
+    )
+    for value in values:
+        if not re.fullmatch(r"[\w./:+@*\[\] -]+", value):
+            raise ConfigurationError(f"nginx: expected letters, digits, spaces and ./:+@*[]-, got {value!r}", "choose another name or path")
+    passed = [name for name in REQUEST_HEADERS if name != "content-length"]  # which nginx sets itself
+    return _NGINX.format(
+        listen="\n".join(f"    listen {address} ssl;" for address in door.listen),
+        names=" ".join(door.server_names),
+        upstream=door.upstream,
+        upstream_name=door.upstream_name,
+        upstream_ca=door.upstream_ca,
+        certificate=door.certificate,
+        key=door.key,
+        max_body_bytes=door.max_body_bytes,
+        max_concurrent=door.max_concurrent,
+        headers="\n".join(f"    proxy_set_header {name} $http_{name.replace('-', '_')};" for name in passed),
+        fleet="".join(_NGINX_CALL.format(path=path, not_found=_NOT_FOUND.decode()) for path in FLEET_PATHS),
+        keep_alive=KEEP_ALIVE_SECONDS,
+        idle=int(IDLE_SECONDS),
+        retry_after=RETRY_AFTER_SECONDS,
+        not_found=_NOT_FOUND.decode(),
+        unavailable=_UNAVAILABLE.decode(),
+        healthy=_health_text("ok", door.version),
+        starting=_health_text("starting", door.version),
+    )
+
+
+def _health_text(status: str, version: str) -> str:
+    return json.dumps({"status": status, "wardround": version})
+
+
+# nginx compares a location with the decoded, tidied path; `$request` is the request line as it came.
+_NGINX_CALL = """
+    location = {path} {{
+        if ($request != "POST {path} HTTP/1.1") {{ return 404 '{not_found}'; }}
+        if ($http_upgrade) {{ return 404 '{not_found}'; }}
+        proxy_pass https://wardround_superlink{path};
+    }}
+"""
+
+_NGINX = """# Written by wardround: what stands in for the coordinator's front door. Include it in nginx's http context.
+upstream wardround_superlink {{
+    server {upstream};
+    keepalive 16;
+    keepalive_timeout 2s;
+}}
+
+limit_conn_zone $server_name zone=wardround:1m;
+
+server {{
+{listen}
+    server_name {names};
+    server_tokens off;
+    access_log off;
+    merge_slashes off;
+    default_type application/json;
+
+    ssl_certificate "{certificate}";
+    ssl_certificate_key "{key}";
+    ssl_protocols TLSv1.2 TLSv1.3;
+
+    client_max_body_size {max_body_bytes};
+    client_header_timeout {idle}s;
+    client_body_timeout {idle}s;
+    send_timeout {idle}s;
+    keepalive_timeout {keep_alive}s;
+    limit_conn wardround {max_concurrent};
+    limit_conn_status 503;
+
+    proxy_http_version 1.1;
+    proxy_ssl_verify on;
+    proxy_ssl_verify_depth 2;
+    proxy_ssl_trusted_certificate "{upstream_ca}";
+    proxy_ssl_name {upstream_name};
+    proxy_ssl_server_name on;
+    proxy_ssl_protocols TLSv1.2 TLSv1.3;
+    proxy_connect_timeout 5s;
+    proxy_read_timeout 60s;
+    proxy_send_timeout 60s;
+    proxy_next_upstream off;
+    proxy_redirect off;
+    proxy_max_temp_file_size 0;
+
+    # Only what Flower's client sends; the body's length is nginx's own.
+    proxy_pass_request_headers off;
+    proxy_set_header Connection "";
+    proxy_set_header Host {upstream_name};
+{headers}
+
+    # Never 401 or 403 of our own: Flower's clients end themselves on them. On 503 they try again.
+    error_page 502 503 504 = @unavailable;
+    location @unavailable {{
+        add_header Retry-After {retry_after} always;
+        return 503 '{unavailable}';
+    }}
+{fleet}
+    # A path that the SuperLink does not have: its 404 says that it answers.
+    location = /health {{
+        if ($request != "GET /health HTTP/1.1") {{ return 404 '{not_found}'; }}
+        proxy_pass_request_body off;
+        proxy_set_header Connection "";
+        proxy_intercept_errors on;
+        error_page 404 = @healthy;
+        error_page 500 502 503 504 = @starting;
+        proxy_pass https://wardround_superlink/wardround-asks-whether-you-answer;
+    }}
+    location @healthy {{ return 200 '{healthy}'; }}
+    location @starting {{
+        add_header Retry-After {retry_after} always;
+        return 503 '{starting}';
+    }}
+
+    location / {{ return 404 '{not_found}'; }}
+}}
+"""

@@ -19,9 +19,10 @@ from server.live_roster import LiveRoster, public_key
 from shared.audit import AuditLog, Value
 from shared.errors import NodeRefusedError, ProtocolError, SiteFailedError, StudyStoppedError, WardroundError, fixed_sentence
 from shared.messages import JSON, MESSAGE
-from shared.seals import SealedTask, arrays_digest, content_digest, open_reply, seal_task
+from shared.seals import SealedTask, open_reply, packed_message, seal_task
 
 POLL_SECONDS = 0.1
+PULL_BYTES = 32_000_000  # of replies in memory at once, or one that is larger
 FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NO_DEADLINE = 3600.0
 GRACE_SECONDS = 60.0  # a message lives on for this long beyond its deadline, in Flower's books
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 class _Sent:
     message: Message
     task: SealedTask
+    size: int  # of it, and of about its reply, in bytes
 
 
 class SealedGrid(Grid):
@@ -83,49 +85,52 @@ class SealedGrid(Grid):
         Raises:
             StudyStoppedError: somebody stopped the study.
         """
-        seconds = NO_DEADLINE if timeout is None else timeout
+        return self._exchange(messages, NO_DEADLINE if timeout is None else timeout, self._check_stopped)
+
+    def until(self, messages: Iterable[Message], *, seconds: float) -> Iterator[Message]:
+        """As `send_and_receive`, also once the study was stopped."""
+        return self._exchange(messages, seconds, lambda: None)
+
+    def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
         deadline = time.monotonic() + seconds
-        waiting: dict[str, _Sent] = {}
-        for sent in self._push(messages, seconds):
-            if isinstance(sent, Message):
-                yield sent
-            else:
-                waiting[sent.message.metadata.message_id] = sent
+        waiting, failed = self._push(list(messages), seconds)
+        yield from failed
+        at_once = max(1, PULL_BYTES // max((sent.size for sent in waiting.values()), default=1))
         while waiting and time.monotonic() < deadline:
-            self._check_stopped()
+            check()
             before = len(waiting)
-            for message_id in list(waiting):
-                for reply in self._grid.pull_messages([message_id]):
-                    yield self._open(reply, waiting.pop(message_id))
+            ids = list(waiting)
+            for start in range(0, len(ids), at_once):
+                replies = list(self._grid.pull_messages(ids[start : start + at_once]))
+                while replies:
+                    yield self._open(reply := replies.pop(), waiting.pop(reply.metadata.reply_to_message_id))
                     del reply
             if len(waiting) == before:
                 time.sleep(POLL_SECONDS)
 
-    def _push(self, messages: Iterable[Message], seconds: float) -> Iterator[_Sent | Message]:
-        digests: dict[int, bytes] = {}
-
-        def digest(arrays: ArrayRecord) -> bytes:
-            if id(arrays) not in digests:
-                digests[id(arrays)] = arrays_digest(arrays)
-            return digests[id(arrays)]
-
+    def _push(self, messages: list[Message], seconds: float) -> tuple[dict[str, _Sent], list[Message]]:
+        """Seal and send them: what is waited for, by message id, and failures in the place of those that could not be sent."""
+        sent, failed, packed, last = [], [], None, None
         for message in messages:
-            node_id = message.metadata.dst_node_id
-            site = self._roster.site_of(node_id)
+            site = self._roster.site_of(message.metadata.dst_node_id)
             if site is None:
-                yield self._failure(message, NodeRefusedError("not on the roster, revoked or expired"))
+                failed.append(self._failure(message, NodeRefusedError("not on the roster, revoked or expired")))
                 continue
-            content, task = seal_task(
-                message.content, site=site.name, seconds=max(1.0, seconds), signer=self._signer, audit_head=self._audit.head, digest=digest
-            )
-            sealed = Message(content, node_id, message.metadata.message_type, group_id=message.metadata.group_id, ttl=seconds + GRACE_SECONDS)
+            if packed is None or message.content is not last:  # a round's messages share one record
+                packed, last = packed_message(message.content), message.content
+            content, task = seal_task(packed, site=site.name, seconds=max(1.0, seconds), signer=self._signer, audit_head=self._audit.head)
+            metadata = message.metadata
+            sealed = Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id, ttl=seconds + GRACE_SECONDS)
             self._audit.append("task sent", {"site": site.name, "nonce": task.nonce, "content": task.content, **_asked(message.content)})
-            [message_id] = self._grid.push_messages([sealed])
+            sent.append((sealed, _Sent(message=message, task=task, size=len(packed.arrays) + len(packed.text))))
+        ids = self._grid.push_messages([sealed for sealed, _ in sent]) if sent else []
+        waiting = {}
+        for message_id, (_, item) in zip(ids, sent, strict=True):
             if message_id is None:
-                yield self._failure(message, SiteFailedError("could not be handed over"))
-                continue
-            sealed.metadata.__dict__["_message_id"] = message_id
-            yield _Sent(message=sealed, task=task)
+                failed.append(self._failure(item.message, SiteFailedError("could not be handed over")))
+            else:
+                waiting[message_id] = item
+        return waiting, failed
 
     def _open(self, reply: Message, sent: _Sent) -> Message:
         """The reply without its seal, from the node that was asked; a failure in its place where it is not that site's answer."""
@@ -135,22 +140,26 @@ class SealedGrid(Grid):
                 raise NodeRefusedError("revoked or expired meanwhile")
             if reply.has_error():
                 raise SiteFailedError("the site's courier could not answer")
-            content, seal = open_reply(reply.content, sent.task, site_key=public_key(site))
+            opened = open_reply(reply.content, sent.task, site_key=public_key(site))
         except WardroundError as error:
             return self._failure(sent.message, error)
         except Exception:  # the border of the coordinator: bytes that break their reader cost this site its round, and nobody else anything
             logger.warning("site %s: its reply could not be read", sent.task.site, exc_info=logger.isEnabledFor(logging.DEBUG))
             return self._failure(sent.message, ProtocolError("could not be read"))
-        details: dict[str, Value] = {"site": site.name, "nonce": sent.task.nonce, "content": content_digest(content), "audit_head": seal.audit_head}
-        self._audit.append("reply received", {**_asked(sent.message.content), **details, **_sizes(content)})
-        return Message(content, reply_to=sent.message)
+        details: dict[str, Value] = {"site": site.name, "nonce": sent.task.nonce, "content": opened.content, "audit_head": opened.audit_head}
+        self._audit.append("reply received", {**_asked(sent.message.content), **details, **_sizes(opened.record)})
+        return self._reply(opened.record, sent.message)
 
     def _failure(self, message: Message, error: WardroundError) -> Message:
         reason = fixed_sentence(type(error))
         name = self._roster.name_of(message.metadata.dst_node_id)
         logger.warning("site %s: %s (%s)", name, reason, error.what)
         self._audit.append("reply refused", {"site": name, "outcome": "refused", "reason": reason})
-        return Message(Error(code=FAILED, reason=reason), reply_to=message)
+        return self._reply(Error(code=FAILED, reason=reason), message)
+
+    @staticmethod
+    def _reply(content: RecordDict | Error, message: Message) -> Message:
+        return Message(content, reply_to=message)
 
     def _check_stopped(self) -> None:
         if self._stopped():

@@ -51,6 +51,11 @@ def parse_node_key(text: str) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def node_key_pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """The public key as Flower's SuperLink keeps it."""
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def load_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     """The node key in the file at `path`.
 

@@ -89,7 +89,7 @@ class AlreadyRunningError(WardroundError):
 class StudyStoppedError(WardroundError):
     """Somebody stopped the study."""
 
-    code = "E110"
+    code = "E111"
 
 
 class UsageError(WardroundError):

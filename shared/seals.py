@@ -1,7 +1,7 @@
 """Seals: a task is signed by the coordinator for one site, a reply by the site's daemon for one task.
 
-Flower's node authentication signs a timestamp alone, so whoever ends TLS could replay, alter or forge what passes. A seal is a further
-Flower record beside the message. It signs (Ed25519) a statement that names
+Flower's node authentication signs a timestamp alone, so whoever ends TLS could replay, alter or forge what passes. A seal rides beside a packed
+message. It signs (Ed25519) a statement that names
 
 - for a task: the site it is for, a nonce drawn anew for every message, the seconds it may take, the coordinator's audit head, and the SHA-256 of
   the content: study hash, run, round and parameters;
@@ -11,26 +11,22 @@ Flower record beside the message. It signs (Ed25519) a statement that names
 So an answer is good for one question alone, and a question for one site alone. What is not covered: that a message arrives, and when.
 """
 
-import hashlib
 import json
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
+from shared.envelope import Packed, from_records, pack, to_records, unpack
 from shared.errors import ProtocolError, SealError
-from shared.messages import JSON, MESSAGE, PARAMETERS, STATISTICS, Content
+from shared.messages import JSON, MESSAGE, Content
 
-SEAL = "seal"
 NONCE_BYTES = 32
 MAX_SEAL_CHARACTERS = 2000
 HEX_256 = r"^[0-9a-f]{64}$"
-
-ArraysDigest = Callable[[ArrayRecord], bytes]
 
 
 class Seal(Content):
@@ -53,98 +49,74 @@ class SealedTask:
     audit_head: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A message whose seal is good: its records as `shared.messages` reads them, and what the seal said."""
+
+    record: RecordDict
+    content: str  # SHA-256, hex
+    audit_head: str | None
+
+
+def packed_message(record: RecordDict) -> Packed:
+    """A message of `shared.messages`, packed; a round's tasks need be packed once for all sites."""
+    fields = record[MESSAGE]
+    assert isinstance(fields, ConfigRecord)
+    return pack(record, text=str(fields[JSON]))
+
+
 def seal_task(
-    record: RecordDict, *, site: str, seconds: float, signer: Ed25519PrivateKey, audit_head: str | None = None, digest: ArraysDigest | None = None
+    packed: Packed, *, site: str, seconds: float, signer: Ed25519PrivateKey, audit_head: str | None = None
 ) -> tuple[RecordDict, SealedTask]:
-    """`record` with the coordinator's seal for `site`, and what to hold the reply against.
-
-    Args:
-        digest: gives `arrays_digest`; a round's messages share their arrays, which need be hashed once.
-    """
-    task = SealedTask(
-        site=site,
-        nonce=secrets.token_hex(NONCE_BYTES),
-        content=content_digest(record, digest or arrays_digest),
-        seconds=seconds,
-        audit_head=audit_head,
-    )
-    signature = signer.sign(_task_statement(task)).hex()
-    return _with_seal(record, Seal(nonce=task.nonce, seconds=seconds, audit_head=audit_head, signature=signature)), task
+    """The records to send to `site`, and what to hold its reply against."""
+    task = SealedTask(site=site, nonce=secrets.token_hex(NONCE_BYTES), content=packed.content, seconds=seconds, audit_head=audit_head)
+    seal = Seal(nonce=task.nonce, seconds=seconds, audit_head=audit_head, signature=signer.sign(_task_statement(task)).hex())
+    return to_records(packed, seal.model_dump_json()), task
 
 
-def open_task(record: RecordDict, *, site: str, coordinator: Ed25519PublicKey) -> tuple[RecordDict, SealedTask]:
-    """The record without its seal, and the task that the coordinator signed for this site.
+def open_task(envelope: RecordDict, *, site: str, coordinator: Ed25519PublicKey) -> tuple[RecordDict, SealedTask]:
+    """The message, and the task that the coordinator signed for this site.
 
     Raises:
         SealError: it has no seal of the coordinator's for this site and this content.
+        ProtocolError: it is no packed message.
     """
-    content, seal = _without_seal(record)
+    packed, text = from_records(envelope)
+    seal = _parse(text)
     if seal.seconds is None:
         raise SealError("expected a task's seal, got a reply's")
-    task = SealedTask(site=site, nonce=seal.nonce, content=content_digest(content), seconds=seal.seconds, audit_head=seal.audit_head)
+    task = SealedTask(site=site, nonce=seal.nonce, content=packed.content, seconds=seal.seconds, audit_head=seal.audit_head)
     _verify(coordinator, seal, _task_statement(task), who="the coordinator")
-    return content, task
+    return _message(packed), task
 
 
 def seal_reply(record: RecordDict, task: SealedTask, *, signer: Ed25519PrivateKey, audit_head: str | None = None) -> RecordDict:
-    """`record` with the site's seal, as the answer to `task`."""
-    signature = signer.sign(_reply_statement(task, content_digest(record), audit_head)).hex()
-    return _with_seal(record, Seal(nonce=task.nonce, audit_head=audit_head, signature=signature))
+    """The records to send as the answer to `task`."""
+    packed = packed_message(record)
+    signature = signer.sign(_reply_statement(task, packed.content, audit_head)).hex()
+    return to_records(packed, Seal(nonce=task.nonce, audit_head=audit_head, signature=signature).model_dump_json())
 
 
-def open_reply(record: RecordDict, task: SealedTask, *, site_key: Ed25519PublicKey) -> tuple[RecordDict, Seal]:
-    """The record without its seal, and the seal.
+def open_reply(envelope: RecordDict, task: SealedTask, *, site_key: Ed25519PublicKey) -> Opened:
+    """The site's answer to this task.
 
     Raises:
         SealError: it is not the answer of this site to this task: forged, altered, or an answer to another.
+        ProtocolError: it is no packed message.
     """
-    content, seal = _without_seal(record)
+    packed, text = from_records(envelope)
+    seal = _parse(text)
     if seal.nonce != task.nonce:
         raise SealError("expected the answer to this task, got one to another (a replay)")
-    _verify(site_key, seal, _reply_statement(task, content_digest(content), seal.audit_head), who=f"site {task.site}")
-    return content, seal
+    _verify(site_key, seal, _reply_statement(task, packed.content, seal.audit_head), who=f"site {task.site}")
+    return Opened(record=_message(packed), content=packed.content, audit_head=seal.audit_head)
 
 
-def content_digest(record: RecordDict, digest: ArraysDigest | None = None) -> str:
-    """SHA-256 (hex) of all a message says: its text, and names, types, shapes and bytes of its arrays.
-
-    Raises:
-        ProtocolError: it has other records than a message's.
-    """
-    if set(record) - {MESSAGE, PARAMETERS, STATISTICS}:
-        raise ProtocolError("expected the records message, parameters and statistics, got others")
-    whole = hashlib.sha256()
-    for key in (MESSAGE, PARAMETERS, STATISTICS):
-        part = record.get(key)
-        match part:
-            case None:
-                whole.update(b"\x00" * 32)
-            case ArrayRecord():
-                whole.update((digest or arrays_digest)(part))
-            case ConfigRecord():
-                whole.update(_text_digest(part))
-            case _:
-                raise ProtocolError("expected text and arrays, got metrics")
-    return whole.hexdigest()
-
-
-def arrays_digest(arrays: ArrayRecord) -> bytes:
-    """SHA-256 over every array's name, type, shape and bytes, in the order of names; `(32,)` bytes."""
-    whole = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        head = json.dumps([name, array.dtype, list(array.shape), array.stype, len(array.data)]).encode()
-        whole.update(len(head).to_bytes(8, "big"))
-        whole.update(head)
-        whole.update(array.data)
-    return whole.digest()
-
-
-def _text_digest(fields: ConfigRecord) -> bytes:
-    text = fields.get(JSON)
-    if set(fields) != {JSON} or not isinstance(text, str):
-        raise ProtocolError("expected one JSON text, got other fields")
-    return hashlib.sha256(text.encode()).digest()
+def _message(packed: Packed) -> RecordDict:
+    arrays = unpack(packed)
+    if MESSAGE in arrays:
+        raise ProtocolError("expected arrays under other names than the message's")
+    return RecordDict({MESSAGE: ConfigRecord({JSON: packed.text}), **arrays})
 
 
 def _task_statement(task: SealedTask) -> bytes:
@@ -155,20 +127,13 @@ def _reply_statement(task: SealedTask, content: str, audit_head: str | None) -> 
     return b"wardround reply\n" + json.dumps([task.site, task.nonce, task.content, audit_head, content]).encode()
 
 
-def _with_seal(record: RecordDict, seal: Seal) -> RecordDict:
-    return RecordDict({**record, SEAL: ConfigRecord({JSON: seal.model_dump_json()})})
-
-
-def _without_seal(record: RecordDict) -> tuple[RecordDict, Seal]:
-    fields = record.get(SEAL)
-    text = fields.get(JSON) if isinstance(fields, ConfigRecord) and set(fields) == {JSON} else None
-    if not isinstance(text, str) or len(text) > MAX_SEAL_CHARACTERS:
-        raise SealError("expected a sealed message, got one without a seal")
+def _parse(text: str) -> Seal:
+    if len(text) > MAX_SEAL_CHARACTERS:
+        raise SealError("expected a seal, got a longer text")
     try:
-        seal = Seal.model_validate_json(text)
+        return Seal.model_validate_json(text)
     except ValidationError:
-        raise SealError("expected a sealed message, got one with a damaged seal") from None
-    return RecordDict({key: value for key, value in record.items() if key != SEAL}), seal
+        raise SealError("expected a sealed message, got one without a seal") from None
 
 
 def _verify(key: Ed25519PublicKey, seal: Seal, statement: bytes, *, who: str) -> None:
