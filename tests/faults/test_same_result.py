@@ -1,0 +1,61 @@
+"""A deployment comes to the same model, bit for bit, as the in-process engine; and so does one whose coordinator is killed again and again."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from client.app import client_app
+from client.hospital import Hospital, open_site
+from server.coordinator import Coordinator
+from server.run_folder import RunFolder
+from shared.task import resolve_task
+from simulations.in_process import InProcessGrid
+from tests.faults.federation import Federation, study
+
+SEED = 11
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Three hospitals whose noise is seeded."""
+    made = Federation(tmp_path_factory.mktemp("same"), seed=SEED)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_deployment_equals_the_in_process_engine_bit_for_bit(federation: Federation, tmp_path: Path) -> None:
+    run = federation.submit(asked := study(rounds={"count": 3, "require": "all"}))
+    federation.finished(run)
+    task = resolve_task(asked.task)
+    sites = {}
+    for name in federation.sites:  # the same hospitals, with their keys and so their splits, and ledgers of their own
+        kit = tmp_path / name
+        shutil.copytree(federation.kit(name), kit, ignore=shutil.ignore_patterns("ledgers", "releases", "door"))
+        hospital = Hospital.open(kit)
+        sites[name] = open_site(hospital.site_file, hospital.file, task, noise_seed=SEED)
+    folder = RunFolder.create(tmp_path / "runs", asked)
+    Coordinator(asked, task, folder).run(InProcessGrid(client_app(lambda context: sites[str(context.node_config["site"])]), sorted(sites)))
+    assert (folder.path / "model" / "final.safetensors").read_bytes() == federation.model(run)
+    deployed, simulated = federation.rounds(run), folder.rounds()
+    assert [record.metrics for record in deployed] == [record.metrics for record in simulated]
+
+
+def test_a_coordinator_killed_between_and_inside_rounds_ends_with_the_same_model(federation: Federation) -> None:
+    asked = study(rounds={"count": 5, "require": "all"})
+    undisturbed = federation.submit(asked)
+    federation.finished(undisturbed)
+    killed = federation.submit(asked)
+    for number in (1, 3):
+        federation.reached(killed, number)
+        federation.kill("coordinator")
+        federation.start_coordinator()
+    federation.finished(killed, seconds=180)
+    assert federation.model(killed) == federation.model(undisturbed)
+    assert [record.round for record in federation.rounds(killed)] == [1, 2, 3, 4, 5]
+    assert all(site.status == "ok" for record in federation.rounds(killed) for site in record.sites)
