@@ -2,6 +2,7 @@
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import HttpGrid
 
 from server.coordinator import Coordinator
 from server.deployed_run import run_deployed
@@ -12,6 +13,7 @@ app = ServerApp()  # of a deployment: named in the bundle of every study
 
 @app.main()
 def _deployed(grid: Grid, context: Context) -> None:
+    assert isinstance(grid, HttpGrid), "a deployed run is started by Flower's SuperExec"
     run_deployed(grid, str(context.run_config[RUN]))
 
 

@@ -42,7 +42,7 @@ def control_routes(submissions: Submissions, key: str, *, observe: Callable[[str
 
     def guarded(action: str, handle: Callable[[Request], Awaitable[str]]) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            if not secrets.compare_digest(request.headers.get("authorization", ""), f"Bearer {key}"):
+            if not secrets.compare_digest(request.headers.get("authorization", "").encode(), f"Bearer {key}".encode()):
                 return JSONResponse({"detail": "Not Found"}, status_code=404)
             try:
                 run = await handle(request)
@@ -54,9 +54,8 @@ def control_routes(submissions: Submissions, key: str, *, observe: Callable[[str
         return answer
 
     async def submit(request: Request) -> str:
-        body = await request.body()
         try:
-            asked = SubmitRequest.model_validate_json(body[:MAX_STUDY_BYTES])
+            asked = SubmitRequest.model_validate_json(await _body(request))
         except ValidationError:
             raise WardroundError("expected a study and a token, got other content", "submit with 'wardround study submit'") from None
         return submissions.submit(Study.from_table(asked.study), asked.token)
@@ -74,6 +73,16 @@ def control_routes(submissions: Submissions, key: str, *, observe: Callable[[str
         Route("/studies/{run}/stop", guarded("stopped", stop), methods=["POST"]),
         Route("/studies/{run}/resume", guarded("resumed", resume), methods=["POST"]),
     ]
+
+
+async def _body(request: Request) -> bytes:
+    """The body; what is longer than any study is not read to its end."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_STUDY_BYTES:
+            raise WardroundError(f"expected a study of at most {MAX_STUDY_BYTES} bytes, got more", "submit with 'wardround study submit'")
+    return body
 
 
 def ask_coordinator(state: Path, path: str, body: Settings | None = None) -> str:
@@ -99,11 +108,12 @@ def ask_coordinator(state: Path, path: str, body: Settings | None = None) -> str
         content = response.json()
     except (httpx.HTTPError, ValueError) as error:
         raise ConnectionFailedError(f"coordinator: expected an answer, got {type(error).__name__}", "see 'wardround coordinator status'") from error
-    if response.status_code == 422:
-        raise _refusal(content)
-    if response.status_code != 200:
+    fields = content if isinstance(content, dict) else {}
+    if response.status_code == 422 and {"what", "remedy", "code"} <= fields.keys():
+        raise _refusal(fields)
+    if response.status_code != 200 or "run" not in fields:
         raise ConnectionFailedError(f"coordinator: expected an answer, got HTTP {response.status_code}", "is another program at its page's port?")
-    return str(content["run"])
+    return str(fields["run"])
 
 
 def _refusal(content: dict[str, str]) -> WardroundError:

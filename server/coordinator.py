@@ -413,14 +413,14 @@ class Coordinator:
         return {name: answer.statistics for name, answer in sorted(answers.items()) if answer.statistics is not None}
 
 
-MEND = "mend the named sites and resume with --resume, or ask fewer with [rounds] require"
+MEND = "mend the named sites and resume the run, or ask fewer with [rounds] require"
 COMMON_ERRORS: tuple[tuple[type[WardroundError], str, str], ...] = (
     (BudgetExhaustedError, "E7", "ask for less (epsilon, rounds), or let the hospitals raise their limits"),
     (NotApprovedError, NotApprovedError.code, "each hospital decides with 'wardround site approve'; then resume the study"),
     (PolicyRefusedError, "E6", "change the study to what the sites' policies allow"),
     (DataError, "E5", "the sites' own logs say what their data lack"),
     (ConfigurationError, "E3", "correct the study, or install the same version at both sides"),
-    (StorageError, "E103", "free space, then resume with --resume"),
+    (StorageError, "E103", "free space, then resume the run"),
     (QuorumLostError, "E102", "if the updates grew without bound, lower training.learning_rate and start a new run"),
 )
 

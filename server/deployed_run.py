@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from flwr.app import Message, MessageType
-from flwr.serverapp import Grid
+from flwr.superlink.grid import HttpGrid
 
 from server.coordinator import Coordinator
 from server.live_roster import LiveRoster
+from server.mailbox import Mailbox
 from server.outcome import RunOutcome, write_outcome
 from server.run_folder import RunFolder
 from server.sealed_grid import SealedGrid
@@ -36,7 +37,7 @@ STOP_SECONDS = 3.0
 logger = logging.getLogger(__name__)
 
 
-def run_deployed(grid: Grid, run: str) -> None:
+def run_deployed(grid: HttpGrid, run: str) -> None:
     """Run the study in the run folder of this name, from its last checkpoint; its folder says how it ended.
 
     Raises:
@@ -65,13 +66,13 @@ def run_deployed(grid: Grid, run: str) -> None:
             _end(folder, Ended(state="completed"))
 
 
-def _run(grid: Grid, kit: Path, folder: RunFolder) -> None:
+def _run(grid: HttpGrid, kit: Path, folder: RunFolder) -> None:
     started = time.monotonic()
     study, state = folder.study, kit / STATE
     task = resolve_task(study.task)
     signer, roster = load_signing_key(kit / SIGNING_KEY), LiveRoster(kit, state)
     audit = AuditLog(state / AUDIT, owner=verify_kit(kit).federation, role="coordinator", signer=signer)
-    sealed = SealedGrid(grid, roster, signer=signer, audit=audit, stopped=(folder.path / STOP).exists)
+    sealed = SealedGrid(grid, roster, signer=signer, audit=audit, stopped=(folder.path / STOP).exists, mailbox=Mailbox(grid))
     coordinator = Coordinator(study, task, folder, witness=Witness(state / WITNESS), membership=roster)
     audit.append("study begun", {"run": folder.name, "study": study.name, "study_hash": study.fingerprint()})
     outcome: Outcome = "failed"
@@ -80,7 +81,7 @@ def _run(grid: Grid, kit: Path, folder: RunFolder) -> None:
         outcome = "completed"
     except StudyStoppedError:
         outcome = "interrupted"
-        _stop_sites(sealed, roster, folder)
+        _stop_sites(grid, sealed, roster, folder)
         raise
     finally:
         sites = [
@@ -93,10 +94,10 @@ def _run(grid: Grid, kit: Path, folder: RunFolder) -> None:
             audit.append("study ended", {"run": folder.name, "study_hash": study.fingerprint(), "how": outcome})
 
 
-def _stop_sites(sealed: SealedGrid, roster: LiveRoster, folder: RunFolder) -> None:
+def _stop_sites(grid: HttpGrid, sealed: SealedGrid, roster: LiveRoster, folder: RunFolder) -> None:
     """Tell every site that the study was stopped; nobody is waited for long."""
     record = encode(StopTask(run=folder.name, study_hash=folder.study_hash))
-    messages = [Message(record, node_id, MessageType.QUERY) for node_id in sealed.get_node_ids()]
+    messages = [Message(record, node_id, MessageType.QUERY) for node_id in grid.get_node_ids()]
     for reply in sealed.until(messages, seconds=STOP_SECONDS):
         logger.info("site %s stopped", roster.name_of(reply.metadata.src_node_id))
 

@@ -23,6 +23,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -214,7 +215,7 @@ class _Door:
         await asyncio.wait_for(send(message), self._bounds.idle_seconds)
 
     async def _tell_health(self, send: Send) -> None:
-        """Whether the SuperLink answers, whatever it says."""
+        """Whether the SuperLink answers, whatever it says; and the time, for Flower refuses sites whose clock is off."""
         if time.monotonic() >= self._health_until:
             self._health_until = time.monotonic() + HEALTH_KEPT_SECONDS
             try:
@@ -222,7 +223,8 @@ class _Door:
                 self._healthy = True
             except httpx.HTTPError:
                 self._healthy = False
-        body = _health_text("ok" if self._healthy else "starting", self._version).encode()
+        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+        body = _health_text("ok" if self._healthy else "starting", self._version, moment).encode()
         await _say(send, 200 if self._healthy else 503, body)
 
 
@@ -416,13 +418,13 @@ def nginx_configuration(door: NginxDoor) -> str:
         retry_after=RETRY_AFTER_SECONDS,
         not_found=_NOT_FOUND.decode(),
         unavailable=_UNAVAILABLE.decode(),
-        healthy=_health_text("ok", door.version),
-        starting=_health_text("starting", door.version),
+        healthy=_health_text("ok", door.version, "$time_iso8601"),
+        starting=_health_text("starting", door.version, "$time_iso8601"),
     )
 
 
-def _health_text(status: str, version: str) -> str:
-    return json.dumps({"status": status, "wardround": version})
+def _health_text(status: str, version: str, moment: str) -> str:
+    return json.dumps({"status": status, "wardround": version, "time": moment})
 
 
 # nginx compares a location with the decoded, tidied path; `$request` is the request line as it came.

@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import RootModel, ValidationError
 
-from shared.errors import StorageError
+from shared.errors import KitError, StorageError
 from shared.files import write_atomic
 from shared.kit import CA_CERTIFICATE, ROSTER, Roster, RosterSite
 
@@ -74,7 +74,13 @@ class LiveRoster:
         stamp = tuple(value for path in (roster, self._nodes_path) for value in _stamp(path))
         if stamp == self._stamp:
             return
-        self._roster = Roster.read(roster, self._kit / CA_CERTIFICATE)
+        read = Roster.read(roster, self._kit / CA_CERTIFICATE)
+        if self._roster is not None and read.generation < self._roster.generation:
+            raise KitError(
+                f"{roster}: expected generation {self._roster.generation} or later, got {read.generation}: an earlier roster was put back",
+                "restore the newest roster.json, or provision again",
+            )
+        self._roster = read
         try:
             self._nodes = _Nodes.model_validate_json(self._nodes_path.read_bytes()).root if self._nodes_path.exists() else {}
         except ValidationError as error:

@@ -8,18 +8,21 @@ import re
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 from pydantic import ValidationError
 
-from server.strategies.server_optimizer import State
 from shared.errors import ModelMismatchError, StorageError
 from shared.files import append_line, json_text, storage_errors, write_atomic
-from shared.models import Parameters
 from shared.results import Outcome, PrivacyClaim, Result, RoundRecord, RunStart, StoredStatistics
 from shared.study import Study
+
+if TYPE_CHECKING:  # what only looks into a run's folder need not wait for torch
+    from server.strategies.server_optimizer import State
+    from shared.models import Parameters
 
 HEADER = "wardround"
 RUN_PATTERN = re.compile(r".+-\d{8}T\d{6}Z-[0-9a-f]{4}$")
@@ -28,7 +31,7 @@ RUN_PATTERN = re.compile(r".+-\d{8}T\d{6}Z-[0-9a-f]{4}$")
 class Checkpoint:
     """The state after a complete round: parameters, the server optimizer's state, and which round of which fold it is."""
 
-    def __init__(self, *, fold: int, round_number: int, parameters: Parameters, state: State) -> None:
+    def __init__(self, *, fold: int, round_number: int, parameters: "Parameters", state: "State") -> None:
         self.fold = fold
         self.round_number = round_number
         self.parameters = parameters
@@ -165,13 +168,13 @@ class RunFolder:
         """Fingerprint of the resolved study, read once for all that is written; what is read back is held against the file as it is."""
         return self.study.fingerprint()
 
-    def write_model(self, name: str, parameters: Parameters, header: dict[str, str]) -> None:
+    def write_model(self, name: str, parameters: "Parameters", header: dict[str, str]) -> None:
         """`model/<name>.safetensors`; the header names study, task and architecture, and neither a time nor the run."""
         tensors = {key: np.asarray(value, order="C") for key, value in parameters.items()}  # safetensors writes memory as it lies
         data = safetensors.numpy.save(tensors, {HEADER: json.dumps({**header, "order": "\n".join(parameters)}, sort_keys=True)})
         write_atomic(self.path / "model" / f"{name}.safetensors", data)
 
-    def read_model(self, name: str, architecture: str) -> Parameters:
+    def read_model(self, name: str, architecture: str) -> "Parameters":
         """The parameters in `model/<name>.safetensors`, in the order of the state.
 
         Raises:
@@ -216,7 +219,7 @@ class JsonLines(logging.Formatter):
         return json.dumps({"time": time, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, object], Parameters]:
+def read_tensors(path: Path) -> "tuple[dict[str, object], Parameters]":
     """Our header and the tensors of a safetensors file.
 
     Raises:

@@ -16,13 +16,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from server.live_roster import LiveRoster, public_key
+from server.mailbox import Mailbox
 from shared.audit import AuditLog, Value
 from shared.errors import NodeRefusedError, ProtocolError, SiteFailedError, StudyStoppedError, WardroundError, fixed_sentence
 from shared.messages import JSON, MESSAGE
 from shared.seals import SealedTask, open_reply, packed_message, seal_task
 
 POLL_SECONDS = 0.1
-PULL_BYTES = 32_000_000  # of replies in memory at once, or one that is larger
+FIRST_PAUSE_SECONDS = 10.0  # before a task is asked again; doubled each time
 FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 NO_DEADLINE = 3600.0
 GRACE_SECONDS = 60.0  # a message lives on for this long beyond its deadline, in Flower's books
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 class _Sent:
     message: Message
     task: SealedTask
-    size: int  # of it, and of about its reply, in bytes
 
 
 class SealedGrid(Grid):
@@ -43,12 +43,21 @@ class SealedGrid(Grid):
     Args:
         grid: what carries the messages.
         stopped: asked often; True ends every wait with `StudyStoppedError`.
+        mailbox: how replies are pulled; None: by the grid itself.
     """
 
     def __init__(
-        self, grid: Grid, roster: LiveRoster, *, signer: Ed25519PrivateKey, audit: AuditLog, stopped: Callable[[], bool] = lambda: False
+        self,
+        grid: Grid,
+        roster: LiveRoster,
+        *,
+        signer: Ed25519PrivateKey,
+        audit: AuditLog,
+        stopped: Callable[[], bool] = lambda: False,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self._grid = grid
+        self._pull = self._pull_all if mailbox is None else mailbox.pull
         self._roster = roster
         self._signer = signer
         self._audit = audit
@@ -68,7 +77,12 @@ class SealedGrid(Grid):
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are online and may take part now."""
+        """The nodes that are online and may take part now.
+
+        Raises:
+            StudyStoppedError: somebody stopped the study.
+        """
+        self._check_stopped()
         return [node_id for node_id in self._grid.get_node_ids() if self._roster.site_of(node_id) is not None]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -92,20 +106,29 @@ class SealedGrid(Grid):
         return self._exchange(messages, seconds, lambda: None)
 
     def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
-        deadline = time.monotonic() + seconds
-        waiting, failed = self._push(list(messages), seconds)
-        yield from failed
-        at_once = max(1, PULL_BYTES // max((sent.size for sent in waiting.values()), default=1))
-        while waiting and time.monotonic() < deadline:
+        """A task that is not answered is asked again, ever less often: a message may be lost, and the same task asked twice is one piece of work."""
+        started = time.monotonic()
+        unanswered = {message.metadata.dst_node_id: message for message in messages}
+        waiting: dict[str, _Sent] = {}
+        pause, ask_at = FIRST_PAUSE_SECONDS, started
+        while unanswered and (left := started + seconds - time.monotonic()) > 0:
             check()
-            before = len(waiting)
-            ids = list(waiting)
-            for start in range(0, len(ids), at_once):
-                replies = list(self._grid.pull_messages(ids[start : start + at_once]))
-                while replies:
-                    yield self._open(reply := replies.pop(), waiting.pop(reply.metadata.reply_to_message_id))
-                    del reply
-            if len(waiting) == before:
+            if time.monotonic() >= ask_at:
+                online = set(self._grid.get_node_ids()) if waiting else set(unanswered)
+                sent, failed = self._push([message for node_id, message in unanswered.items() if node_id in online], left)
+                waiting |= sent
+                for reply in failed:
+                    del unanswered[reply.metadata.src_node_id]
+                    yield reply
+                pause, ask_at = 2 * pause, time.monotonic() + pause
+            before = len(unanswered)
+            for message_id, answer in self._pull(list(waiting)):
+                node_id = waiting[message_id].message.metadata.dst_node_id
+                if unanswered.pop(node_id, None) is not None:
+                    yield self._open(answer, waiting[message_id])
+                del answer
+            waiting = {key: sent for key, sent in waiting.items() if sent.message.metadata.dst_node_id in unanswered}
+            if len(unanswered) == before:
                 time.sleep(POLL_SECONDS)
 
     def _push(self, messages: list[Message], seconds: float) -> tuple[dict[str, _Sent], list[Message]]:
@@ -122,7 +145,7 @@ class SealedGrid(Grid):
             metadata = message.metadata
             sealed = Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id, ttl=seconds + GRACE_SECONDS)
             self._audit.append("task sent", {"site": site.name, "nonce": task.nonce, "content": task.content, **_asked(message.content)})
-            sent.append((sealed, _Sent(message=message, task=task, size=len(packed.arrays) + len(packed.text))))
+            sent.append((sealed, _Sent(message=message, task=task)))
         ids = self._grid.push_messages([sealed for sealed, _ in sent]) if sent else []
         waiting = {}
         for message_id, (_, item) in zip(ids, sent, strict=True):
@@ -132,13 +155,18 @@ class SealedGrid(Grid):
                 waiting[message_id] = item
         return waiting, failed
 
-    def _open(self, reply: Message, sent: _Sent) -> Message:
+    def _pull_all(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message | None]]:
+        """As a `Mailbox`, from any grid."""
+        for reply in self._grid.pull_messages(message_ids):
+            yield reply.metadata.reply_to_message_id, reply
+
+    def _open(self, reply: Message | None, sent: _Sent) -> Message:
         """The reply without its seal, from the node that was asked; a failure in its place where it is not that site's answer."""
         site = self._roster.site_of(sent.message.metadata.dst_node_id)
         try:
             if site is None:
                 raise NodeRefusedError("revoked or expired meanwhile")
-            if reply.has_error():
+            if reply is None or reply.has_error():
                 raise SiteFailedError("the site's courier could not answer")
             opened = open_reply(reply.content, sent.task, site_key=public_key(site))
         except WardroundError as error:

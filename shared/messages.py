@@ -8,7 +8,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -24,11 +24,15 @@ JSON = "json"
 PARAMETERS = "parameters"
 STATISTICS = "statistics"
 MAX_JSON_BYTES = 1_000_000
-MAX_NAME = 200  # characters of a site's name
+MAX_NAME = 200  # characters of the name of a site, run or study
+MAX_NUMBER = 2**31  # of a round or fold
+MAX_REASON = 300  # characters of a refusal
 NPY = "numpy.ndarray"  # Flower's name for data in .npy format
 NPY_PREFIX = 10  # magic, version and header length, in bytes
 
 Statistics = dict[str, NDArray[np.float64]]
+Name = Annotated[str, Field(max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Number = Annotated[int, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]  # which rounds a study has, the site knows
 
 
 class Content(BaseModel):
@@ -56,12 +60,12 @@ class EnrolTask(Content):
     """
 
     kind: Literal["enrol"] = "enrol"
-    run: str = Field(min_length=1, max_length=MAX_NAME)
+    run: Name
     study: dict[str, object]
     task_fingerprint: str
     coordinator_key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     heads: dict[str, WitnessedHead] = {}
-    version: str | None = Field(default=None, max_length=MAX_NAME, description="of wardround at the coordinator, in a deployment")
+    version: Name | None = Field(default=None, description="of wardround at the coordinator, in a deployment")
 
 
 class Enrolled(Content):
@@ -79,10 +83,10 @@ class TrainTask(Content):
     """Evaluate the parameters that come along, then train on them. Both go back in one reply."""
 
     kind: Literal["train"] = "train"
-    run: str
-    study_hash: str
-    round: int
-    fold: int
+    run: Name
+    study_hash: Name
+    round: Number
+    fold: Number
     heads: dict[str, WitnessedHead] = {}
 
 
@@ -90,18 +94,18 @@ class EvaluateTask(Content):
     """Evaluate the parameters that come along; the closing message of a fold."""
 
     kind: Literal["evaluate"] = "evaluate"
-    run: str
-    study_hash: str
-    round: int
-    fold: int
+    run: Name
+    study_hash: Name
+    round: Number
+    fold: Number
 
 
 class StopTask(Content):
     """Stop whatever is under way for this run; what was charged stays charged, and the run may be resumed."""
 
     kind: Literal["stop"] = "stop"
-    run: str
-    study_hash: str
+    run: Name
+    study_hash: Name
 
 
 class Stopped(Content):
@@ -141,7 +145,7 @@ class Refused(Content):
     kind: Literal["refused"] = "refused"
     name: str = Field(min_length=1, max_length=MAX_NAME)
     code: str = Field(pattern=r"^E\d{3}$")
-    reason: str = Field(max_length=300)
+    reason: str = Field(max_length=MAX_REASON)
 
 
 ContentT = TypeVar("ContentT", bound=Content)
@@ -175,9 +179,14 @@ def decode(record: RecordDict, *expected: type[ContentT]) -> ContentT:
             try:
                 return kind.model_validate_json(text)
             except ValidationError as error:
-                keys = ", ".join(".".join(map(str, detail["loc"])) for detail in error.errors()[:3])
+                keys = ", ".join(_declared_key(kind, detail["loc"]) for detail in error.errors()[:3])
                 raise ProtocolError(f"{kind.__name__}: expected its declared keys and types, got other at {keys}") from None
     raise ProtocolError(f"expected {' or '.join(kind.__name__ for kind in expected)}, got another message")
+
+
+def _declared_key(kind: type[Content], location: tuple[int | str, ...]) -> str:
+    """The field that an error is about; a key that is not declared may say anything, and is not repeated."""
+    return str(location[0]) if location and location[0] in kind.model_fields else "an undeclared key"
 
 
 def decode_parameters(record: RecordDict, template: Template) -> Parameters:
@@ -231,7 +240,7 @@ def from_array_record(record: ArrayRecord) -> Parameters:
     Raises:
         ProtocolError: an array is not plain .npy of its declared length (pickled objects are never read).
     """
-    return {name: _from_array(name, array) for name, array in record.items()}
+    return {name: _from_array(array) for name, array in record.items()}
 
 
 def _to_array(value: NDArray[np.floating]) -> Array:
@@ -240,7 +249,7 @@ def _to_array(value: NDArray[np.floating]) -> Array:
     return Array(dtype=str(contiguous.dtype), shape=value.shape, stype=NPY, data=header + contiguous.tobytes())
 
 
-def _from_array(name: str, array: Array) -> NDArray[np.floating]:
+def _from_array(array: Array) -> NDArray[np.floating]:
     data = array.data
     length = NPY_PREFIX + int.from_bytes(data[NPY_PREFIX - 2 : NPY_PREFIX], "little")
     try:
@@ -249,7 +258,7 @@ def _from_array(name: str, array: Array) -> NDArray[np.floating]:
             raise ValueError("wrong length")
         return np.frombuffer(data, dtype=dtype, offset=length).reshape(shape)
     except Exception as error:  # foreign bytes: NumPy's header parser raises whatever its tokenizer does
-        raise ProtocolError(f"tensor {name}: expected a NumPy array without pickled objects, got other bytes") from error
+        raise ProtocolError("tensor: expected a NumPy array without pickled objects, got other bytes") from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -102,8 +102,8 @@ def check_parameters(parameters: Mapping[str, NDArray[np.generic]], template: Te
         ProtocolError: the first thing that is not.
     """
     if list(parameters) != list(template):
-        missing, extra = [n for n in template if n not in parameters], [n for n in parameters if n not in template]
-        raise ProtocolError(f"expected {len(template)} named tensors, got {len(parameters)} (missing: {missing[:3]}, unknown: {extra[:3]})")
+        missing, extra = [n for n in template if n not in parameters], sum(n not in template for n in parameters)  # a foreign name may say anything
+        raise ProtocolError(f"expected {len(template)} named tensors, got {len(parameters)} (missing: {missing[:3]}, undeclared: {extra})")
     for name, (shape, dtype) in template.items():
         value = parameters[name]
         if value.shape != shape or str(value.dtype) != dtype:

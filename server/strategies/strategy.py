@@ -42,6 +42,7 @@ from shared.results import SitePrivacy, Status
 
 logger = logging.getLogger(__name__)
 
+MAX_RELATIVE_NORM = 1000.0  # of an update, by the model's own norm or 1: far more than training or its noise moves a model in one round
 MAX_STATISTIC = 1e12  # of any entry of a statistic: far more than there are patients, and far from overflow
 
 
@@ -179,7 +180,10 @@ class FederatedStrategy(Strategy):
             raise ProtocolError("expected noised statistics with the closing evaluation alone, got some with an update")
         _check_statistics(statistics or {})
         if current.training:
-            current.mean.add(decode_parameters(record, self._template(current)), member.weight)
+            update = decode_parameters(record, self._template(current))
+            if norm(update) > MAX_RELATIVE_NORM * max(1.0, norm(current.parameters)):
+                raise ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
+            current.mean.add(update, member.weight)
         return Answer(
             name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head
         )
@@ -217,6 +221,11 @@ class FederatedStrategy(Strategy):
     def _current(self) -> Round:
         assert self.round is not None, "configure_* comes before aggregate_*"
         return self.round
+
+
+def norm(arrays: Parameters) -> float:
+    """L2 norm over all arrays together, in float64."""
+    return math.sqrt(math.fsum(float(np.square(value, dtype=np.float64).sum()) for value in arrays.values()))
 
 
 def failure_reason(reply: Message) -> str:

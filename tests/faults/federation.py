@@ -103,9 +103,9 @@ class Federation:
         self._start("coordinator", self.coordinator)
         self.wait(lambda: not self.status().warnings, "the coordinator is up", 60)
 
-    def start_site(self, site: str) -> None:
+    def start_site(self, site: str, **environment: str) -> None:
         """Start it and wait until it is online."""
-        self._start(site, self.kit(site), *([] if self.seed is None else [str(self.seed)]))
+        self._start(site, self.kit(site), *([] if self.seed is None else [str(self.seed)]), **environment)
         self.wait(lambda: self.site_state(site) == "online", f"{site} is online", 90)
 
     def start(self) -> None:
@@ -116,12 +116,12 @@ class Federation:
         for site in self.sites:
             self.wait(lambda: self.site_state(site) == "online", f"{site} is online", 90)  # noqa: B023  # called at once
 
-    def _start(self, name: str, kit: Path, *arguments: str) -> None:
+    def _start(self, name: str, kit: Path, *arguments: str, **environment: str) -> None:
         with open(self.root / f"{name}.log", "ab") as log:
             role = "coordinator" if name == "coordinator" else "site"
             command = [sys.executable, str(PROCESSES), role, str(kit), *arguments]
             self._running[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HOME": str(self.root)}
+                command, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HOME": str(self.root), **environment}
             )
 
     def kill(self, name: str) -> None:

@@ -1,0 +1,62 @@
+"""The replies to a run's messages, each as soon as it is whole.
+
+Flower's own grid hands a reply over when its upload has begun, and then waits up to two hours for the rest, and everybody with it. Here an
+upload that does not end holds up nobody: it is looked at again at the next pull. Replies are handed on one by one, so that memory holds
+one. Private parts of flwr's `HttpGrid` are touched here.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, inflate_object_from_contents
+from flwr.superlink.grid import HttpGrid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Coming:
+    """A reply of which the head is there; `objects` are the ids of its parts, in the order in which they are sent."""
+
+    message_id: str
+    objects: tuple[str, ...]
+
+
+class Mailbox:
+    """The replies that come through `grid`."""
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+        self._coming: dict[str, _Coming] = {}  # by the id of the message that is answered
+
+    def pull(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message | None]]:
+        """The id of each of these messages whose reply is there, with the reply; None where it cannot come any more."""
+        wanted = list(message_ids)
+        client = self._grid._runtime_client
+        response = client.PullMessages(PullAppMessagesRequest(message_ids=[item for item in wanted if item not in self._coming]))
+        for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            objects = tuple(item.object_id for item in iterate_object_tree(tree))
+            self._coming[head.metadata.reply_to_message_id] = _Coming(message_id=head.metadata.message_id, objects=objects)
+        for answered in [item for item in wanted if item in self._coming]:
+            try:
+                reply = self._whole(self._coming[answered])
+            except ObjectUnavailableError:
+                continue
+            except ObjectPullError:
+                reply = None
+            del self._coming[answered]
+            yield answered, reply
+            del reply
+
+    def _whole(self, coming: _Coming) -> Message:
+        """The reply; the last part is looked for first, so that an upload under way costs one question."""
+        client, run_id = self._grid._runtime_client, self._grid.run.run_id
+        pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run_id)
+        contents = {object_id: pull(object_id) for object_id in reversed(coming.objects)}
+        client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run_id, message_object_id=coming.message_id))
+        message = inflate_object_from_contents(coming.message_id, contents)
+        assert isinstance(message, Message)
+        return message
