@@ -37,8 +37,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from shared.errors import ConnectionFailedError, NodeRefusedError
 
 HEARTBEAT_SECONDS = 10.0  # Flower's least: a node that was killed is let in again two of these after its last
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 0.1  # a connection that was cut while it was idle shows only when it is used, and several may have been
 MAX_RETRY_SECONDS = 10.0
+TELL_SECONDS = 0.8  # a pause between two tries, from which on it is no mere hiccup
 TEMPORARY = (408, 429, 500, 502, 503, 504)
 
 NOT_LET_IN = (
@@ -64,10 +65,20 @@ class Fleet:
         address: host:port of the coordinator.
         verify: trusts the consortium's CA alone.
         stop: set from outside to give up every wait.
+        tell: told what keeps the coordinator from answering, when that lasts about a second, and None once it answers.
     """
 
-    def __init__(self, address: str, verify: ssl.SSLContext, key: ec.EllipticCurvePrivateKey, *, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        address: str,
+        verify: ssl.SSLContext,
+        key: ec.EllipticCurvePrivateKey,
+        *,
+        stop: threading.Event,
+        tell: Callable[[str | None], None] = lambda problem: None,
+    ) -> None:
         self._stop = stop
+        self._tell = tell
         self._public_key = public_key_to_bytes(key.public_key())
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
@@ -86,7 +97,11 @@ class Fleet:
             ConnectionFailedError: it was told to stop before the coordinator answered.
         """
         request = ActivateNodeRequest(public_key=self._public_key, heartbeat_interval=HEARTBEAT_SECONDS)
-        node_id = int(self._ask(lambda: self._client.ActivateNode(request)).node_id)
+        try:
+            node_id = int(self._ask(lambda: self._client.ActivateNode(request)).node_id)
+        except BaseException:
+            self._client.close()
+            raise
         self._node = Node(node_id=node_id)
         beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         beating.start()
@@ -158,10 +173,13 @@ class Fleet:
 
     def _ask(self, call: Callable[[], Answer]) -> Answer:
         """The answer to a call; while the coordinator cannot be reached, or says that it is busy, it is asked again."""
-        wait = RETRY_SECONDS
+        wait, told = RETRY_SECONDS, False
         while True:
             try:
-                return call()
+                answer = call()
+                if told:
+                    self._tell(None)
+                return answer
             except httpx.TransportError as error:
                 problem = type(error).__name__
             except httpx.HTTPStatusError as error:
@@ -170,6 +188,9 @@ class Fleet:
                         f"coordinator: expected this node to be let in, got HTTP {error.response.status_code}", NOT_LET_IN
                     ) from None
                 problem = f"HTTP {error.response.status_code}"
+            if wait >= TELL_SECONDS:
+                self._tell(problem)
+                told = True
             if self._stop.wait(wait):
                 raise ConnectionFailedError(f"coordinator: expected an answer, got {problem}; told to stop", "")
             wait = min(2 * wait, MAX_RETRY_SECONDS)

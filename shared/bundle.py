@@ -6,6 +6,7 @@ whose bundle is not this.
 
 import functools
 import hashlib
+import warnings
 
 from flwr.cli.build import build_fab_from_files
 
@@ -33,7 +34,9 @@ clientapp = "client.courier:app"
 @functools.cache
 def bundle() -> bytes:
     """The bundle's bytes; the same wherever they are built."""
-    content, _ = build_fab_from_files({"pyproject.toml": PYPROJECT.encode()})
+    with warnings.catch_warnings():  # flwr's own use of another package
+        warnings.simplefilter("ignore", DeprecationWarning)
+        content, _ = build_fab_from_files({"pyproject.toml": PYPROJECT.encode()})
     return content
 
 

@@ -1,7 +1,7 @@
 """The processes of a federation under test: `python processes.py coordinator KIT`, `site KIT [SEED]`, `daemon KIT SEED`.
 
 A daemon with a seed draws its noise from it, which no command, file or variable of the product can ask for. One that finds `lies.json` in its
-kit signs, in the rounds that it names, what no honest daemon would send.
+kit signs, in the rounds that it names, what no honest daemon would send; one that finds `version` there says that it is of that version.
 """
 
 import json
@@ -36,10 +36,14 @@ def main(role: str, kit: Path, seed: str | None) -> int:
 def daemon(kit: Path, seed: int) -> int:
     """A daemon with seeded noise, or a liar."""
     from client import daemon as module
+    from client import gate
 
     lies = kit / "lies.json"
     if lies.exists():
         lie_before_sealing(json.loads(lies.read_text()))
+    version = kit / "version"
+    if version.exists():
+        gate.installed_version = version.read_text
     return module.serve(kit, noise_seed=seed)
 
 
