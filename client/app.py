@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client.site import Site
 from shared.errors import WardroundError, describe_exception
-from shared.messages import Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_parameters, encode
+from shared.messages import MAX_REASON, Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_parameters, encode
 
 logger = logging.getLogger(__name__)
 
@@ -61,4 +61,4 @@ def refusal(name: str, error: Exception) -> RecordDict:
     told = error if isinstance(error, WardroundError) else type(error).__name__  # another's text may hold a patient's value
     logger.warning("site %s: %s", name, told, exc_info=logger.isEnabledFor(logging.DEBUG))
     code, reason = describe_exception(error)
-    return encode(Refused(name=name, code=code, reason=reason))
+    return encode(Refused(name=name, code=code, reason=reason[:MAX_REASON]))

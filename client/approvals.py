@@ -18,7 +18,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 import client
 import shared
 from client.policy import AdvanceApproval, SiteFile
-from shared.config import Settings
+from shared.config import Model, Settings
 from shared.errors import NotApprovedError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
 from shared.models import get_parameters
@@ -158,8 +158,12 @@ class Approvals:
         self._write(ASKED, asked.study_hash, asked.model_dump(mode="json"))
 
     def pending(self) -> list[Asked]:
-        """What was asked for and not decided."""
-        return [Asked.model_validate_json(path.read_bytes()) for path in sorted((self._state / ASKED).glob("*.json"))]
+        """What was asked for and not decided.
+
+        Raises:
+            StorageError: one is damaged.
+        """
+        return [_read(Asked, path) for path in sorted((self._state / ASKED).glob("*.json"))]
 
     def given(self) -> list[Approval]:
         """All approvals, of whatever day.
@@ -167,7 +171,7 @@ class Approvals:
         Raises:
             StorageError: one is damaged.
         """
-        return [self._read(path) for path in sorted((self._state / APPROVALS).glob("*.json"))]
+        return [_read(Approval, path) for path in sorted((self._state / APPROVALS).glob("*.json"))]
 
     def check(self, asked: Asked, *, now: datetime | None = None) -> str:
         """Return how this very study is approved, in a few words.
@@ -178,7 +182,7 @@ class Approvals:
         now = now or datetime.now(UTC)
         path = self._path(APPROVALS, asked.study_hash)
         if path.exists():
-            approval = self._read(path)
+            approval = _read(Approval, path)
             self._check_signed(approval, path)
             if approval.asked != asked:
                 changed = ", ".join(name for name in Asked.model_fields if getattr(approval.asked, name) != getattr(asked, name))
@@ -203,13 +207,6 @@ class Approvals:
         except (InvalidSignature, ValueError):
             raise _refusal(f"{path}: expected an approval signed with this site's key, got another", "approval.altered") from None
 
-    def _read(self, path: Path) -> Approval:
-        try:
-            with storage_errors(path, "read an approval", remedy="check the permissions of the state folder"):
-                return Approval.model_validate_json(path.read_bytes())
-        except ValidationError:
-            raise StorageError(f"{path}: expected an approval, got a damaged file", "delete it and approve the study again") from None
-
     def _write(self, folder: str, study_hash: str, content: object) -> None:
         path = self._path(folder, study_hash)
         with storage_errors(path, "write", remedy="check free space and permissions of the state folder"):
@@ -218,6 +215,15 @@ class Approvals:
 
     def _path(self, folder: str, study_hash: str) -> Path:
         return self._state / folder / f"{study_hash}.json"
+
+
+def _read(model: type[Model], path: Path) -> Model:
+    what = "an approval" if model is Approval else "what a study asks"
+    try:
+        with storage_errors(path, f"read {what}", remedy="check the permissions of the state folder"):
+            return model.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise StorageError(f"{path}: expected {what}, got a damaged file", "delete it and approve the study again") from None
 
 
 def _refusal(what: str, rule: str) -> NotApprovedError:

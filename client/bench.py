@@ -48,28 +48,36 @@ class Bench(Generic[T]):
         self._lock = threading.Lock()
         self._works: list[_Work[T]] = []  # waiting and under way
         self._current: _Work[T] | None = None
+        self._closed = False
 
     def do(self, place: Place, content: str, make: Callable[[], T], *, seconds: float) -> T:
         """What `make()` gives, run on the bench's thread once it is its turn.
 
         Args:
             content: names the question; the same one, asked again while it is under way, waits for the same result.
-            seconds: after so long it is stale.
+            seconds: after so long it is stale, and nobody waits any more, not even for work that does not ask whether it is still wanted.
 
         Raises:
             StaleWorkError: it was cancelled, or its time is over.
             whatever `make` raises.
         """
+        deadline = time.monotonic() + seconds
         with self._lock:
             known = next((work for work in self._works if (work.place, work.content) == (place, content) and not work.cancelled.is_set()), None)
             if known is None:
                 for work in self._works:
                     if work.place.run == place.run and work.place.order < place.order:
                         work.cancelled.set()
-                known = _Work(place=place, content=content, deadline=time.monotonic() + seconds, future=Future())
+                known = _Work(place=place, content=content, deadline=deadline, future=Future())
                 self._works.append(known)
                 self._thread.submit(self._run, known, make)
-        return known.future.result()
+            known.deadline = max(known.deadline, deadline)
+        try:
+            return known.future.result(timeout=seconds)
+        except TimeoutError:
+            if known.future.done():  # its own error, or it has ended just now
+                return known.future.result()
+            raise StaleWorkError("expected an answer before the deadline, got none") from None
 
     def cancel(self, run: str) -> None:
         """Nothing of `run` goes on, from its next step on."""
@@ -94,12 +102,17 @@ class Bench(Generic[T]):
         work = self._current
         return None if work is None else work.place
 
-    def close(self) -> None:
-        """Cancel everything and wait until the thread has ended."""
+    def close(self, last: Callable[[], None] = lambda: None) -> None:
+        """Cancel everything, do `last` on the bench's thread (a ledger is of one thread), and wait until it has ended; once."""
         with self._lock:
             for work in self._works:
                 work.cancelled.set()
+            if self._closed:
+                return
+            self._closed = True
+            closing = self._thread.submit(last)
         self._thread.shutdown(wait=True)
+        closing.result()
 
     def _run(self, work: _Work[T], make: Callable[[], T]) -> None:
         self._current = work

@@ -43,6 +43,7 @@ _READING = _EXECUTE | _READ_FILE | _READ_DIR
 _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV  # the others make sense for folders only, and are refused for files
 _SCOPES_ABI, _SCOPE_ABSTRACT_UNIX_SOCKET, _SCOPE_SIGNAL = 6, 1 << 0, 1 << 1
 
+COURIER_USER = "wardround-courier"  # the system user that an administrator may make for the courier, once
 _REMEDY_ABSENT = "use Linux 5.13 or newer with Landlock switched on (lsm=...,landlock), or let the courier run as another system user"
 
 # What the dynamic linker, name resolution, TLS and time zones read. Not /etc/ssl and /etc/pki whole: a machine's private keys lie there.

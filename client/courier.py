@@ -20,18 +20,19 @@ from flwr.app import Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from client.confinement import confine, describe_confinement, interpreter_paths, system_user
+from client.confinement import COURIER_USER, confine, describe_confinement, interpreter_paths, system_user
+from client.connection import ConnectionFile
 from client.door import DOOR_WAIT_SECONDS, SOCKET, ask, door_folder
 from client.fleet import Fleet, Received
 from client.policy import SiteFile
 from shared.bundle import bundle_hash
 from shared.certificates import load_node_key
 from shared.errors import BundleError, ConfinementError, SealError, WardroundError
+from shared.files import storage_errors
 from shared.kit import CA_CERTIFICATE, KEYS, NODE_KEY, SITE_FILE, verify_kit
 
 POLL_SECONDS, IDLE_POLL_SECONDS, IDLE_AFTER_SECONDS = 0.3, 3.0, 120.0
-MAX_AT_ONCE = 4
-USER = "wardround-courier"  # the system user that an administrator may make for it, once
+MAX_AT_ONCE = 16  # questions under way: most of them the same one again, or a stop
 RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 logger = logging.getLogger(__name__)
@@ -91,21 +92,28 @@ class Carrier:
 
 def run(kit: Path) -> int:
     """Carry until told to stop; the exit code comes back."""
-    stop = threading.Event()
+    stop, connection = threading.Event(), None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
         manifest, file = verify_kit(kit), SiteFile.load(kit / SITE_FILE)
         address = f"{manifest.coordinator.hosts[0]}:{manifest.coordinator.port}"
         key, trust, bundle = load_node_key(kit / NODE_KEY), ssl.create_default_context(cafile=str(kit / CA_CERTIFICATE)), bundle_hash()
+        with storage_errors(kit / file.state, "make the site's state"):
+            (kit / file.state).mkdir(mode=0o700, parents=True, exist_ok=True)
+        connection = ConnectionFile(kit / file.state)
         give_up_power(kit, file)
-        fleet = Fleet(address, trust, key, stop=stop)
+        tell = connection.tell
+        fleet = Fleet(address, trust, key, stop=stop, tell=lambda problem: tell(problem=problem))
         with fleet.active() as node_id:
+            connection.tell(node=node_id)
             logger.info("site %s is node %d at %s", file.name, node_id, address)
             Carrier(fleet=fleet, ask=lambda question: ask(Path(SOCKET), question, wait_seconds=DOOR_WAIT_SECONDS), bundle=bundle).carry(stop)
     except WardroundError as error:
         if not stop.is_set():
             logger.error("error %s: %s", error.code, error)
+            if connection is not None:
+                connection.tell(problem=f"{error.code} {error.what}")
             return error.exit_code
     return 0
 
@@ -121,9 +129,9 @@ def give_up_power(kit: Path, file: SiteFile) -> None:
     folder = door_folder(state)
     folder.mkdir(mode=0o711, parents=True, exist_ok=True)
     os.chdir(folder)  # the way to the socket: no other path is needed any more
-    kind = describe_confinement(USER)
+    kind = describe_confinement(COURIER_USER)
     if "user" in kind:
-        user = system_user(USER)
+        user = system_user(COURIER_USER)
         assert user is not None
         os.setgroups([])
         os.setgid(user.pw_gid)
@@ -133,7 +141,7 @@ def give_up_power(kit: Path, file: SiteFile) -> None:
     if kind == "none" and not file.policy.accept_unconfined_courier:
         raise ConfinementError(
             "expected Landlock or another system user for the courier, found neither",
-            f"have an administrator run 'useradd --system {USER}' and start the site as root, use Linux 5.13 or newer, "
+            f"have an administrator run 'useradd --system {COURIER_USER}' and start the site as root, use Linux 5.13 or newer, "
             "or set accept_unconfined_courier = true in [policy]",
         )
     logger.info("confined by: %s", kind)

@@ -5,9 +5,11 @@ own policy, ledger and trainer. The answer is written down before it is sealed a
 keys of `shared.messages`.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from google.protobuf.message import DecodeError
+from pydantic import ValidationError
 
 from client.app import answer_record, refusal
 from client.approvals import Approvals, Asked, what_is_asked
@@ -25,7 +28,7 @@ from client.hospital import AUDIT, Hospital, open_site
 from client.site import Site
 from shared.audit import AuditLog, Value
 from shared.cohort import Cohort
-from shared.errors import PolicyRefusedError, ProtocolError, SealError, VersionMismatchError, WardroundError, describe_exception
+from shared.errors import PolicyRefusedError, ProtocolError, SealError, StorageError, VersionMismatchError, WardroundError, describe_exception
 from shared.files import storage_errors, write_atomic
 from shared.kit import installed_version
 from shared.messages import (
@@ -45,7 +48,7 @@ from shared.messages import (
     encode,
 )
 from shared.seals import SealedTask, open_task, packed_message, seal_reply
-from shared.study import Study
+from shared.study import NAME_PATTERN, Study
 from shared.task import Task, resolve_task
 
 Details = dict[str, Value]
@@ -81,16 +84,20 @@ class Gate:
             record, task = open_task(_parse(question), site=self._hospital.name, coordinator=self._hospital.coordinator_key)
             self._check_fresh(task)
         except WardroundError as error:
-            self._log("task refused", {"outcome": "refused", "reason": f"{error.code} {describe_exception(error)[1]}", "bytes": len(question)})
+            with contextlib.suppress(WardroundError):  # on a full disk, too, it gets nothing
+                self._log("task refused", {"outcome": "refused", "reason": f"{error.code} {describe_exception(error)[1]}", "bytes": len(question)})
             return b""
         reply = self._reply(record, task, len(question))
         return bytes(recorddict_to_proto(reply).SerializeToString())
 
     def close(self) -> None:
         """Stop what is under way, and release ledgers."""
-        self._bench.close()
+        self._bench.close(self._close_sites)
+
+    def _close_sites(self) -> None:
         for run in self._runs.values():
             run.site.close()
+        self._runs.clear()
 
     def _reply(self, record: RecordDict, task: SealedTask, num_bytes: int) -> RecordDict:
         asked: Content | None = None
@@ -144,11 +151,13 @@ class Gate:
         """
         written = self._hospital.site_file.stat().st_mtime_ns
         if written != self._written:
-            self._hospital = Hospital.open(self._hospital.kit)
+            try:
+                self._hospital = Hospital.open(self._hospital.kit)
+            except WardroundError as error:
+                error.rule = ""  # a key of site.toml, misspelled, is the hospital's own text
+                raise
             self._approvals = Approvals(self._hospital.state, self._hospital.signer, self._hospital.file.approve_in_advance)
-            for run in self._runs.values():
-                run.site.close()
-            self._runs.clear()
+            self._close_sites()
             self._cohorts.clear()
             self._written = written
             self._log("site file read again", {"sha256": hashlib.sha256(self._hospital.site_file.read_bytes()).hexdigest()})
@@ -171,8 +180,12 @@ class Gate:
             raise
         self._log("study approved", {"study": study.name, "study_hash": wanted.study_hash, "run": asked.run, "how": how})
         site = self._site(asked.run, task)
-        run = _OpenRun(site=site, enrolled=site.enrol(asked), asked=wanted)
-        self._keep(asked)
+        try:
+            run = _OpenRun(site=site, enrolled=site.enrol(asked), asked=wanted)
+            self._keep(asked)
+        except BaseException:
+            site.close()
+            raise
         self._runs[asked.run] = run
         self._runs.move_to_end(asked.run)
         while len(self._runs) > MAX_OPEN_RUNS:
@@ -192,8 +205,7 @@ class Gate:
             path = self._agreed(name)
             if not path.exists():
                 raise ProtocolError("expected a study that this site has agreed to, got one it has not")
-            with storage_errors(path, "read a study", remedy="check the permissions of the state folder"):
-                self._enrol(EnrolTask.model_validate_json(path.read_bytes()))
+            self._enrol(_read_agreed(path))
         self._runs.move_to_end(name)
         return self._runs[name]
 
@@ -216,6 +228,14 @@ class _OpenRun:
     asked: Asked
 
 
+def _read_agreed(path: Path) -> EnrolTask:
+    try:
+        with storage_errors(path, "read a study", remedy="check the permissions of the state folder"):
+            return EnrolTask.model_validate_json(path.read_bytes())
+    except ValidationError:
+        raise StorageError(f"{path}: expected a study that was agreed to, got a damaged file", "delete it, and submit the study anew") from None
+
+
 def _parse(question: bytes) -> RecordDict:
     try:
         return recorddict_from_proto(RecordDictProto.FromString(question))
@@ -235,7 +255,7 @@ def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
             details[name] = getattr(asked, name)
     if isinstance(asked, EnrolTask):
         study = asked.study.get("name")
-        details["study"] = study if isinstance(study, str) and len(study) <= 64 else "?"
+        details["study"] = study if isinstance(study, str) and re.fullmatch(NAME_PATTERN, study) else "?"
     return details
 
 

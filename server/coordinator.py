@@ -268,8 +268,10 @@ class Coordinator:
         elif isinstance(content, Refused):
             self._refuse(node_id, f"{content.code} {content.reason}", name=content.name)
         elif isinstance(content, Enrolled):
-            if content.name in self.history.enrolled or content.declared_size < 1:
-                self._refuse(node_id, "E102 expected a name of its own and a declared size of at least 1", name=f"node {node_id}")
+            taken = content.name in self.history.enrolled
+            if taken or content.declared_size < 1:
+                own = f"node {node_id}" if taken else None
+                self._refuse(node_id, "E102 expected a name of its own and a declared size of at least 1", name=own)
                 return
             self.history.refused.pop(content.name, None)
             self.history.enrolled[content.name] = content

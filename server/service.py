@@ -247,12 +247,16 @@ class Service:
                     self._advance(run, submission, active)
 
     def _hold_to_roster(self, nodes: list[Node]) -> list[Node]:
-        """Register who is on the roster, and unregister who is not, or no longer."""
+        """Register who is on the roster, and unregister who is not, or revoked.
+
+        Who has only expired stays, and is asked nothing: Flower never registers a key again that was unregistered, and this one may be renewed.
+        """
+        kept = {node_key_pem(parse_node_key(site.node_key)) for site in self._roster.roster.sites if site.revoked is None}
         wanted = {node_key_pem(parse_node_key(site.node_key)): site for site in self._roster.active()}
         known = {node.public_key: node for node in nodes}
         changed = False
         for key, node in known.items():
-            if key not in wanted:
+            if key not in kept:
                 self._superlink.unregister(node.node_id)
                 self._audit.append("site unregistered", {"site": self._roster.name_of(node.node_id), "node": str(node.node_id)})
                 changed = True

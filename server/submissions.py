@@ -18,6 +18,7 @@ from shared.study import Study
 
 SUBMISSION, ENDED, STOP = "submission.json", "ended.json", "stop"  # in a run's folder
 UNFINISHED: tuple[StudyState, ...] = ("queued", "waiting for sites", "running")
+MAX_RUN = 100  # characters of a run's name
 TOKEN_PATTERN = r"^[A-Za-z0-9_-]{8,100}$"
 
 
@@ -76,9 +77,11 @@ class Submissions:
         Raises:
             ConfigurationError: there is none of that name.
         """
-        if not RUN_PATTERN.match(run) or "/" in run or not (self._runs / run / SUBMISSION).is_file():
+        if len(run) > MAX_RUN or not RUN_PATTERN.match(run) or "/" in run or not (self._runs / run / SUBMISSION).is_file():
             known = ", ".join(list(self.all())[-5:]) or "none"
-            raise ConfigurationError(f"expected a run of this coordinator, got {run!r}; the last are: {known}", "see 'wardround study list'")
+            raise ConfigurationError(
+                f"expected a run of this coordinator, got {run[:MAX_RUN]!r}; the last are: {known}", "see 'wardround study list'"
+            )
         return self._read(self._runs / run)
 
     def update(self, run: str, **changes: object) -> Submission:

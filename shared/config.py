@@ -50,7 +50,7 @@ def validate(model: type[Model], data: Mapping[str, object], source: str) -> Mod
         return model.model_validate(data)
     except ValidationError as error:
         lines = [_explain(detail, model, source) for detail in error.errors()]
-        rule = ", ".join(_key(detail) for detail in error.errors()[:3])
+        rule = ", ".join(_declared_key(detail) for detail in error.errors()[:3])
         raise ConfigurationError("\n".join(lines), f"correct {'this key' if len(lines) == 1 else 'these keys'}", rule=rule[:100]) from None
 
 
@@ -90,6 +90,11 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
 
 def _key(detail: ErrorDetails) -> str:
     return ".".join(part for part in map(str, detail["loc"]) if not _is_union_branch(part)) or "(whole file)"
+
+
+def _declared_key(detail: ErrorDetails) -> str:
+    """The key that a rule may name to others: in the place of one that nobody declared, and that may say anything, the table that it stands in."""
+    return _key({**detail, "loc": detail["loc"][:-1]}) if detail["type"] == "extra_forbidden" else _key(detail)
 
 
 def _is_union_branch(part: str) -> bool:

@@ -16,6 +16,7 @@ from shared.errors import ProtocolError
 
 LARGE_BYTES = 1_000_000
 MAX_ARRAYS = 100_000
+MAX_HEAD_BYTES = 20_000_000  # of JSON, which takes some 25 times as much once it is read
 LENGTH_BYTES = 8
 _ENVELOPE, _TEXT, _SEAL, _ARRAYS = "envelope", "text", "seal", "arrays"
 _PACKED = "packed"
@@ -56,15 +57,18 @@ def unpack(packed: Packed) -> dict[str, ArrayRecord]:
     if not packed.arrays:
         return {}
     view = memoryview(packed.arrays)
-    offset = LENGTH_BYTES + int.from_bytes(view[:LENGTH_BYTES], "big")
+    length = int.from_bytes(view[:LENGTH_BYTES], "big")
+    offset = LENGTH_BYTES + length
     groups: dict[str, dict[str, Array]] = {}
     try:
+        if length > MAX_HEAD_BYTES:
+            raise ValueError("too long")
         head = json.loads(bytes(view[LENGTH_BYTES:offset]))
         if not isinstance(head, list) or len(head) > MAX_ARRAYS:
             raise ValueError("too many")
         for group, name, dtype, shape, stype, size in head:
-            if not (isinstance(size, int) and 0 <= size <= len(view) - offset):
-                raise ValueError("too long")
+            if not (isinstance(group, str) and isinstance(size, int) and 0 <= size <= len(view) - offset):
+                raise ValueError("too long, or under no name")
             array = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=bytes(view[offset : offset + size]))
             if name in groups.setdefault(group, {}):
                 raise ValueError("twice")
@@ -106,5 +110,5 @@ def from_records(envelope: RecordDict) -> tuple[Packed, str]:
 
 
 def _packed(text: str, arrays: bytes) -> Packed:
-    parts = hashlib.sha256(text.encode()).digest() + hashlib.sha256(arrays).digest()
+    parts = hashlib.sha256(text.encode(errors="surrogatepass")).digest() + hashlib.sha256(arrays).digest()
     return Packed(text=text, arrays=arrays, content=hashlib.sha256(parts).hexdigest())

@@ -45,6 +45,20 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         _sync_folder(path.parent)
 
 
+def write_absent(path: Path, text: str) -> bool:
+    """Whether `text` was written to `path`: what is there already stays, for somebody may have edited it.
+
+    Raises:
+        StorageError: the folder cannot be made or written to.
+    """
+    if path.exists():
+        return False
+    with storage_errors(path, "make its folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+    return True
+
+
 def write_secret(path: Path, data: bytes) -> None:
     """`data` at `path`, mode 0600, whole or not at all; where another process was first, its file stands.
 

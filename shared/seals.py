@@ -22,10 +22,11 @@ from pydantic import Field, ValidationError
 
 from shared.envelope import Packed, from_records, pack, to_records, unpack
 from shared.errors import ProtocolError, SealError
-from shared.messages import JSON, MESSAGE, Content
+from shared.messages import JSON, MESSAGE, PARAMETERS, STATISTICS, Content
 
 NONCE_BYTES = 32
 MAX_SEAL_CHARACTERS = 2000
+MAX_SECONDS = 1e7  # a task that may take longer says this
 HEX_256 = r"^[0-9a-f]{64}$"
 
 
@@ -33,7 +34,7 @@ class Seal(Content):
     """What rides beside a message. `seconds` is of a task: how long its answer is waited for."""
 
     nonce: str = Field(pattern=HEX_256)
-    seconds: float | None = Field(default=None, gt=0, lt=1e7)
+    seconds: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     audit_head: str | None = Field(default=None, pattern=HEX_256)
     signature: str = Field(pattern=r"^[0-9a-f]{128}$")
 
@@ -69,8 +70,9 @@ def seal_task(
     packed: Packed, *, site: str, seconds: float, signer: Ed25519PrivateKey, audit_head: str | None = None
 ) -> tuple[RecordDict, SealedTask]:
     """The records to send to `site`, and what to hold its reply against."""
-    task = SealedTask(site=site, nonce=secrets.token_hex(NONCE_BYTES), content=packed.content, seconds=seconds, audit_head=audit_head)
-    seal = Seal(nonce=task.nonce, seconds=seconds, audit_head=audit_head, signature=signer.sign(_task_statement(task)).hex())
+    nonce, within = secrets.token_hex(NONCE_BYTES), min(float(seconds), MAX_SECONDS)  # 5 is signed as 5.0
+    task = SealedTask(site=site, nonce=nonce, content=packed.content, seconds=within, audit_head=audit_head)
+    seal = Seal(nonce=task.nonce, seconds=task.seconds, audit_head=audit_head, signature=signer.sign(_task_statement(task)).hex())
     return to_records(packed, seal.model_dump_json()), task
 
 
@@ -114,8 +116,8 @@ def open_reply(envelope: RecordDict, task: SealedTask, *, site_key: Ed25519Publi
 
 def _message(packed: Packed) -> RecordDict:
     arrays = unpack(packed)
-    if MESSAGE in arrays:
-        raise ProtocolError("expected arrays under other names than the message's")
+    if set(arrays) - {PARAMETERS, STATISTICS}:
+        raise ProtocolError("expected arrays as parameters and statistics, got others")
     return RecordDict({MESSAGE: ConfigRecord({JSON: packed.text}), **arrays})
 
 

@@ -4,6 +4,8 @@ All of it is text for an administrator to read and install; nothing here touches
 """
 
 import json
+import os
+import pwd
 import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -45,6 +47,14 @@ SYSTEM_ONLY = (
     "ProtectControlGroups=yes",
     "ProtectHostname=yes",
 )
+
+
+def current_user() -> str:
+    """Who runs this, by name, or by number where the machine has no name for it; as the user of a system unit."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def systemd_unit(*, name: str, description: str, command: Sequence[str], working_directory: PurePosixPath | str, user: str | None) -> str:

@@ -226,6 +226,15 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def _health(client: httpx.Client) -> tuple[str, str]:
+    """Status and version that `/health` tells, once its time was found to be now."""
+    told = client.get("/health").json()
+    now = datetime.datetime.now(datetime.UTC)
+    assert abs((datetime.datetime.fromisoformat(told["time"]) - now).total_seconds()) < 5
+    assert set(told) == {"status", "wardround", "time"}
+    return told["status"], told["wardround"]
+
+
 @contextlib.contextmanager
 def _upstream_serving(app: Upstream, authority: Authority, port: int = 0) -> Iterator[int]:
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
@@ -470,12 +479,12 @@ def test_it_says_503_while_the_superlink_is_down_and_recovers(authority: Authori
             port = stack.enter_context(_door_serving(authority, upstream_port))
             client = stack.enter_context(httpx.Client(base_url=f"https://localhost:{port}", verify=authority.trusting(), timeout=DEADLINE_SECONDS))
             assert client.post(PULL, content=b"a").status_code == 200
-            _until(lambda: client.get("/health").json() == {"status": "ok", "wardround": "1.2.3"})
+            _until(lambda: _health(client) == ("ok", "1.2.3"))
         for _ in range(3):
             response = client.post(PULL, content=b"b")
             assert response.status_code == 503 and response.headers["retry-after"] == str(RETRY_AFTER_SECONDS)
         _until(lambda: client.get("/health").status_code == 503)
-        assert client.get("/health").json() == {"status": "starting", "wardround": "1.2.3"}
+        assert _health(client) == ("starting", "1.2.3")
         with _upstream_serving(app, authority, upstream_port):
             assert client.post(PULL, content=b"c").status_code == 200
             _until(lambda: client.get("/health").status_code == 200)
@@ -676,7 +685,7 @@ def test_nginx_does_the_same(nginx: tuple[Upstream, int], authority: Authority) 
             asked = upstream.asked.pop()
             assert (asked.raw_path, asked.body, asked.headers["flwr-signature"]) == (path.encode(), body, "s")
             assert not {"cookie", "x-forwarded-for", "user-agent"} & set(asked.headers)
-        assert client.get("/health").json() == {"status": "ok", "wardround": "1.2.3"}
+        assert _health(client) == ("ok", "1.2.3")
         for status in (401, 403, 404, 500, 503):
             upstream.status, upstream.body = status, b"its own words"
             assert (client.post(PULL, content=b"x").status_code, client.post(PULL, content=b"x").content) == (status, b"its own words")
@@ -704,6 +713,6 @@ def test_nginx_says_503_when_the_superlink_is_down(authority: Authority, tmp_pat
     os.kill(int((tmp_path / "pid").read_text()), 1)
     with httpx.Client(base_url=f"https://localhost:{port}", verify=authority.trusting(), timeout=DEADLINE_SECONDS) as client:
         _until(lambda: client.get("/health").status_code == 503)
-        assert client.get("/health").json() == {"status": "starting", "wardround": "1.2.3"}
+        assert _health(client) == ("starting", "1.2.3")
         response = client.post(PULL, content=b"x")
         assert response.status_code == 503 and response.headers["retry-after"] == str(RETRY_AFTER_SECONDS)

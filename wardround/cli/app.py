@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from wardround.cli import audit, data, federation, ledger, privacy, report, simulate, site, study, task
+from wardround.cli import audit, checking, coordinator, data, federation, ledger, privacy, report, simulate, site, study, task
 
 app = typer.Typer(
     help="Federated learning across hospitals, in rounds, with a promise about privacy that is kept in a ledger.",
@@ -34,8 +34,10 @@ app.command("report")(report.report)
 app.command("provision")(federation.provision)
 app.command("renew")(federation.renew)
 app.command("revoke")(federation.revoke)
-app.add_typer(site.app, name="site", help="Join a federation as a hospital.")
-app.add_typer(study.app, name="study", help="Look at study files.")
+app.command("doctor")(checking.doctor)
+app.add_typer(site.app, name="site", help="Join a federation as a hospital, run its site, and approve studies.")
+app.add_typer(coordinator.app, name="coordinator", help="Run a federation's coordinator.")
+app.add_typer(study.app, name="study", help="Look at study files; submit studies to hospitals and watch them.")
 app.add_typer(task.app, name="task", help="Look at tasks, or describe your own table as one.")
 app.add_typer(data.app, name="data", help="Check data against a task, or fetch public data.")
 app.add_typer(privacy.app, name="privacy", help="Plan a budget, and see what was spent.")

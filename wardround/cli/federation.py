@@ -13,6 +13,7 @@ import typer
 from wardround.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
+    from server.federation_file import FederationFile
     from server.provisioning import Provisioned
     from shared.kit import SiteRequest
 
@@ -52,7 +53,7 @@ def provision(
         _check_fingerprints(requests, fingerprint)
     with open_consortium(file, out, passphrase=_passphrase(out, passphrase_file, may_be_new=True)) as consortium:
         outcome = provision_consortium(consortium, requests=requests, with_keys=with_keys)
-    _print(outcome, requests, as_json=as_json)
+    _print(outcome, requests, units=_write_units(outcome.coordinator_kit, file), as_json=as_json)
 
 
 def renew(
@@ -164,7 +165,18 @@ def _random_passphrase() -> str:
     return passphrase
 
 
-def _print(outcome: "Provisioned", requests: "list[SiteRequest]", *, as_json: bool) -> None:
+def _write_units(kit: Path, file: "FederationFile") -> str:
+    """Where the texts for an administrator are, or why they could not be made: nothing hangs on them."""
+    from server.installation import write_coordinator_units
+    from shared.errors import ConfigurationError
+
+    try:
+        return f"to keep it running (systemd, Compose, nginx): {write_coordinator_units(kit, file)}"
+    except ConfigurationError as error:
+        return f"no systemd, Compose or nginx file was written: {error.what}; {error.remedy}"
+
+
+def _print(outcome: "Provisioned", requests: "list[SiteRequest]", *, units: str = "", as_json: bool) -> None:
     """What the federation's folder holds now, for people, and as an envelope where asked."""
     from shared.certificates import grouped
     from wardround.cli.output import console, print_envelope, table
@@ -173,6 +185,8 @@ def _print(outcome: "Provisioned", requests: "list[SiteRequest]", *, as_json: bo
     rows = [[site.name, site.status, f"{site.expires:%Y-%m-%d}", str(site.kit)] for site in outcome.sites]
     terminal.print(table(f"generation {outcome.generation}", ["site", "status", "expires", "kit"], rows))
     terminal.print(f"\ncoordinator's kit: {outcome.coordinator_kit}", markup=False)
+    if units:
+        terminal.print(units, markup=False)
     terminal.print(f"CA fingerprint (compare it with every site over the phone):\n  {grouped(outcome.ca_fingerprint)}")
     for request in requests:
         terminal.print(f"request of {request.site} (compare it with the site over the phone):\n  {grouped(request.fingerprint)}")

@@ -1,10 +1,11 @@
-"""`wardround site init`."""
+"""`wardround site`: init here, and the nouns of a hospital's daily life beside it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from wardround.cli import checking, site_approve, site_running
 from wardround.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
@@ -49,7 +50,20 @@ def init(
         raise UsageError("--out: expected a zip to unpack there, got a folder", "leave --out away: a folder is used where it is")
     if wizard:
         answers = _ask(answers, ask_test_size=declared_test_size is None)
-    _print(init_site(folder, answers), as_json=as_json)
+    taken = init_site(folder, answers)
+    _print(taken, units=_write_units(taken), as_json=as_json)
+
+
+def _write_units(taken: "TakenUp") -> str:
+    """Where the texts for an administrator are, or why they could not be made: nothing hangs on them."""
+    from client.installation import write_site_units
+    from shared.errors import ConfigurationError
+
+    assert taken.manifest.site is not None
+    try:
+        return f"to keep it running (systemd, Compose, the courier's own user): {write_site_units(taken.folder, taken.manifest.site)}"
+    except ConfigurationError as error:
+        return f"no systemd or Compose file was written: {error.what}; {error.remedy}"
 
 
 def _parse_option(text: str) -> "tuple[str, Scalar]":
@@ -87,7 +101,7 @@ def _ask(answers: "SiteAnswers", *, ask_test_size: bool) -> "SiteAnswers":
     return dataclasses.replace(answers, data=data, task=task, declared_size=size, declared_test_size=test_size, epsilon=epsilon)
 
 
-def _print(taken: "TakenUp", *, as_json: bool) -> None:
+def _print(taken: "TakenUp", *, units: str, as_json: bool) -> None:
     """What was made and what comes next."""
     from shared.certificates import grouped
     from wardround.cli.output import console, print_envelope
@@ -107,6 +121,7 @@ def _print(taken: "TakenUp", *, as_json: bool) -> None:
     ]
     for number, step in enumerate(next_steps, start=1):
         terminal.print(f"{number}. {step}", markup=False)
+    terminal.print(units, markup=False)
     if as_json:
         print_envelope(
             {
@@ -121,6 +136,14 @@ def _print(taken: "TakenUp", *, as_json: bool) -> None:
                 "declared_size": request.declared_size,
                 "site_file": str(taken.site_file) if taken.site_file else None,
                 "notes": list(taken.notes),
+                "units": units,
                 "next": next_steps,
             }
         )
+
+
+app.command("check")(checking.check)
+app.command("start")(site_running.start)
+app.command("status")(site_running.status)
+app.command("stop")(site_running.stop)
+app.command("approve")(site_approve.approve)
