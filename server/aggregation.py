@@ -4,7 +4,7 @@ Each product weight x value (exact in float64 for float32 values and weights bel
 coarse x 2**-20 + fine x 2**-70, and both are added as int64. Memory is O(parameters), whatever the number of sites.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ MAX_WEIGHT = 10_000_000  # patients; a larger claim counts as this many
 MAX_PRODUCT = 2.0**31  # of weight x |value|
 MAX_SUM = 2.0**42  # of the updates' largest weight x |value| together, so that the coarse sum stays below 2**62
 MAX_UPDATES = 2**12  # carries are moved up after this many
+BLOCK = 2**20  # values computed on at a time
 
 FloatArrays = dict[str, NDArray[np.float64]]
 
@@ -49,21 +50,17 @@ class ExactMean:
         """
         if not 1 <= weight <= MAX_WEIGHT:
             raise ProtocolError(f"weight: expected 1 to {MAX_WEIGHT}, got {weight}")
-        products = {name: value.astype(np.float64) * weight for name, value in update.items()}
-        for name, product in products.items():
-            if product.size and not np.abs(product).max() < MAX_PRODUCT:
-                raise ProtocolError(f"update {name}: expected values below {MAX_PRODUCT / weight:.3g}, got larger ones")
-        largest = max((float(np.abs(product).max()) for product in products.values() if product.size), default=0.0)
+        largest = float(np.max([_largest(value) * weight for value in update.values()], initial=0.0))  # NaN where a value is none
+        if not largest < MAX_PRODUCT:
+            name = next(name for name, value in update.items() if not _largest(value) * weight < MAX_PRODUCT)
+            raise ProtocolError(f"update {name}: expected values below {MAX_PRODUCT / weight:.3g}, got larger ones")
         if self._largest_sum + largest >= MAX_SUM:
             raise ProtocolError("update: expected a sum that cannot overflow, got too many large updates")
         self._largest_sum += largest
-        for name, product in products.items():
-            coarse = np.floor(product * COARSE)
-            fine = np.rint((product - coarse / COARSE) * FINE).astype(np.int64)
+        for name, value in update.items():
             if name not in self._coarse:
-                self._coarse[name], self._fine[name] = np.zeros(product.shape, np.int64), np.zeros(product.shape, np.int64)
-            self._coarse[name] += coarse.astype(np.int64)
-            self._fine[name] += fine
+                self._coarse[name], self._fine[name] = np.zeros(value.shape, np.int64), np.zeros(value.shape, np.int64)
+            _add_product(self._coarse[name].reshape(-1), self._fine[name].reshape(-1), value.reshape(-1), weight)
         self._weight += weight
         self._since_carry += 1
         if self._since_carry >= MAX_UPDATES:
@@ -73,12 +70,39 @@ class ExactMean:
         """The weighted mean of all that was added; at least one update must have been."""
         assert self._weight > 0
         self._carry()
-        return {name: np.asarray((coarse / COARSE + self._fine[name] / FINE) / self._weight) for name, coarse in self._coarse.items()}
+        mean = {name: np.empty(coarse.shape) for name, coarse in self._coarse.items()}
+        for name, value in mean.items():
+            coarse, fine, flat = self._coarse[name].reshape(-1), self._fine[name].reshape(-1), value.reshape(-1)
+            for block in blocks(flat.size):
+                flat[block] = (coarse[block] / COARSE + fine[block] / FINE) / self._weight
+        return mean
 
     def _carry(self) -> None:
         """Move whole coarse units out of the fine part; the represented sum stays the same."""
-        for name, fine in self._fine.items():
-            units = fine // FINE_PER_COARSE
-            self._coarse[name] += units
-            self._fine[name] = fine - units * FINE_PER_COARSE
+        for name, whole in self._fine.items():
+            coarse, fine = self._coarse[name].reshape(-1), whole.reshape(-1)
+            for block in blocks(fine.size):
+                units = fine[block] // FINE_PER_COARSE
+                coarse[block] += units
+                fine[block] -= units * FINE_PER_COARSE
         self._since_carry = 0
+
+
+def blocks(size: int) -> Iterator[slice]:
+    """Slices that cover a flat array, small enough that what is computed on the way needs little memory beside a large model."""
+    return (slice(start, start + BLOCK) for start in range(0, size, BLOCK))
+
+
+def _largest(value: NDArray[np.generic]) -> float:
+    """The largest magnitude, exact; not a number where a value is none."""
+    flat = value.reshape(-1)
+    return float(np.max([np.abs(flat[block].astype(np.float64)).max() for block in blocks(flat.size)], initial=0.0))
+
+
+def _add_product(coarse: NDArray[np.int64], fine: NDArray[np.int64], value: NDArray[np.generic], weight: int) -> None:
+    """Add weight x value to a sum in fixed point; all flat."""
+    for block in blocks(value.size):
+        product = value[block].astype(np.float64) * weight
+        whole = np.floor(product * COARSE)
+        coarse[block] += whole.astype(np.int64)
+        fine[block] += np.rint((product - whole / COARSE) * FINE).astype(np.int64)

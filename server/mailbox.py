@@ -57,6 +57,10 @@ class Mailbox:
         pull = make_pull_object_fn_protobuf(client.PullObject, self._grid.node, run_id)
         contents = {object_id: pull(object_id) for object_id in reversed(coming.objects)}
         client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run_id, message_object_id=coming.message_id))
-        message = inflate_object_from_contents(coming.message_id, contents)
-        assert isinstance(message, Message)
+        try:
+            message = inflate_object_from_contents(coming.message_id, contents)
+        except Exception as error:  # the border of the coordinator: objects that break their reader cost their site its reply, and nobody else anything
+            raise ObjectPullError(coming.message_id, type(error).__name__) from None
+        if not isinstance(message, Message):
+            raise ObjectPullError(coming.message_id, "another object in a message's place")
         return message

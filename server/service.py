@@ -187,7 +187,7 @@ class Service:
             "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **QUIET, **{key: os.environ[key] for key in KEPT if key in os.environ},
         }  # fmt: skip
         superlink = (
-            str(binaries / "flower-superlink"), "--host", "127.0.0.1", "--port", str(self._port),
+            sys.executable, "-m", "server.superlink_process", "--host", "127.0.0.1", "--port", str(self._port),
             "--ssl-ca-certfile", str(folder / CA_CERTIFICATE), "--ssl-certfile", str(folder / SERVER_CERTIFICATE),
             "--ssl-keyfile", str(folder / SERVER_KEY), "--enable-supernode-auth", "--database", str(state / "superlink.db"),
             "--isolation", "process", "--superexec-auth-secret-file", str(self._secret_path),

@@ -3,6 +3,7 @@
 A token that comes with a submission makes a retry safe: the second time it names the run that the first time made.
 """
 
+import logging
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,9 @@ SUBMISSION, ENDED, STOP = "submission.json", "ended.json", "stop"  # in a run's 
 UNFINISHED: tuple[StudyState, ...] = ("queued", "waiting for sites", "running")
 MAX_RUN = 100  # characters of a run's name
 TOKEN_PATTERN = r"^[A-Za-z0-9_-]{8,100}$"
+
+
+logger = logging.getLogger(__name__)
 
 
 class Submission(Settings):
@@ -65,10 +69,16 @@ class Submissions:
         return folder.path.name
 
     def all(self) -> dict[str, Submission]:
-        """Every submission by its run's name, oldest first."""
+        """Every submission by its run's name, oldest first; one that is damaged is left out, and said in the log: it stops no other."""
         if not self._runs.is_dir():
             return {}
-        found = {path.name: self._read(path) for path in self._runs.iterdir() if RUN_PATTERN.match(path.name) and (path / SUBMISSION).is_file()}
+        found = {}
+        for path in self._runs.iterdir():
+            if RUN_PATTERN.match(path.name) and (path / SUBMISSION).is_file():
+                try:
+                    found[path.name] = self._read(path)
+                except StorageError as error:
+                    logger.error("%s", error)
         return dict(sorted(found.items(), key=lambda item: (item[1].submitted, item[0])))
 
     def get(self, run: str) -> Submission:

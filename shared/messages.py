@@ -73,9 +73,9 @@ class Enrolled(Content):
 
     kind: Literal["enrolled"] = "enrolled"
     name: str = Field(min_length=1, max_length=MAX_NAME)
-    declared_size: int
-    declared_num_patients: int
-    declared_num_test: int
+    declared_size: int = Field(le=MAX_NUMBER)
+    declared_num_patients: int = Field(le=MAX_NUMBER)
+    declared_num_test: int = Field(le=MAX_NUMBER)
     ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from numpy.typing import NDArray
 
-from server.aggregation import ExactMean
+from server.aggregation import ExactMean, blocks
 from server.sampler import sample_sites
 from server.strategies.fedadagrad import fedadagrad
 from server.strategies.fedadam import fedadam
@@ -198,13 +199,14 @@ class FederatedStrategy(Strategy):
         current = self._current()
         if current.mean.total_weight == 0:
             return None, None
-        self.state, parameters = self._apply(current.mean.mean(), current.parameters)
+        mean, current.mean = current.mean.mean(), ExactMean()  # the sum is not needed any more, and larger than the model
+        self.state, parameters = self._apply(mean, current.parameters)
         return to_array_record(parameters), None
 
     def _apply(self, mean: FloatArrays, parameters: Parameters) -> tuple[State, Parameters]:
         state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable})
         with np.errstate(over="ignore"):  # looked for just below
-            moved = {name: np.asarray(value + change.get(name, mean[name]), dtype=value.dtype) for name, value in parameters.items()}
+            moved = {name: _moved(value, change.get(name, mean[name])) for name, value in parameters.items()}
         for name, value in moved.items():
             if not np.isfinite(value).all():
                 raise ProtocolError(f"model: expected finite values after the server's step, got others in {name}")
@@ -225,7 +227,17 @@ class FederatedStrategy(Strategy):
 
 def norm(arrays: Parameters) -> float:
     """L2 norm over all arrays together, in float64."""
-    return math.sqrt(math.fsum(float(np.square(value, dtype=np.float64).sum()) for value in arrays.values()))
+    flat = [value.reshape(-1) for value in arrays.values()]
+    return math.sqrt(math.fsum(float(np.square(value[block], dtype=np.float64).sum()) for value in flat for block in blocks(value.size)))
+
+
+def _moved(value: NDArray[np.floating], change: NDArray[np.float64]) -> NDArray[np.floating]:
+    """value + change, added in float64, in the type of `value`."""
+    moved = np.empty(value.shape, value.dtype)
+    out, flat, added = moved.reshape(-1), value.reshape(-1), change.reshape(-1)
+    for block in blocks(flat.size):
+        out[block] = flat[block] + added[block]
+    return moved
 
 
 def failure_reason(reply: Message) -> str:

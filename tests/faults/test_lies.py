@@ -46,3 +46,27 @@ def test_only_the_lying_update_is_refused_named_and_the_model_stays_finite(feder
 def files(folder: Path) -> list[Path]:
     """Every file of the coordinator but Flower's own database, which holds messages as they came until they are fetched."""
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("superlink.db")]
+
+
+def test_a_patients_text_in_an_honest_sites_data_stays_there(federation: Federation) -> None:
+    """Planted where loaders complain: in a value, in a column too many, and in the file's name."""
+    site = "hungarian"
+    kit = federation.kit(site)
+    original = federation.root / "data" / f"processed.{site}.data"
+    planted = federation.root / "data" / "Grace-Hopper-ward-7" / original.name
+    planted.parent.mkdir()
+    rows = original.read_text().splitlines()
+    rows[3] = "Grace Hopper," + rows[3].split(",", 1)[1]
+    rows[7] += ",Grace Hopper"
+    planted.write_text("\n".join(rows) + "\n")
+    path = kit / "site.toml"
+    path.write_text(path.read_text().replace(str(original), str(planted)))
+    run = federation.submit(study(name="planted", rounds={"count": 1, "deadline": "20s", "require": 1}))
+    federation.finished(run)
+    status, reason = federation.status_of(run, 1, site)
+    assert status == "refused" and str(reason).startswith("E50")
+    assert "processed" in (kit / "state" / "daemon.log").read_text()  # the hospital's own log says more
+    for file in [item for item in federation.coordinator.rglob("*") if item.is_file()]:  # Flower's database too
+        content = file.read_bytes()
+        assert b"Hopper" not in content and b"ward-7" not in content, file
+    assert "Hopper" not in (kit / "state" / "audit.jsonl").read_text()
