@@ -136,7 +136,7 @@ def measure(root: Path, num_sites: int, num_parameters: int) -> dict[str, object
         until(lambda: "ready" in (root / "coordinator.log").read_text(), "the coordinator is ready")
         sites.start()
         run = ask_coordinator(coordinator / "state", "/studies", SubmitRequest(study=study.to_table(), token="memory-benchmark"))
-        submissions, peaks, started = Submissions(coordinator / "runs"), {"flwr-serverapp": 0.0, "flower-superlink": 0.0}, time.monotonic()
+        submissions, peaks, started = Submissions(coordinator / "runs"), {"flwr-serverapp": 0.0, "server.superlink_process": 0.0}, time.monotonic()
         while submissions.get(run).state not in ("completed", "failed") and time.monotonic() - started < 1800:
             peaks = {part: max(peak, peak_megabytes(part)) for part, peak in peaks.items()}
             time.sleep(0.2)
@@ -149,8 +149,8 @@ def measure(root: Path, num_sites: int, num_parameters: int) -> dict[str, object
         f"{num_sites} sites x {model_bytes / 4:,.0f} parameters, one round and its evaluation in {time.monotonic() - started:.0f} s", file=sys.stderr
     )
     print(f"ServerApp's process {peaks['flwr-serverapp']:8.0f} MB  to reach: under {goal:.0f} MB (4 models + 600 MB)", file=sys.stderr)
-    print(f"SuperLink           {peaks['flower-superlink']:8.0f} MB", file=sys.stderr)
-    return {"serverapp_megabytes": peaks["flwr-serverapp"], "goal_megabytes": goal, "superlink_megabytes": peaks["flower-superlink"]}
+    print(f"SuperLink           {peaks['server.superlink_process']:8.0f} MB", file=sys.stderr)
+    return {"serverapp_megabytes": peaks["flwr-serverapp"], "goal_megabytes": goal, "superlink_megabytes": peaks["server.superlink_process"]}
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from shared.study import Study
 from shared.task import Task, architecture_hash
 
 APPROVALS, ASKED = "approvals", "asked"  # folders in a site's state
+MAX_ASKED = 100  # studies that wait to be decided at once
 REMEDY = "the hospital decides: 'wardround site approve KIT STUDY'"
 
 
@@ -154,7 +155,9 @@ class Approvals:
         return there
 
     def remember(self, asked: Asked) -> None:
-        """Keep what was asked, for somebody to decide."""
+        """Keep what was asked, for somebody to decide; not more than `MAX_ASKED` studies, for a coordinator could ask without end."""
+        if sum(1 for _ in (self._state / ASKED).glob("*.json")) >= MAX_ASKED:
+            return
         self._write(ASKED, asked.study_hash, asked.model_dump(mode="json"))
 
     def pending(self) -> list[Asked]:

@@ -6,6 +6,7 @@ with Flower's own client, and hands each message to a function of ours instead. 
 """
 
 import contextlib
+import logging
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PullMessagesResponse, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
@@ -48,6 +49,8 @@ NOT_LET_IN = (
 )
 
 Answer = TypeVar("Answer")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +116,25 @@ class Fleet:
             self._client.close()
 
     def receive(self) -> Received | None:
-        """The next message, whole; None where none waits.
+        """The next message, whole; None where none waits, or where one could not be had: its run has ended, or it is no message.
 
         Raises:
             NodeRefusedError: the node is let in no more.
+            ConnectionFailedError: it was told to stop before the coordinator answered.
         """
         node = self._here()
         response = self._ask(lambda: self._client.PullMessages(PullMessagesRequest(node=node)))
         if not response.messages_list:
             return None
+        try:
+            return self._whole(node, response)
+        except Exception as error:  # one message must not end the courier; a node that is let in no more learns so when it next asks for one
+            if self._stop.is_set():
+                raise
+            logger.warning("a message could not be had: %s", error if isinstance(error, NodeRefusedError) else type(error).__name__)
+            return None
+
+    def _whole(self, node: Node, response: PullMessagesResponse) -> Received:
         head, tree = message_from_proto(response.messages_list[0]), response.message_object_trees[0]
         run_id = head.metadata.run_id
         pull = make_pull_object_fn_protobuf(lambda request: self._ask(lambda: self._client.PullObject(request)), node, run_id)

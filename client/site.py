@@ -19,6 +19,7 @@ from torch import nn
 from client.charging import KIND, Ask, Charging
 from client.cross_check import epsilon_prv
 from client.evaluation_noise import bounded_statistics, merge, noise_statistics, spread
+from client.exact_answers import ExactAnswers
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.policy import Policy
@@ -214,8 +215,10 @@ class Site:
         Raises:
             ProtocolError: the study was not agreed to here.
             BudgetExhaustedError: the ledger has no room; nothing was trained.
+            NotApprovedError: something would leave without noise, and the study has no more rounds.
         """
         admission = self._admitted(task)
+        self._count_exact(task, admission, parameters)
         train_part, test_part = self._parts(admission.study, task.fold)
         statistics, withheld = None, None
         if admission.evaluation is None:
@@ -236,8 +239,10 @@ class Site:
         Raises:
             ProtocolError: the study was not agreed to here.
             BudgetExhaustedError: the ledger has no room for another noised evaluation.
+            NotApprovedError: something would leave without noise, and the study has no more rounds.
         """
         admission = self._admitted(task)
+        self._count_exact(task, admission, parameters)
         _, test_part = self._parts(admission.study, task.fold)
         if admission.evaluation is None:
             statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
@@ -309,6 +314,17 @@ class Site:
         names = {metric.statistic.name for metric in self._task.metrics}
         policy, num_test = self.settings.policy, self.settings.declared_num_test
         return {name: None if policy is None else policy.withholds(self._task, name, num_test=num_test, exact=exact) for name in sorted(names)}
+
+    def _count_exact(self, task: TrainTask | EvaluateTask, admission: Admission, parameters: Parameters) -> None:
+        """A real site answers exactly about as many models as the approved study has rounds and closing evaluations, and no more."""
+        private = admission.plan.private
+        exact_statistics = admission.evaluation is None and not all(self._rules(exact=private).values())
+        if self.settings.virtual or (private and not exact_statistics):
+            return
+        study = admission.study
+        most = (study.rounds.count + 1) * study.evaluation.folds + study.privacy.spare_rounds
+        request = self._ask(task, admission).request(parameters)
+        ExactAnswers(self.settings.releases_path).count(task.run, request, most=most)
 
     def _statistics(self, test_part: Cohort, parameters: Parameters, *, exact: bool) -> tuple[Statistics | None, str | None]:
         """What may leave, and the rule that keeps the rest."""

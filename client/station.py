@@ -21,7 +21,7 @@ from client.door import SOCKET, door_folder
 from client.hospital import Hospital
 from shared.config import Settings
 from shared.errors import StorageError
-from shared.files import json_text, storage_errors, write_atomic
+from shared.files import json_text, make_private, storage_errors, write_atomic
 from shared.supervision import POLL_SECONDS, Child, Observe, State, Supervisor, single_instance
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -70,7 +70,7 @@ def run_station(
     """
     hospital = Hospital.open(kit)
     with storage_errors(hospital.state, "make the site's state"):
-        hospital.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(hospital.state)
     with single_instance(hospital.state) as announce:
         with contextlib.suppress(FileNotFoundError):
             (hospital.state / CONNECTION).unlink()  # of an earlier life

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from server.aggregation import MAX_WEIGHT
 from server.evaluation import add_statistics, count_tested, evaluate
 from server.run_folder import Checkpoint, RunFolder
-from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason
+from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason, plain_text
 from server.witness import Witness
 from shared.errors import (
     BudgetExhaustedError,
@@ -112,6 +112,9 @@ class Membership(Protocol):
 
     def name_of(self, node_id: int) -> str:
         """The name of a node's site."""
+
+    def declared_size(self, name: str) -> int | None:
+        """Training patients of a site, as it declared when it was approved; None where it did not."""
 
 
 class Coordinator:
@@ -250,8 +253,13 @@ class Coordinator:
         self._strategy.set_members(self._member(site) for site in self.history.enrolled.values())
 
     def _member(self, site: Enrolled) -> Member:
-        weight = site.declared_size if self._study.strategy.weights == "declared" else 1
+        weight = self._size_of(site) if self._study.strategy.weights == "declared" else 1
         return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT))
+
+    def _size_of(self, site: Enrolled) -> int:
+        """What a site may weigh: what it says now, and no more than what it said when it was approved."""
+        signed = None if self._membership is None else self._membership.declared_size(site.name)
+        return site.declared_size if signed is None else min(site.declared_size, signed)
 
     def _take_enrolment(self, reply: Message) -> None:
         node_id = reply.metadata.src_node_id
@@ -266,7 +274,7 @@ class Coordinator:
         if self._membership is not None and isinstance(content, Enrolled | Refused) and content.name != self._membership.name_of(node_id):
             self._refuse(node_id, "E102 expected the name on the roster, got another")
         elif isinstance(content, Refused):
-            self._refuse(node_id, f"{content.code} {content.reason}", name=content.name)
+            self._refuse(node_id, plain_text(f"{content.code} {content.reason}"), name=content.name)
         elif isinstance(content, Enrolled):
             taken = content.name in self.history.enrolled
             if taken or content.declared_size < 1:

@@ -63,6 +63,10 @@ class LiveRoster:
         names = [site.name for site in self.roster.sites if self._nodes.get(site.node_key) == node_id]
         return names[0] if names else f"node {node_id}"
 
+    def declared_size(self, name: str) -> int | None:
+        """Training patients of a site that may take part now, as the roster has it; None where it declared none."""
+        return next((site.declared_size for site in self.active() if site.name == name), None)
+
     def remember(self, nodes: dict[str, int]) -> None:
         """Durably take these as the node ids by node key."""
         if nodes != self._nodes:

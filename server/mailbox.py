@@ -48,8 +48,9 @@ class Mailbox:
             except ObjectPullError:
                 reply = None
             del self._coming[answered]
-            yield answered, reply
+            found = [(answered, reply)]
             del reply
+            yield found.pop()  # who takes it holds the only reference: the next reply may need the room
 
     def _whole(self, coming: _Coming) -> Message:
         """The reply; the last part is looked for first, so that an upload under way costs one question."""
@@ -59,7 +60,7 @@ class Mailbox:
         client.ConfirmMessageReceived(ConfirmMessageReceivedRequest(node=self._grid.node, run_id=run_id, message_object_id=coming.message_id))
         try:
             message = inflate_object_from_contents(coming.message_id, contents)
-        except Exception as error:  # the border of the coordinator: objects that break their reader cost their site its reply, and nobody else anything
+        except Exception as error:  # the border of the coordinator: objects that break their reader cost their site its reply, and nothing more
             raise ObjectPullError(coming.message_id, type(error).__name__) from None
         if not isinstance(message, Message):
             raise ObjectPullError(coming.message_id, "another object in a message's place")

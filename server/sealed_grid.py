@@ -124,9 +124,10 @@ class SealedGrid(Grid):
             before = len(unanswered)
             for message_id, answer in self._pull(list(waiting)):
                 node_id = waiting[message_id].message.metadata.dst_node_id
-                if unanswered.pop(node_id, None) is not None:
-                    yield self._open(answer, waiting[message_id])
+                opened = [self._open(answer, waiting[message_id])] if unanswered.pop(node_id, None) is not None else []
                 del answer
+                if opened:
+                    yield opened.pop()  # as in the mailbox: nothing of a reply is kept here
             waiting = {key: sent for key, sent in waiting.items() if sent.message.metadata.dst_node_id in unanswered}
             if len(unanswered) == before:
                 time.sleep(POLL_SECONDS)

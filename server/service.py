@@ -37,7 +37,7 @@ from server.superlink import Node, SuperLink
 from shared.audit import AuditLog
 from shared.certificates import node_key_pem, parse_node_key, read_certificate, replace_secret
 from shared.errors import ConnectionFailedError, KitError, WardroundError
-from shared.files import storage_errors
+from shared.files import make_private, storage_errors
 from shared.kit import (
     CA_CERTIFICATE,
     FEDERATION,
@@ -56,6 +56,7 @@ from shared.supervision import Child, Supervisor, single_instance
 
 TICK_SECONDS, SUPERVISE_SECONDS = 0.5, 0.2
 MAX_ATTEMPTS = 5  # a study whose process dies so often without completing a round more is failed
+LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1000000"}  # large blocks go back to the system at once, and not into a heap with holes
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
@@ -110,8 +111,8 @@ class Service:
         self._kit = CoordinatorKit.open(folder)
         state = self._kit.state
         with storage_errors(state, "make the coordinator's state"):
-            state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / RUNS).mkdir(mode=0o700, exist_ok=True)
+            make_private(state)
+            make_private(folder / RUNS)
         self._roster = LiveRoster(folder, state)
         self._submissions = self._kit.submissions
         self._audit = AuditLog(state / AUDIT, owner=self._kit.manifest.federation, role="coordinator", signer=load_signing_key(folder / SIGNING_KEY))
@@ -184,7 +185,7 @@ class Service:
         binaries = Path(sys.executable).parent
         environment = {
             "PATH": f"{binaries}:/usr/local/bin:/usr/bin:/bin", "HOME": str(state), "FLWR_HOME": str(state / "flwr"), COORDINATOR: str(folder),
-            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **QUIET, **{key: os.environ[key] for key in KEPT if key in os.environ},
+            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **LEAN, **QUIET, **{key: os.environ[key] for key in KEPT if key in os.environ},
         }  # fmt: skip
         superlink = (
             sys.executable, "-m", "server.superlink_process", "--host", "127.0.0.1", "--port", str(self._port),
@@ -208,7 +209,10 @@ class Service:
     def _observe(self, event: str, child: str, facts: Mapping[str, object]) -> None:
         logger.info("%s %s%s", child, event, "".join(f" {key}={value}" for key, value in facts.items()))
         if event == "exited":
-            self._audit.append("process ended", {"process": child, "status": str(facts.get("status")), "outcome": "failed"})
+            try:
+                self._audit.append("process ended", {"process": child, "status": str(facts.get("status")), "outcome": "failed"})
+            except WardroundError as error:  # on a full disk it is started again all the same
+                logger.error("error %s: %s", error.code, error)
 
     # The loop ------------------------------------------------------------------------------------------------------------------
 

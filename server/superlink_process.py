@@ -31,12 +31,15 @@ class OwnUserAlone:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"].startswith(FLEET)):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http" and scope["client"] and connected_user(tuple(scope["client"]), tuple(scope["server"])) == os.geteuid():
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and (scope["path"].startswith(FLEET) or _is_own(scope))):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             await JSONResponse({"detail": "Forbidden"}, status_code=403)(scope, receive, send)
+
+
+def _is_own(scope: Scope) -> bool:
+    client, server = scope["client"], scope["server"]
+    return bool(client and server) and connected_user(tuple(client), tuple(server)) == os.geteuid()
 
 
 def connected_user(client: Address, server: Address) -> int | None:

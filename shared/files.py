@@ -59,6 +59,17 @@ def write_absent(path: Path, text: str) -> bool:
     return True
 
 
+def make_private(folder: Path) -> None:
+    """`folder` is there, and nobody but its owner can look into it, also where it came back from a backup with other permissions.
+
+    Raises:
+        OSError: it cannot be made, or is another user's.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_mode & 0o077:
+        folder.chmod(0o700)
+
+
 def write_secret(path: Path, data: bytes) -> None:
     """`data` at `path`, mode 0600, whole or not at all; where another process was first, its file stands.
 

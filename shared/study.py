@@ -222,6 +222,13 @@ class Study(Settings):
     evaluation: Evaluation = Evaluation()
     federation: Federation = Federation()
 
+    @field_validator("purpose")
+    @classmethod
+    def _check_purpose(cls, text: str) -> str:
+        if not text.replace("\n", " ").isprintable():  # it is shown on the terminals of those who decide, which control characters command
+            raise ValueError("expected text and line breaks, got control characters; remove them")
+        return text
+
     @model_validator(mode="after")
     def _check_noised_statistics(self) -> Self:
         if self.noised_statistics and self.evaluation.folds > 1:

@@ -156,6 +156,7 @@ class FederatedStrategy(Strategy):
             member = by_node.get(reply.metadata.src_node_id)
             if member is not None and member.name not in current.answers:
                 current.answers[member.name] = self._judge(reply, member, current)
+            del reply  # before the next one is fetched
 
     def _judge(self, reply: Message, member: Member, current: Round) -> Answer:
         if reply.has_error():
@@ -171,7 +172,7 @@ class FederatedStrategy(Strategy):
     def _accept(self, record: RecordDict, member: Member, current: Round) -> Answer:
         content = decode(record, Trained if current.training else Evaluated, Refused)
         if isinstance(content, Refused):
-            return Answer(name=member.name, status="refused", reason=f"{content.code} {content.reason}")
+            return Answer(name=member.name, status="refused", reason=plain_text(f"{content.code} {content.reason}"))
         assert isinstance(content, Trained | Evaluated)
         if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
             raise ProtocolError("expected a reply for this site and round, got one for another")
@@ -185,9 +186,8 @@ class FederatedStrategy(Strategy):
             if norm(update) > MAX_RELATIVE_NORM * max(1.0, norm(current.parameters)):
                 raise ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
             current.mean.add(update, member.weight)
-        return Answer(
-            name=member.name, status="ok", reason=content.withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head
-        )
+        withheld = None if content.withheld is None else plain_text(content.withheld)
+        return Answer(name=member.name, status="ok", reason=withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
 
     @staticmethod
     def _template(current: Round) -> Template:
@@ -244,6 +244,11 @@ def failure_reason(reply: Message) -> str:
     """Why a reply is an error: a code and sentence of our own grid's where there is one, and never a foreign text."""
     told = reply.error.reason or ""
     return told if is_fixed_sentence(told) else f"{SiteFailedError.code} The site's app failed."
+
+
+def plain_text(told: str) -> str:
+    """A site's own words as one line without control characters: they are shown on terminals, which such characters command."""
+    return "".join(character if character.isprintable() else " " for character in told)
 
 
 def _check_privacy(privacy: SitePrivacy | None) -> None:

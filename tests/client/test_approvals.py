@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client import approvals as module
-from client.approvals import Approval, Approvals, Asked, installed_code_hash, what_is_asked
+from client.approvals import MAX_ASKED, Approval, Approvals, Asked, installed_code_hash, what_is_asked
 from client.policy import AdvanceApproval, SiteFile
 from shared.config import validate
 from shared.errors import NotApprovedError, StorageError, describe_exception
@@ -280,3 +280,9 @@ def test_a_full_disk_approves_nothing(approvals: Approvals, asked: Asked, tmp_pa
 def test_an_approval_file_says_all_that_was_shown(approvals: Approvals, asked: Asked, tmp_path: Path) -> None:
     approvals.approve(asked, by="x", expires=LATER, now=NOW)
     assert Approval.model_validate_json(the_file(tmp_path, asked).read_bytes()).asked == asked
+
+
+def test_a_coordinator_that_asks_without_end_fills_no_disk(approvals: Approvals, asked: Asked) -> None:
+    for number in range(MAX_ASKED + 20):
+        approvals.remember(asked.model_copy(update={"study_hash": f"{number:064x}"}))
+    assert len(approvals.pending()) == MAX_ASKED

@@ -47,9 +47,13 @@ class Members:
     """Who is expected."""
 
     names: set[str] = field(default_factory=lambda: set(SITES))
+    signed: dict[str, int] = field(default_factory=dict)  # declared sizes
 
     def expected(self) -> frozenset[str]:
         return frozenset(self.names)
+
+    def declared_size(self, name: str) -> int | None:
+        return self.signed.get(name)
 
     def name_of(self, node_id: int) -> str:
         return next((name for name, known in NODES.items() if known == node_id), f"node {node_id}")
@@ -268,3 +272,18 @@ def test_a_node_that_is_not_ready_is_asked_ever_less_often(monkeypatch: pytest.M
     final = asking.after(fixed_sentence(PolicyRefusedError))
     assert final.due == math.inf
     assert not final.hurried().is_due
+
+
+def test_a_site_weighs_no_more_than_the_size_that_was_approved(deployment: Deployment) -> None:
+    """Who declares a billion patients would otherwise be the model; who declares fewer than were approved is believed."""
+    deployment.members.signed = {"north": 40, "south": 10**6}
+    deployment.enrolment = lambda name, asked: (
+        Enrolled(name=name, declared_size=10**9, declared_num_patients=10**9, declared_num_test=5) if name == "north" else None
+    )
+    with pytest.raises(QuorumLostError):  # north's site has not enrolled in truth, and refuses to train
+        deployment.run(on_missing="abort")
+    weights = {name: member.weight for name, member in deployment.coordinator._strategy._members.items()}
+    declared = {name: site.declared_size for name, site in deployment.coordinator.history.enrolled.items()}
+    assert weights["north"] == 40
+    assert weights["south"] == declared["south"] < 10**6
+    assert weights["west"] == declared["west"]  # the roster says nothing of it

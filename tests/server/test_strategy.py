@@ -436,3 +436,15 @@ def test_exact_statistics_with_an_update_are_not_taken_in_a_noised_study(grid: I
     strategy.take_replies([Message(encode(trained("a"), parameters=update_of("a"), statistics={"histogram": one(3.0)}), reply_to=message)])
     assert strategy.round is not None and strategy.round.answers["a"].status == ("failed" if noised else "ok")
     assert (strategy.round.mean.total_weight == 0) == noised
+
+
+@pytest.mark.parametrize("told", ["\x1b]0;title\x07\x1b[31mall is well", "one\nanother", "\x9b31m", "\u202egnp.exe"])
+def test_what_a_site_says_commands_no_terminal(grid: InProcessGrid, told: str) -> None:
+    strategy = make_strategy()
+    messages = ask(strategy, grid)
+    refusal = Message(encode(Refused(name="b", code="E700", reason=told)), reply_to=messages["b"])
+    withheld = Message(encode(trained("a").model_copy(update={"withheld": told}), parameters=update_of("a")), reply_to=messages["a"])
+    strategy.take_replies([refusal, withheld])
+    assert strategy.round is not None
+    reasons = [answer.reason for answer in strategy.round.answers.values()]
+    assert len(reasons) == 2 and all(reason is not None and reason.isprintable() for reason in reasons)

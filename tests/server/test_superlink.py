@@ -66,7 +66,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     kit, port, secret = root / "kits" / "coordinator", free_port(), root / "secret"
     write_secret(secret, secrets.token_bytes(32))
     command = [
-        str(Path(sys.executable).parent / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile", str(kit / CA_CERTIFICATE),
+        sys.executable, "-m", "server.superlink_process", "--host", "127.0.0.1", "--port", str(port), "--ssl-ca-certfile", str(kit / CA_CERTIFICATE),
         "--ssl-certfile", str(kit / SERVER_CERTIFICATE), "--ssl-keyfile", str(kit / SERVER_KEY), "--enable-supernode-auth",
         "--database", str(root / "superlink.db"), "--isolation", "process", "--superexec-auth-secret-file", str(secret),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import StorageError
-from shared.files import append_line, json_text, storage_errors, write_atomic
+from shared.files import append_line, json_text, make_private, storage_errors, write_atomic
 
 FULL_DISK = """
 import resource, sys
@@ -74,3 +74,13 @@ def test_json_has_no_nan() -> None:
     assert json_text({"a": 0.1, "b": "ä"}) == '{\n  "a": 0.1,\n  "b": "ä"\n}\n'
     with pytest.raises(ValueError, match="Out of range float"):
         json_text({"a": float("nan")})
+
+
+@pytest.mark.parametrize("mode", [None, 0o700, 0o755, 0o770, 0o777])
+def test_a_private_folder_is_private_also_where_it_came_back_from_a_backup(tmp_path: Path, mode: int | None) -> None:
+    folder = tmp_path / "state"
+    if mode is not None:
+        folder.mkdir()
+        folder.chmod(mode)
+    make_private(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700

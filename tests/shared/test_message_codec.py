@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -297,3 +298,15 @@ def test_statistics_with_noise_may_be_negative_and_nothing_else_is_let_in() -> N
 def test_other_statistics_are_a_protocol_error(statistics: dict[str, np.ndarray]) -> None:
     with pytest.raises(ProtocolError, match="expected"):
         decode_statistics(encode(CONTENTS[4], statistics=statistics), {"histogram": (2, 3)}, signed=False)
+
+
+@pytest.mark.parametrize("field", ["declared_size", "declared_num_patients", "declared_num_test"])
+def test_a_declared_size_is_one_that_can_be_reckoned_with(field: str) -> None:
+    text = Enrolled(name="a", declared_size=10, declared_num_patients=12, declared_num_test=2).model_dump_json()
+    for value, fits in ((2**31, True), (2**31 + 1, False), (10**400, False)):  # the last is beyond a float
+        record = RecordDict({MESSAGE: ConfigRecord({JSON: re.sub(rf'"{field}":\d+', f'"{field}":{value}', text)})})
+        if fits:
+            assert getattr(decode(record, Enrolled), field) == value
+        else:
+            with pytest.raises(ProtocolError, match=field):
+                decode(record, Enrolled)

@@ -33,7 +33,7 @@ def tables(draw: st.DrawFn) -> dict[str, object]:
         st.one_of(
             st.just({"unit": "none"}),
             st.fixed_dictionaries({"epsilon": st.floats(0.01, 100.0)}, optional={"delta": st.floats(1e-12, 0.0999), "max_grad_norm": positive}),
-            st.fixed_dictionaries({"noise_multiplier": st.floats(0.1, 100.0), "unit": st.sampled_from(["patient", "record"])}),
+            st.fixed_dictionaries({"noise_multiplier": st.floats(0.2, 100.0), "unit": st.sampled_from(["patient", "record"])}),
         )
     )
     federation = draw(
@@ -47,7 +47,7 @@ def tables(draw: st.DrawFn) -> dict[str, object]:
     return {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)),
         "task": draw(texts.filter(lambda text: bool(text) and not text.endswith(".toml"))),
-        "purpose": draw(texts),
+        "purpose": draw(texts.filter(str.isprintable)),
         "seed": draw(st.integers(0, 2**63 - 1)),
         "rounds": {"count": draw(st.integers(1, 1000)), "require": draw(st.one_of(st.just("all"), st.integers(1, 9)))},
         "training": training, "strategy": strategy, "privacy": privacy, "federation": federation,
@@ -227,3 +227,12 @@ def test_tables_merge_and_flatten() -> None:
     assert nearest("trainin", ["training", "rounds"]) == " (did you mean 'training'?)" and nearest("zzz", ["training"]) == ""
     with pytest.raises(ConfigurationError, match="cannot write object as TOML"):
         toml_text({"a": object()})
+
+
+@pytest.mark.parametrize("purpose", ["\x1b[2Jbudget  epsilon 0.01", "\x9b31m", "a\rb", "\u202eevil", "a\x00"])
+def test_a_purpose_commands_no_terminal(purpose: str) -> None:
+    """Whoever decides reads it on a terminal."""
+    table = {"name": "s", "task": "t", "privacy": {"epsilon": 1.0}}
+    with pytest.raises(ConfigurationError, match="purpose: expected text and line breaks"):
+        Study.from_table({**table, "purpose": purpose})
+    assert Study.from_table({**table, "purpose": "Ärzte fragen:\nwer wird krank?"}).purpose
