@@ -171,6 +171,7 @@ def test_the_same_question_twice_is_one_piece_of_work(bench: Bench[str], ask: Ca
     assert other.times == 1
 
 
+@pytest.mark.slow
 def test_who_joins_with_more_time_gives_the_work_more_time(bench: Bench[str], ask: Callable[..., Future[str]]) -> None:
     step = Step(bench)
     first = ask(ROUND, step, seconds=1.5)

@@ -36,6 +36,8 @@ from tests.faults.federation import free_ports
 from tests.provisioned import opened, provisioned
 from tests.site_under_check import SITE, SiteUnderCheck, Told, door, heart_rows, make_site
 
+pytestmark = pytest.mark.slow  # seconds altogether
+
 Found = dict[str, list[Finding]]
 
 
@@ -173,6 +175,7 @@ def test_a_clock_that_is_off_is_said_first(site: SiteUnderCheck, ahead: timedelt
     assert exit_code_of(everything(found)) == (4 if level == "FAIL" else 0)
 
 
+@pytest.mark.slow
 def test_an_expired_kit_and_certificate_are_told_and_the_clock_is_compared_all_the_same(tmp_path: Path) -> None:
     site = make_site(tmp_path, free_ports(1)[0], now=datetime.now(UTC) - timedelta(days=400))
     with door(site):

@@ -287,6 +287,7 @@ def test_older_kernels_confine_as_well(tmp_path: Path, hospital: Path, daemon: D
     assert {name for name, code in outcome.items() if code == FREE} == beyond, outcome
 
 
+@pytest.mark.slow
 @needs_landlock
 def test_a_confined_process_can_still_do_its_work(tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()

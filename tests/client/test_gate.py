@@ -40,6 +40,8 @@ from shared.messages import (
 from shared.models import Parameters
 from tests.gated import GatedSite, enrolment, gated, study, to_bytes
 
+pytestmark = pytest.mark.slow  # seconds altogether
+
 FOREIGN = Ed25519PrivateKey.from_private_bytes(b"f" * 32)
 WAIT = 8.0
 
@@ -342,6 +344,7 @@ def endless(begun: threading.Event) -> Callable[..., int]:
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stop", "newer round", "deadline"])
 def test_training_that_nobody_waits_for_ends(site: GatedSite, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     asked, begun = study(), threading.Event()

@@ -25,6 +25,8 @@ from shared.metrics import Statistic
 from shared.study import Study
 from tests.gated import GatedSite, enrolment, gated, patients, study, the_task
 
+pytestmark = pytest.mark.slow  # seconds altogether
+
 TEXT = "PATIENT TEXT Anna Meier"
 MARKS = (b"PATIENT", b"Anna Meier", b"Meier")
 

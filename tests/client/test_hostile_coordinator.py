@@ -94,6 +94,7 @@ def keep() -> dict[str, Any]:
     return {}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_no_message_brings_an_exception_or_an_overspent_ledger(

@@ -189,6 +189,7 @@ def test_a_class_of_somebodys_own_is_left_to_the_probe() -> None:
     assert type(make_private(Odd(3, 4))) is Odd
 
 
+@pytest.mark.slow
 def test_models_are_imported_without_opacus_and_its_log_stays_out() -> None:
     code = (
         "import sys, logging, shared.models as m; assert 'opacus' not in sys.modules; from torch import nn; "

@@ -12,6 +12,7 @@ EVENTS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(st.lists(EVENTS, min_size=1, max_size=3), st.sampled_from([1e-4, 1e-6]))
 def test_prv_and_pld_agree_within_two_per_cent(events: list[PrivacyEvent], delta: float) -> None:

@@ -191,7 +191,7 @@ def test_a_claim_of_size_beyond_belief_counts_as_the_largest_weight(make_rig: Ma
         reply = app(message, context)
         if message.metadata.message_type == "query" and name_of(context) == "site-2":
             enrolled = decode(reply.content, Enrolled)
-            return Message(encode(enrolled.model_copy(update={"declared_size": 10**12})), reply_to=message)
+            return Message(encode(enrolled.model_copy(update={"declared_size": 2**31})), reply_to=message)
         return reply
 
     rig = make_rig(tamper=boast, rounds={"count": 1})
@@ -409,13 +409,15 @@ def test_waiting_does_not_outlast_the_deadline(make_rig: MakeRig, monkeypatch: p
 
 
 def test_hostile_text_in_a_refusal_does_not_break_the_record_of_rounds(make_rig: MakeRig) -> None:
-    """Line separators of Unicode are not ends of lines, and a long reason is still one line."""
+    """A site's words are one line without control characters, however long."""
     reason = "a\u2028b\u2029c\x85d\x1ce\x0bf\x0cg\nh\r\ni<script>\ud7ff" + "x" * 200
     rig = make_rig(tamper=refusing("site-2", "E101", reason))
     folder = rig.new_folder()
     rig.run(folder)
     assert folder.rounds() == rig.records
-    assert reasons(folder.rounds()[0])["site-2"] == f"E101 {reason}"
+    told = str(reasons(folder.rounds()[0])["site-2"])
+    assert told.isprintable() and len(told) == len(f"E101 {reason}")
+    assert "i<script>" in told
 
 
 def test_a_site_that_withholds_its_statistics_takes_part_all_the_same(make_rig: MakeRig, task: Task) -> None:
@@ -541,6 +543,7 @@ def test_a_killed_run_resumes_to_the_same_bits(make_rig: MakeRig, monkeypatch: p
         }
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_resumed_and_stays_as_it_was(make_rig: MakeRig) -> None:
     rig = make_rig(privacy=PRIVATE)
     folder = rig.new_folder()

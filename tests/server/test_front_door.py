@@ -472,6 +472,7 @@ def test_too_large_a_body_is_refused(upstream: Upstream, client: httpx.Client, d
     assert client.post(PULL, content=b"x").status_code == 200
 
 
+@pytest.mark.slow
 def test_it_says_503_while_the_superlink_is_down_and_recovers(authority: Authority) -> None:
     app = Upstream()
     with contextlib.ExitStack() as stack:
@@ -512,6 +513,7 @@ def test_an_answer_that_breaks_off_is_never_taken_for_a_whole_one(upstream: Upst
     assert client.post(PULL, content=b"x").content == b"half"
 
 
+@pytest.mark.slow
 def test_a_slow_client_holds_up_nobody_and_is_let_go(upstream: Upstream, authority: Authority, client: httpx.Client, port: int) -> None:
     with _connected(authority, port) as slow:
         slow.sendall(_request("POST", PULL, body=b"x" * 100)[:-50])

@@ -292,6 +292,7 @@ def completed_after_every_crash(base: Path, monkeypatch: pytest.MonkeyPatch, out
     raise AssertionError("it writes without end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_a_first_run_that_was_killed_anywhere_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_keys: bool) -> None:
     def act(out: Path) -> None:
@@ -302,6 +303,7 @@ def test_a_first_run_that_was_killed_anywhere_is_completed(tmp_path: Path, monke
     assert completed_after_every_crash(tmp_path / "none", monkeypatch, tmp_path / "kits", act) > 10
 
 
+@pytest.mark.slow
 def test_a_renewal_and_an_approval_that_were_killed_anywhere_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, file = tmp_path / "base", federation(sites=["north", "south"])
     provisioned(base, file)

@@ -146,7 +146,8 @@ DAMAGE = [b"", b"{", b"null", b"\xff", b'{"token": "a-token-of-its-own"}', b"[" 
 def test_a_damaged_submission_is_named(submissions: Submissions, tmp_path: Path, content: bytes) -> None:
     run = submissions.submit(study(), TOKEN)
     (tmp_path / "runs" / run / SUBMISSION).write_bytes(content)
-    for look in (lambda: submissions.get(run), submissions.all, lambda: submissions.update(run, state="failed"), lambda: submissions.resume(run)):
+    assert submissions.all() == {}  # and stops no other
+    for look in (lambda: submissions.get(run), lambda: submissions.update(run, state="failed"), lambda: submissions.resume(run)):
         with pytest.raises(StorageError, match=run):
             look()
     assert (tmp_path / "runs" / run / SUBMISSION).read_bytes() == content

@@ -74,6 +74,7 @@ def loss_scale(events: list[PrivacyEvent]) -> float:
     return math.sqrt(sum(item.steps * (item.sample_rate / item.noise_multiplier) ** 2 for item in events))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.lists(EVENTS, min_size=1, max_size=3), st.sampled_from([1e-4, 1e-6]))
 def test_epsilon_lies_between_a_lower_bound_and_renyi_accounting(events: list[PrivacyEvent], delta: float) -> None:
@@ -115,6 +116,7 @@ def test_rounds_are_the_study_exactly_in_any_order(base: PrivacyEvent, rounds: i
     assert epsilon_of(history, DELTA) == epsilon_of(whole, DELTA)
 
 
+@pytest.mark.slow
 def test_a_long_history_of_different_releases_takes_seconds() -> None:
     rng = np.random.default_rng(1)
     history = [event(float(rng.uniform(1, 5)), float(rng.uniform(0.005, 0.3)), int(rng.integers(20, 500))) for _ in range(200)]

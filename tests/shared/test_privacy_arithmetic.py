@@ -150,6 +150,7 @@ def test_events_without_a_theorem_are_refused(noise: float, rate: float, steps: 
         event(noise, rate, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "rate"), [(100.0, 0.01), (100.0, 1e-4), (30.0, 1e-3), (8.0, 1e-4)])
 def test_a_budget_that_needs_next_to_no_noise_gets_the_least_there_is(epsilon: float, rate: float) -> None:
     noise = solve_noise_multiplier(epsilon=epsilon, delta=DELTA, sample_rate=rate, steps=1)

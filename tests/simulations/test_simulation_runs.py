@@ -22,6 +22,8 @@ from simulations.baselines import pool
 from simulations.federation import virtual_federation
 from simulations.simulate import execute, prepare, resume_run, start_run
 
+pytestmark = pytest.mark.slow  # seconds altogether
+
 HEART = Path(__file__).parents[3] / "shared" / "data" / "fed_heart_disease"
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -39,6 +41,7 @@ def evaluated(task: Task, cohort: object, parameters: dict[str, np.ndarray]) -> 
 # Reproducible ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_result_to_the_bit_and_another_seed_another(runner) -> None:
     first, second = (runner.run(runner.study()) for _ in range(2))
     assert first.model() == second.model()
@@ -355,6 +358,7 @@ def test_cross_validation_tests_every_patient_once(runner) -> None:
     assert run.result.rounds_completed == 1 and len(run.lines) == 3
 
 
+@pytest.mark.slow
 def test_noised_statistics_give_metrics_that_say_so(runner) -> None:
     """One release, at the end: metrics in their range with intervals of the noise, sizes as declared, nothing counted from noise."""
     run = runner.run(runner.study(privacy={"evaluation_epsilon": 20.0}), baselines=True)
@@ -412,6 +416,7 @@ def test_hospitals_answer_for_themselves(runner, wards) -> None:
             assert ledger.head == json.loads((run.folder.path.parent / ".witness" / "heads.json").read_text())[name]
 
 
+@pytest.mark.slow
 def test_statistics_stay_at_home_unless_the_policy_lists_every_metric(runner, wards) -> None:
     assert runner.run(wards.study, data=wards.path).result.metrics["federated"] == {}
     metrics = ["auroc", "accuracy", "auprc", "brier", "calibration_error"]

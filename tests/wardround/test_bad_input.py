@@ -161,6 +161,7 @@ def test_hospital_file_with_a_mistake(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @needs_heart
 def test_site_with_one_class_runs_and_has_no_auroc(command: Command, tmp_path: Path) -> None:
     folder = heart(tmp_path / "heart", lambda rows: [row for row in rows if row[-1] == "0"])

@@ -19,6 +19,7 @@ from wardround.fetch import SOURCES, fetch_data
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_simulate_prints_one_envelope_and_human_text_beside_it(command: Command) -> None:
     outcome = command("simulate", "--rounds", "2", "--sites", "3", "--no-baselines", "--json")
     assert outcome.code == 0
@@ -42,6 +43,7 @@ def test_synthetic_patients_are_named_so(command: Command) -> None:
     assert json.loads((run / "privacy.json").read_text())["unit"] == "none"
 
 
+@pytest.mark.slow
 def test_report_is_written_anew(command: Command) -> None:
     data = command("simulate", "--rounds", "1", "--sites", "2", "--no-baselines", "--json").data
     report = Path(str(data["run_dir"])) / "report.html"
@@ -92,6 +94,7 @@ def test_task_list_and_show(command: Command) -> None:
     assert "80 to 220" in shown.out
 
 
+@pytest.mark.slow
 def test_own_table_without_a_line_of_python(command: Command, tmp_path: Path) -> None:
     rows = [f"p{index},{20 + index % 60},{'FM'[index % 2]},{int(index % 60 > 30)}" for index in range(200)]
     (tmp_path / "my data.csv").write_text("patient_id,age,sex,died\n" + "\n".join(rows) + "\n")
@@ -127,6 +130,7 @@ def test_privacy_plan_spent_and_epsilon_agree(command: Command) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["privacy", "plan", "--patients", "50", "--epsilon", "1"], ["study", "list"], ["study", "show"]])
 def test_no_torch_at_start_up(arguments: list[str]) -> None:
     script = f"import sys; from wardround.__main__ import run; code = run({arguments!r}); sys.exit(code or 10 * ('torch' in sys.modules))"

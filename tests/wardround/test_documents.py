@@ -30,6 +30,7 @@ def commands() -> list[str]:
     return [line for line in lines if line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
 def test_readme_command(command: Command, line: str) -> None:
     arguments = shlex.split(line)
@@ -55,6 +56,7 @@ def test_readme_shows_both_commands_and_the_picture() -> None:
     assert (ROOT / picture[1]).stat().st_size < 500_000
 
 
+@pytest.mark.slow
 def test_readme_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
     study = Study.load(ROOT / "studies" / "breast-cancer.toml").replace(rounds={"count": 1})
@@ -83,6 +85,7 @@ def test_schema_file_of_the_documents_is_one() -> None:
     assert validate(TabularTask, tomllib.loads(text), "docs/tasks.md").name == "admissions"
 
 
+@pytest.mark.slow
 def test_task_of_the_documents_runs_privately_and_is_short(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [text] = blocks((ROOT / "docs" / "tasks.md").read_text(), "python")
     assert len(text.splitlines()) < 60

@@ -14,6 +14,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_a_run_is_explained(command: Command) -> None:
     run = command(*RUN).data["run_dir"]
     data = command("privacy", "explain", run, "--json").data
@@ -32,6 +33,7 @@ def test_a_run_is_explained(command: Command) -> None:
     assert command("privacy", "explain", run).err == ""
 
 
+@pytest.mark.slow
 def test_fresh_noise_protects(command: Command, tmp_path: Path) -> None:
     (tmp_path / "study.toml").write_text('name = "s"\ntask = "breast-cancer"\n[rounds]\ncount = 1\n[privacy]\nepsilon = 2\nnoise_source = "os"\n'
                                          "patients_overlap = true\n[federation]\nsites = 2\n")  # fmt: skip

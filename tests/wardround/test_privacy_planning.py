@@ -48,6 +48,7 @@ def test_the_most_rounds_fit_at_every_site_and_one_more_does_not() -> None:
     assert all(site.epsilon <= 3.0 for site in planned.sites)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("patients", "rounds", "noise"), [((200, 50), 10, 3.0), ((97,), 3, 2.0), ((60, 45, 10), 20, 4.0)])
 def test_the_largest_batch_fits_at_every_site_and_no_larger_one_does(patients: tuple[int, ...], rounds: int, noise: float) -> None:
     planned = asked(*patients, epsilon=3.0, noise_multiplier=noise, rounds=rounds)
@@ -86,6 +87,7 @@ def test_a_limit_above_the_plan_needs_no_more_noise() -> None:
     assert asked(200, epsilon=2.0, limit=1e-3).sites[0].noise_multiplier_filter is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("known", "what"),
     [
@@ -127,6 +129,7 @@ def test_the_ratio_of_equal_sites_is_the_formula() -> None:
     assert asked(320, 320, noise_multiplier=2.0, rounds=8, parameters=planned.signal.largest_model).signal.ratio == pytest.approx(1.0, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [{"epsilon": 1.0}, {"noise_multiplier": 5.0}, {"epsilon": 1.0, "delta": 1e-4}])
 def test_with_the_patients_needed_the_ratio_is_one(known: dict[str, float]) -> None:
     planned = asked(200, 100, parameters=100_000_000, **known)
@@ -153,6 +156,7 @@ def test_words_for_people_and_one_envelope_for_programs(command: Command) -> Non
     assert "--parameters D tells more" in command(*arguments[:-2]).out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_planning_and_explaining_need_no_torch() -> None:
     code = (
         "import sys; from wardround.__main__ import run; code = run(sys.argv[1:]); import wardround.explanation; "

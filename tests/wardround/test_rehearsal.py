@@ -54,6 +54,7 @@ def rehearsal(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_policies_and_ledgers_hold_until_the_budget_is_spent(command: Command, rehearsal: Path) -> None:
     first = command("simulate", "study.toml", "--data", "sites")
     assert first.code == 0
@@ -95,6 +96,7 @@ def test_real_sites_have_no_baselines(command: Command, rehearsal: Path) -> None
     assert (outcome.code, outcome.data["code"]) == (3, "E300")
 
 
+@pytest.mark.slow
 def test_a_number_as_label_learns_at_the_default_settings(command: Command, tmp_path: Path) -> None:
     label = 'type = "number"\nlow = 0\nhigh = 40\nunit = "days"\n'
     (tmp_path / "los.toml").write_text(SCHEMA.replace('type = "binary"\n', label).replace('"stay"', '"los"'))
@@ -119,6 +121,7 @@ def test_a_finished_run_is_resumed_as_it_is(command: Command) -> None:
     assert (renamed / "result.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_hospitals_ledger_is_shown_computed_again_and_verified(command: Command, rehearsal: Path) -> None:
     study = (rehearsal / "study.toml").read_text()
     (rehearsal / "study.toml").write_text(study + "evaluation_epsilon = 1.0\n")
@@ -137,6 +140,7 @@ def test_a_hospitals_ledger_is_shown_computed_again_and_verified(command: Comman
     assert ledger["signed"] is True and ledger["rows"] > 5
 
 
+@pytest.mark.slow
 def test_a_claim_that_says_less_than_was_charged_is_found(command: Command) -> None:
     run = Path(str(command("simulate", "--rounds", "2", "--sites", "2", "--json").data["run_dir"]))
     assert command("privacy", "verify", run).code == 0

@@ -285,6 +285,7 @@ def outline(page: str) -> Outline:
     return parser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLES)
 def test_page_is_well_formed_self_contained_and_names_every_site(tmp_path: Path, name: str) -> None:
     page = page_of(build_run(tmp_path / name, SAMPLES[name]))
@@ -341,6 +342,7 @@ def test_learning_curve_ends_with_the_final_model(usual: Path) -> None:
     assert "<title>after round 0: " not in page
 
 
+@pytest.mark.slow
 def test_absent_sites_are_named_with_rounds_and_reason(tmp_path: Path) -> None:
     text = outline(page_of(build_run(tmp_path / "run", MANY))).text
     assert "missing in rounds 3–5, 20: E801 A site's answer did not come before the deadline." in text
@@ -456,6 +458,7 @@ def test_meaning_of_epsilon_bounds_every_test() -> None:
         assert attack_power(epsilon, 0.0, 1 - keep) == pytest.approx(keep)
 
 
+@pytest.mark.slow
 def test_rendering_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run", MANY)
     started = time.perf_counter()

@@ -192,6 +192,7 @@ def test_what_cannot_be_written_down_is_not_approved(site: SiteUnderCheck, comma
     assert refused.code == 1 and "E106" in refused.err and not is_approved(site, asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "approved"), [("y", True), ("n", False), ("", False)])
 def test_on_a_terminal_it_is_asked_and_silence_is_no(site: SiteUnderCheck, answer: str, approved: bool) -> None:
     asked = ask(site)
