@@ -44,6 +44,7 @@ from shared.results import SitePrivacy, Status
 logger = logging.getLogger(__name__)
 
 MAX_RELATIVE_NORM = 1000.0  # of an update, by the model's own norm or 1: far more than training or its noise moves a model in one round
+MAX_PRIVACY_NUMBER = 1e9  # steps, or an epsilon that promises nothing
 MAX_STATISTIC = 1e12  # of any entry of a statistic: far more than there are patients, and far from overflow
 
 
@@ -254,8 +255,8 @@ def plain_text(told: str) -> str:
 def _check_privacy(privacy: SitePrivacy | None) -> None:
     if privacy is not None:
         numbers = (privacy.epsilon, privacy.delta, privacy.noise_multiplier, privacy.sample_rate, privacy.steps, privacy.epsilon_cross_check or 0.0)
-        if not all(math.isfinite(number) and number >= 0 for number in numbers):
-            raise ProtocolError("privacy: expected finite numbers, none below zero, got others")
+        if not all(0 <= number <= MAX_PRIVACY_NUMBER for number in numbers):
+            raise ProtocolError(f"privacy: expected numbers from 0 to {MAX_PRIVACY_NUMBER:g}, got others")
 
 
 def _check_statistics(statistics: Statistics) -> None:
