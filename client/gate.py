@@ -28,7 +28,16 @@ from client.hospital import AUDIT, Hospital, open_site
 from client.site import Site
 from shared.audit import AuditLog, Value
 from shared.cohort import Cohort
-from shared.errors import PolicyRefusedError, ProtocolError, SealError, StorageError, VersionMismatchError, WardroundError, describe_exception
+from shared.errors import (
+    PolicyRefusedError,
+    ProtocolError,
+    SealError,
+    SiteFileError,
+    StorageError,
+    VersionMismatchError,
+    WardroundError,
+    describe_exception,
+)
 from shared.files import storage_errors, write_atomic
 from shared.kit import installed_version
 from shared.messages import (
@@ -147,15 +156,14 @@ class Gate:
         """A site.toml that was changed holds from the next task on: every study is then agreed to anew, under what it says now.
 
         Raises:
-            ConfigurationError: it does not fit, and nothing is done until it does.
+            SiteFileError: it does not fit, and nothing is done until it does.
         """
         written = self._hospital.site_file.stat().st_mtime_ns
         if written != self._written:
             try:
                 self._hospital = Hospital.open(self._hospital.kit)
-            except WardroundError as error:
-                error.rule = ""  # a key of site.toml, misspelled, is the hospital's own text
-                raise
+            except WardroundError as error:  # a key of site.toml, misspelled, is the hospital's own text
+                raise SiteFileError(error.what, error.remedy) from None
             self._approvals = Approvals(self._hospital.state, self._hospital.signer, self._hospital.file.approve_in_advance)
             self._close_sites()
             self._cohorts.clear()

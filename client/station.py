@@ -6,6 +6,7 @@ The daemon is ready when its socket answers, the courier when the coordinator ha
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from client.connection import CONNECTION, read_connection
 from client.door import SOCKET, door_folder
-from client.hospital import Hospital
+from client.hospital import AUDIT, Hospital
 from shared.config import Settings
 from shared.errors import StorageError
 from shared.files import json_text, make_private, storage_errors, write_atomic
@@ -127,6 +128,7 @@ class _Watch:
         self._tell = tell
         self._problem: str | None = None
         self._written = ""
+        self._audited = _size(state / AUDIT)  # bytes of the audit log that were looked at
         self.supervisor: Supervisor | None = None
 
     def observe(self, event: str, child: str, facts: Mapping[str, object]) -> None:
@@ -146,8 +148,23 @@ class _Watch:
         if connection is not None and problem != self._problem:
             self._problem = problem
             self._tell(*(("reachable", COURIER, {}) if problem is None else ("unreachable", COURIER, {"problem": problem})))
+        self._tell_answers()
         if self.supervisor is not None:
             self._write(StationState(children=tuple(ChildState(**dataclasses.asdict(child)) for child in self.supervisor.status())))
+
+    def _tell_answers(self) -> None:
+        """Tell what the daemon has answered since the last look, as its audit log says."""
+        if _size(self._state / AUDIT) == self._audited:
+            return
+        with contextlib.suppress(OSError), open(self._state / AUDIT, "rb") as file:
+            file.seek(self._audited)
+            lines = file.read().split(b"\n")
+            self._audited += sum(len(line) + 1 for line in lines[:-1])  # the last is not yet whole
+        for line in lines[:-1]:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["event"] == "answer sent":
+                    self._tell("answered", DAEMON, row["details"])
 
     def forget(self) -> None:
         """The site has ended."""
@@ -161,6 +178,13 @@ class _Watch:
             with contextlib.suppress(StorageError):  # a full disk must not end the site
                 write_atomic(self._state / STATION, text)
             self._written = text
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _answers(state: Path) -> bool:

@@ -24,6 +24,7 @@ from shared.errors import (
     PolicyRefusedError,
     ProtocolError,
     QuorumLostError,
+    SiteFileError,
     StorageError,
     WardroundError,
     fixed_sentence,
@@ -53,7 +54,16 @@ logger = logging.getLogger(__name__)
 
 LATE = fixed_sentence(DeadlineMissedError)
 ENROL_PAUSE_SECONDS, MAX_PAUSE_SECONDS, ENROL_SECONDS, WELCOME_SECONDS = 2.0, 60.0, 60.0, 15.0
-MENDABLE = ("E101", "E103", "E104", "E5", NotApprovedError.code, "E8", "E4")  # refusals that a hospital may mend while the study waits
+MENDABLE = (
+    "E101",
+    "E103",
+    "E104",
+    SiteFileError.code,
+    "E5",
+    NotApprovedError.code,
+    "E8",
+    "E4",
+)  # refusals that a hospital may mend while the study waits
 MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
 
 

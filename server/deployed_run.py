@@ -27,6 +27,7 @@ from shared.files import json_text, storage_errors, write_atomic
 from shared.kit import RUNS, SIGNING_KEY, STATE, load_signing_key, verify_kit
 from shared.messages import StopTask, encode
 from shared.results import Outcome, SiteSummary
+from shared.supervision import die_with_parent
 from shared.task import resolve_task
 
 COORDINATOR = "WARDROUND_COORDINATOR"  # environment of the ServerApp's process: the coordinator's kit
@@ -43,6 +44,7 @@ def run_deployed(grid: HttpGrid, run: str) -> None:
     Raises:
         WardroundError: what stopped it.
     """
+    die_with_parent()  # Flower's own watch over it may hang on its way out, and this process would hold the run's lock
     kit = Path(os.environ[COORDINATOR])
     folder = RunFolder.open(kit / RUNS / run)
     torch.set_num_threads(1)

@@ -92,6 +92,12 @@ class StudyStoppedError(WardroundError):
     code = "E111"
 
 
+class SiteFileError(WardroundError):
+    """The site's own site.toml does not fit; its hospital must correct it."""
+
+    code = "E112"
+
+
 class UsageError(WardroundError):
     """The command line was used wrongly."""
 

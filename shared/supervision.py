@@ -8,6 +8,7 @@ There is no thread: whoever owns the loop calls `Supervisor.poll` a few times a 
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
@@ -41,6 +42,7 @@ POLL_SECONDS = 0.2
 LARGEST_LOG_BYTES = 10_000_000
 LOCK, INSTANCE = "supervisor.lock", "supervisor.json"
 _REMEDY_STORAGE = "check free space and permissions of that folder"
+_SET_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 _CANNOT_EXECUTE = 127  # as a shell says it
 
 # Runs in the child's own process before the command takes it over, not between fork and exec, where Python in a program with threads may
@@ -298,6 +300,13 @@ def stop_instance(folder: Path, grace_seconds: float = 15.0) -> bool:
     finally:
         os.close(process)
     return True
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the one that started it ends, by SIGKILL too; from now on, and at once where it has ended already."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() == 1:
+        os._exit(1)
 
 
 def open_log(path: Path) -> int:

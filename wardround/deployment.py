@@ -192,10 +192,16 @@ def _with_full_path(study: Study) -> Study:
 
 
 def _warnings(study: Study) -> list[str]:
+    found = []
+    if study.private and not study.noised_statistics:
+        found.append(
+            "hospitals whose site.toml does not say exact_metrics = true let no metric out, so there may be none to see; "
+            "set [privacy] evaluation_epsilon to have them once, with noise, of the final model"
+        )
     if not (study.task.endswith(".toml") or ":" in study.task):
-        return []
+        return found
     what = f"the file {study.task} is at the same path" if study.task.endswith(".toml") else f"the package of {study.task} is installed"
-    return [f"the task is no built-in one: a site can take part only where {what}, and its site.toml allows the task by that name"]
+    return [*found, f"the task is no built-in one: a site can take part only where {what}, and its site.toml allows the task by that name"]
 
 
 def plan_deployment(deployed: DeployedStudy, task: "Task", sites: Sequence[RosterSite], *, states: dict[str, str], quorum: int) -> DeploymentPlan:

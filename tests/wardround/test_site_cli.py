@@ -361,7 +361,7 @@ def test_a_site_comes_from_its_kit_to_healthy_and_running_with_a_real_coordinato
 ) -> None:
     coordinator()
     waiting = command("site", "check", site.kit)
-    assert waiting.code == 0 and "not approved yet" in waiting.out and waiting.out.splitlines()[-1] == "not healthy: node"
+    assert waiting.code == 4 and "not approved yet" in waiting.out and waiting.out.splitlines()[-1] == "not healthy: node"
     file = names.FEDERATION
     from server.federation_file import FederationFile
 

@@ -96,7 +96,9 @@ def test_noise_is_the_systems_virtual_sites_are_dropped_and_delta_is_derived(ros
     deployed = deployed_study(STUDY, roster, quorum=1)
     assert deployed.study.privacy.noise_source == "os" and deployed.study.federation == Federation()
     assert deployed.study.privacy.delta == default_delta_of_sites([200, 80])
-    assert [note.split()[0] for note in deployed.notes] == ["[federation]", "privacy.delta"] and deployed.warnings == ()
+    assert [note.split()[0] for note in deployed.notes] == ["[federation]", "privacy.delta"] and [
+        warning.split()[0] for warning in deployed.warnings
+    ] == ["hospitals"]
     again = deployed_study(deployed.study, roster, quorum=1)
     assert again.study == deployed.study and again.notes == ()
     unchanged = {"privacy", "federation"}
@@ -158,7 +160,7 @@ def test_without_any_site_nothing_is_submitted() -> None:
 @pytest.mark.parametrize("task", ["ward.toml", "some.package:task"])
 def test_a_task_that_a_site_may_not_have_is_warned_of(roster: tuple[RosterSite, ...], task: str) -> None:
     deployed = deployed_study(STUDY.replace(task=task), roster, quorum=1)
-    assert len(deployed.warnings) == 1 and task in deployed.warnings[0]
+    assert len(deployed.warnings) == 2 and task in deployed.warnings[1]
     assert deployed.study.task == (str(Path.cwd() / task) if task.endswith(".toml") else task)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from client.findings import Finding
 
+NOT_HEALTHY = 4  # exit code where nothing failed, but the site is not (yet) let in
 NAME_WIDTH = 12  # of the longest check's name
 STYLES = {"PASS": "green", "WARN": "yellow", "FAIL": "bold red"}
 
@@ -70,7 +71,8 @@ def _tell(subject: str, findings: "Iterable[Finding]", *, as_json: bool, debug: 
         print_finding(finding, terminal)
         if debug and finding.cause is not None:
             traceback.print_exception(finding.cause)
-    code, reasons = exit_code_of(found), why_not_healthy(found)
+    reasons = why_not_healthy(found)
+    code = exit_code_of(found) or (NOT_HEALTHY if reasons else 0)
     terminal.print(_verdict(subject, reasons), style="bold green" if not reasons else "bold red", markup=False)
     if as_json:
         print_envelope(

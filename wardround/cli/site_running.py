@@ -101,10 +101,10 @@ def _teller(*, as_json: bool) -> Tell:
 
     from wardround.cli.output import console
 
-    terminal, seen, told = console(as_json=False), set[str](), ""
+    terminal, seen, told, said = console(as_json=False), set[str](), "", ""
 
     def tell(event: str, facts: Mapping[str, object]) -> None:
-        nonlocal told
+        nonlocal told, said
         if as_json:
             moment = datetime.now(UTC).isoformat(timespec="milliseconds")
             sys.stdout.write(json.dumps({"event": event, "time": moment, **facts}) + "\n")
@@ -116,6 +116,10 @@ def _teller(*, as_json: bool) -> Tell:
         waiting = told and event == "exited" and facts.get("process") == "courier"  # it ends and starts until it is let in: said already
         if event in ("unreachable", "reachable") or (event == "ready" and facts.get("process") == "courier"):
             text, told = "" if text == told else text, text if event == "unreachable" else ""
+        if event == "answered" and text == said:
+            text = ""  # asked again, and answered the same
+        elif event == "answered":
+            said = text
         if text and not waiting:
             terminal.print(f"{time.strftime('%H:%M:%S')}  {text}", style=style, markup=False, soft_wrap=True)
 
@@ -137,10 +141,31 @@ def line_of(event: str, facts: Mapping[str, object], *, again: bool) -> tuple[st
             return f"WARN {_problem(str(facts['problem']))}", "yellow"
         case "reachable":
             return "the coordinator answers again", "green"
+        case "answered":
+            return _answered(facts)
         case "exited":
             return f"WARN {process} ended ({_how(facts['status'])}); it starts again in {facts['restart_in_seconds']:g} s", "yellow"
         case "site stopped":
             return "stopped", None
+        case _:
+            return "", None
+
+
+def _answered(facts: Mapping[str, object]) -> tuple[str, str | None]:
+    """What the daemon answered, as its audit log says."""
+    reason, run = str(facts.get("reason", "")), facts.get("run", "a study")
+    match facts.get("kind"):
+        case "refused" if "approval.missing" in reason:
+            return f"{run} waits for this hospital's decision: wardround site approve KIT", "bold yellow"
+        case "refused":
+            return f"{run}: refused: {reason}", "yellow"
+        case "enrolled":
+            return f"{run}: this site takes part", "green"
+        case "trained":
+            epsilon = facts.get("epsilon")
+            return f"{run}: round {facts.get('round')} answered{f', epsilon {epsilon:.2f} so far' if isinstance(epsilon, float) else ''}", None
+        case "evaluated":
+            return f"{run}: the final model was evaluated", None
         case _:
             return "", None
 
@@ -152,7 +177,10 @@ def _as_node(facts: Mapping[str, object]) -> str:
 def _problem(text: str) -> str:
     """The courier's trouble with the coordinator."""
     if text.startswith("E401 "):
-        return "the coordinator does not let this site in: it asks again. After a crash that takes about 20 s; else is its request approved, its clock right?"
+        return (
+            "the coordinator does not let this site in: it asks again. After a crash that takes about 20 s; else: is its request approved, "
+            "its key revoked, its clock right? Ask the coordinator"
+        )
     return f"{text}: the courier tries again" if text[:2] in ("E1", "E4") else f"the coordinator does not answer ({text}): the courier tries again"
 
 
