@@ -290,7 +290,7 @@ def test_while_the_site_file_does_not_fit_nothing_is_done(site: GatedSite) -> No
     for broken in ('name = "south"', "name = ", '"PATIENT TEXT" = 5\nname = "north"', 'name = "north"\noptions = 5'):
         site.edit('name = "north"', broken)
         answer, _, content = site.train(asked)
-        assert refused(answer).startswith("E300")
+        assert refused(answer).startswith("E112")
         assert b"PATIENT" not in content
         site.edit(broken, 'name = "north"')
     assert isinstance(site.train(asked)[0], Trained)

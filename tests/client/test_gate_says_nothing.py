@@ -158,7 +158,7 @@ def test_a_column_that_nobody_declared_stays(site: GatedSite) -> None:
 @pytest.mark.parametrize("line", [f'"{TEXT}" = 5', f'options = {{ "{TEXT}" = 5 }}', f'options = {{ "{TEXT}" = [1] }}', f"{TEXT}"])
 def test_a_key_of_the_site_file_stays(site: GatedSite, line: str) -> None:
     site.edit("declared_size = 140", f"declared_size = 140\n{line}")
-    check_refused(site, site.ask_whole(enrolment(study())), "E300")
+    check_refused(site, site.ask_whole(enrolment(study())), "E112")
 
 
 def test_a_statistic_that_nobody_declared_stays(site: GatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
