@@ -10,7 +10,7 @@ limit to itself. From the first cross-validation, or the first patient who chang
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -157,6 +157,31 @@ class Plan:
     entry: Admit
     charges: list[Charge] = field(default_factory=list)
     closed: bool = False
+    _steps: dict[str, int] = field(default_factory=dict)  # by account
+    _by_request: dict[str, list[Charge]] = field(default_factory=dict)
+
+    def take(self, charge: Charge) -> None:
+        """Add a reservation."""
+        self.charges.append(charge)
+        self._by_request.setdefault(charge.entry.request, []).append(charge)
+        self._steps[charge.entry.account] = self.steps(charge.entry.account) + charge.event.steps
+
+    def commit(self, charge: Charge, entry: Commit) -> None:
+        """Lower a reservation to the steps really taken.
+
+        Raises:
+            ValueError: it would be raised, or was committed already.
+        """
+        if charge.committed or entry.steps > charge.event.steps:
+            raise ValueError("a commit that raises a charge, or a second one")
+        self._steps[charge.entry.account] -= charge.event.steps - entry.steps
+        charge.event = replace(charge.event, steps=entry.steps)
+        charge.committed, charge.update = True, entry.update
+
+    def find(self, entry: Reserve) -> Charge | None:
+        """The charge for the same release, where there is one."""
+        known = self._by_request.get(entry.request, [])
+        return next((charge for charge in known if (charge.entry.account, charge.entry.event) == (entry.account, entry.event)), None)
 
     def planned(self, account: AccountName) -> PrivacyEvent | None:
         """The whole plan's event on this account."""
@@ -169,7 +194,7 @@ class Plan:
 
     def steps(self, account: AccountName) -> int:
         """The steps charged on this account."""
-        return sum(event.steps for event in self.charged(account))
+        return self._steps.get(account, 0)
 
     def divergence(self, account: AccountName, order: float) -> float:
         """What the plan counts in the filter: the whole of it while open, then what it was charged."""
@@ -199,34 +224,33 @@ class Account:
         """
         for row in rows:
             try:
-                self._apply_one(row)
+                self.take(row, (Genesis if row.kind == GENESIS else KINDS[row.kind]).model_validate_json(row.body))
             except (ValidationError, ConfigurationError, KeyError, ValueError) as error:
                 raise LedgerError(f"row {row.sequence} ({row.kind}): it makes no sense here", "report this") from error
-            self.num_rows += 1
 
-    def _apply_one(self, row: Row) -> None:
-        if row.kind == GENESIS:
-            if self.num_rows:
-                raise ValueError("a second genesis")
-            self.genesis = Genesis.model_validate_json(row.body)
-            return
-        entry = KINDS[row.kind].model_validate_json(row.body)
+    def take(self, row: Row, entry: Entry) -> None:
+        """Add one row, whose body is `entry`.
+
+        Raises:
+            ValueError, KeyError, ConfigurationError: it does not make sense after those before.
+        """
         match entry:
+            case Genesis():
+                if self.num_rows:
+                    raise ValueError("a second genesis")
+                self.genesis = entry
             case Admit():
                 if entry.run in self.plans and not self.plans[entry.run].closed:
                     raise ValueError("a plan twice")
-                before = self.plans[entry.run].charges if entry.run in self.plans else []
-                self.plans[entry.run] = Plan(entry=entry, charges=before)
+                plan = self.plans.setdefault(entry.run, Plan(entry=entry))
+                plan.entry, plan.closed = entry, False
             case Reserve():
                 charge = Charge(sequence=row.sequence, entry=entry, event=entry.event.privacy_event(), time=row.time)
-                self.plans[entry.run].charges.append(charge)
+                self.plans[entry.run].take(charge)
                 self.by_sequence[row.sequence] = charge
             case Commit():
                 charge = self.by_sequence[entry.reserve]
-                if charge.committed or entry.steps > charge.event.steps:
-                    raise ValueError("a commit that raises a charge, or a second one")
-                charge.event = Event(**{**charge.entry.event.model_dump(), "steps": entry.steps}).privacy_event()
-                charge.committed, charge.update = True, entry.update
+                self.plans[charge.entry.run].commit(charge, entry)
             case Close():
                 self.plans[entry.run].closed = True
             case Refuse():
@@ -237,6 +261,7 @@ class Account:
                 self.repairs.append(entry)
                 if entry.rebuilt:
                     self.patients, self.merged = None, True
+        self.num_rows += 1
 
     def events(self, account: AccountName) -> list[PrivacyEvent]:
         """Everything charged to `account`, over all plans; both accounts' where they are merged."""

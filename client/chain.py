@@ -72,7 +72,7 @@ class Chain:
 
     Args:
         signer: the site's key; None for a simulation's chain.
-        durable: False: no fsync (a killed process still loses nothing, a dead machine may).
+        durable: False: no write-ahead log and no fsync (a killed process still loses nothing, a dead machine may).
 
     Raises:
         LedgerError: a row does not verify; it says which and how.
@@ -86,7 +86,8 @@ class Chain:
         with self.storage():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.database = sqlite3.connect(path, timeout=LOCK_TIMEOUT_SECONDS, isolation_level=None)
-            self._write_ahead()
+            if durable:
+                self._write_ahead()
             self.database.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
             self.database.executescript(_TABLES)
 
@@ -146,13 +147,19 @@ class Chain:
         self.rows.extend(rows)
         return rows
 
+    def refresh(self) -> None:
+        """Read what other processes wrote, but within a transaction, which is up to date."""
+        if not self.database.in_transaction:
+            self.catch_up()
+
     def _key(self, rows: list[Row]) -> Ed25519PublicKey | None:
         first = self.rows[0] if self.rows else rows[0] if rows else None
         return None if first is None else public_key_of(first, self.path)
 
-    def append(self, kind: str, body: Body) -> Row:
-        """A new row at the end; call it inside `transaction`."""
-        sequence, moment, previous = len(self.rows) + 1, datetime.now(UTC).isoformat(timespec="seconds"), self.head
+    def append(self, kind: str, body: Body, *, moment: str | None = None) -> Row:
+        """A new row at the end, of now unless `moment` says otherwise; call it inside `transaction`."""
+        sequence, previous = len(self.rows) + 1, self.head
+        moment = moment or datetime.now(UTC).isoformat(timespec="seconds")
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
         digest = row_hash(sequence=sequence, kind=kind, moment=moment, body=text, previous=previous)
         signature = self._signer.sign(bytes.fromhex(digest)) if self._signer is not None else b""

@@ -35,7 +35,11 @@ class Ask:
 
     def request(self, parameters: Parameters) -> str:
         """SHA-256 (hex) of all that determines the answer but for its noise."""
-        text = f"{self.site}\n{self.run}\n{self.study_hash}\n{self.account}\n{self.fold}\n{self.round}\n{arrays_digest(parameters)}"
+        return self.request_on(arrays_digest(parameters))
+
+    def request_on(self, digest: str) -> str:
+        """The same, for parameters whose `arrays_digest` is known."""
+        text = f"{self.site}\n{self.run}\n{self.study_hash}\n{self.account}\n{self.fold}\n{self.round}\n{digest}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def key(self, seed: int | None) -> bytes:
@@ -63,13 +67,21 @@ class Charging:
         kept = self.releases.find(ask.run, kind, request) if self.releases is not None else None
         if kept is not None:
             return kept
-        entry = Reserve(
-            run=ask.run, account=ask.account, fold=ask.fold, round=ask.round, request=request, event=Event.of(ask.event),
-            witnessed_head=None if witnessed is None else witnessed.head, witness_signature=None if witnessed is None else witnessed.signature,
-        )  # fmt: skip
-        reserved = self.ledger.reserve(entry, again=self.releases is not None)
+        reserved = self.reserve(ask, request, witnessed=witnessed)
         arrays, steps = make(ask.key(self.seed))
         if self.releases is not None:
             self.releases.keep(ask.run, kind, request, arrays)
         self.ledger.commit(reserved, steps=steps, update=arrays_digest(arrays))
         return arrays
+
+    def reserve(self, ask: Ask, request: str, *, witnessed: WitnessedHead | None = None) -> int:
+        """Charge what is asked for in full, durably; the number of the charge.
+
+        Raises:
+            BudgetExhaustedError: the plan has no steps left.
+        """
+        entry = Reserve(
+            run=ask.run, account=ask.account, fold=ask.fold, round=ask.round, request=request, event=Event.of(ask.event),
+            witnessed_head=None if witnessed is None else witnessed.head, witness_signature=None if witnessed is None else witnessed.signature,
+        )  # fmt: skip
+        return self.ledger.reserve(entry, again=self.releases is not None)

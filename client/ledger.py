@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from client.account import Account, AccountName, Admit, Bind, Charge, Close, Commit, Entry, Event, Genesis, Plan, Refuse, Repair, Reserve
 from client.chain import GENESIS, REMEDY_DAMAGED, Chain, Row, public_key_text
+from client.memory_chain import Journal, MemoryChain
 from shared.errors import BudgetExhaustedError, DataMissingError, LedgerError, ProtocolError
 from shared.files import write_atomic
 from shared.plan import Limit
@@ -69,6 +70,19 @@ class Ledger:
             self._check_genesis(genesis)
             self.check_patients()
         self._mark_begun()
+
+    @classmethod
+    def simulated(cls, path: Path, *, cohort: str, unit: str, journal: Journal) -> "Ledger":
+        """A virtual site's: in memory and in the run's `journal`, and at `path` once it is closed."""
+        ledger = cls.__new__(cls)
+        ledger.unit, ledger.limit = unit, None
+        ledger._chain, ledger._account = MemoryChain(path, journal), Account()
+        genesis = _genesis(cohort=cohort, unit=unit, limit=None, signer=None)
+        with ledger._chain.transaction():
+            if not ledger._chain.rows:
+                ledger._append(genesis)
+            ledger._check_genesis(genesis)
+        return ledger
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
@@ -170,7 +184,7 @@ class Ledger:
 
     def holds(self, head: str) -> bool:
         """True where a row has this hash (hex), or a repair has answered for it."""
-        self._refresh()
+        self._chain.refresh()
         return any(row.hash == head for row in self._chain.rows) or any(head in row.heads for row in self.account.repairs)
 
     # What a study may do ------------------------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ class Ledger:
             raise
 
     def _check_plan(self, study: PlannedStudy) -> None:
-        self._refresh()
+        self._chain.refresh()
         plan = self.account.plans.get(study.run)
         asked = (study.study_hash, study.training, study.evaluation)
         if plan is not None and (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != asked:
@@ -222,6 +236,14 @@ class Ledger:
                     rule="policy.max_epsilon",
                 )
 
+    def _check_still_fits(self, plan: Plan) -> None:
+        entry, training = plan.entry, plan.planned("training")
+        if self.limit is not None and training is not None:
+            study = PlannedStudy(
+                run=entry.run, study=entry.study, study_hash=entry.study_hash, training=training, evaluation=plan.planned("evaluation")
+            )
+            self._check_filter(study, reopened=plan)
+
     def admit(self, study: PlannedStudy) -> None:
         """Agree to the whole plan of `study`, durably; a plan that is open already is not admitted twice.
 
@@ -246,12 +268,12 @@ class Ledger:
             again: False: the same request is the same release (its noise can be drawn again) and no new charge. True: a new charge always.
 
         Raises:
-            BudgetExhaustedError: the plan has no steps left; nothing is written.
+            BudgetExhaustedError: the plan has no steps left, or what a repair counts leaves no room for it; nothing is written.
             ProtocolError: no such plan was admitted here.
         """
         with self._chain.transaction():
             plan = self.account.plans.get(entry.run)
-            known = None if again or plan is None else next((charge for charge in plan.charges if _same_release(charge.entry, entry)), None)
+            known = None if again or plan is None else plan.find(entry)
             if known is not None:
                 return known.sequence
             planned = plan.planned(entry.account) if plan is not None and not plan.closed else None
@@ -266,6 +288,8 @@ class Ledger:
                     "a crash or a repeated round used them up; plan for that with [privacy] spare_rounds",
                     rule="privacy.spare_rounds",
                 )
+            if self.account.repairs:  # each counts a whole limit: what was admitted before, too, goes on only where there is room
+                self._check_still_fits(plan)
             return self._append(entry)
 
     def commit(self, reserve: int, *, steps: int, update: str) -> None:
@@ -292,19 +316,25 @@ class Ledger:
 
     def charges(self) -> list[Charge]:
         """Every charge, oldest first."""
-        self._refresh()
+        self._chain.refresh()
         return sorted(self.account.by_sequence.values(), key=lambda charge: charge.sequence)
+
+    def steps(self, run: str, account: AccountName = "training") -> int:
+        """How many steps this run was charged."""
+        self._chain.refresh()
+        plan = self.account.plans.get(run)
+        return 0 if plan is None else plan.steps(account)
 
     def charged(self, run: str, account: AccountName = "training") -> list[PrivacyEvent]:
         """What this run was charged."""
-        self._refresh()
+        self._chain.refresh()
         plan = self.account.plans.get(run)
         return [] if plan is None else plan.charged(account)
 
     def epsilon(self, delta: float, account: AccountName = "training") -> float:
         """Epsilon at `delta` of everything charged to `account`: composed by privacy loss distributions, and by Renyi divergence where
         evaluations are among it, whose noise is discrete; infinite after a loss."""
-        self._refresh()
+        self._chain.refresh()
         if self.account.repairs:
             return float("inf")
         events = self.account.events(account)
@@ -312,7 +342,7 @@ class Ledger:
 
     def epsilon_filter(self, limit: Limit, account: AccountName = "training") -> float:
         """What the filter holds against `limit`: open plans in full."""
-        self._refresh()
+        self._chain.refresh()
         genesis = self.account.genesis
         assert genesis is not None and genesis.order is not None
         total = self.account.divergence(account)
@@ -379,12 +409,10 @@ class Ledger:
         self._chain.close()
 
     def _append(self, entry: Entry) -> int:
-        kind = GENESIS if isinstance(entry, Genesis) else type(entry).__name__.lower()
-        return self._chain.append(kind, entry.model_dump(mode="json")).sequence
-
-    def _refresh(self) -> None:
-        if not self._chain.database.in_transaction:
-            self._chain.catch_up()
+        kind, account = GENESIS if isinstance(entry, Genesis) else type(entry).__name__.lower(), self.account
+        row = self._chain.append(kind, entry.model_dump(mode="json"))
+        account.take(row, entry)
+        return row.sequence
 
 
 def missing_row(path: Path, remembered: str) -> LedgerError:
@@ -448,10 +476,6 @@ def reading(path: Path) -> Iterator[Ledger]:
         yield ledger
     finally:
         ledger.close()
-
-
-def _same_release(one: Reserve, other: Reserve) -> bool:
-    return (one.request, one.account, one.event) == (other.request, other.account, other.event)
 
 
 def _digest(table: dict[bytes, str]) -> str:

@@ -49,7 +49,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.local_training import LocalRound, record_losses
-from client.noise import GaussianNoise, KeyedStream, NoiseGrid
+from client.noise import GaussianNoise, KeyedStream, Noise, NoiseGrid, SimulatedNoise
 from client.optimizers import ProximalTerm, local_optimizer
 from client.record_gradients import RecordGradients, record_gradients
 from client.sampling import PatientIndex, poisson_sample, whole_patients
@@ -67,12 +67,17 @@ class Randomness:
     """Where a round's randomness comes from: which units are sampled, and the noise on their sum."""
 
     sampling: KeyedStream
-    noise: GaussianNoise
+    noise: Noise
 
     @classmethod
     def from_key(cls, key: bytes) -> "Randomness":
         """All of a round's randomness from one 32-byte key that is used for this round alone."""
         return cls(sampling=KeyedStream(subkey(key, b"sampling")), noise=GaussianNoise(subkey(key, b"noise")))
+
+    @classmethod
+    def simulated(cls, key: bytes) -> "Randomness":
+        """The same for a simulation, with its faster noise; `key` comes from a seed."""
+        return cls(sampling=KeyedStream(subkey(key, b"sampling")), noise=SimulatedNoise(subkey(key, b"noise")))
 
 
 def subkey(key: bytes, purpose: bytes) -> bytes:
@@ -86,7 +91,7 @@ class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyp
     `summed_grad` of every parameter is a float64 view into one vector of all d trainable parameters.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, gradients: RecordGradients, *, plan: SitePlan, noise: GaussianNoise) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, gradients: RecordGradients, *, plan: SitePlan, noise: Noise) -> None:
         super().__init__(
             optimizer,
             noise_multiplier=plan.noise_multiplier,

@@ -16,11 +16,14 @@ class PatientIndex:
         self._order = np.argsort(cohort.patient_of_record, kind="stable")
         self._counts = np.bincount(cohort.patient_of_record, minlength=cohort.num_patients)
         self._starts = np.cumsum(self._counts) - self._counts
+        self.several_records = bool(self._counts.max(initial=0) > 1)  # else nothing is drawn to choose among a patient's
 
     def one_record_each(self, patients: IntArray, stream: KeyedStream) -> IntArray:
         """A record of each patient, uniformly among its own, `(len(patients),)`; none of a patient without records, never another's."""
         patients = patients[self._counts[patients] > 0]
         counts = self._counts[patients]
+        if not self.several_records:
+            return np.asarray(self._order[self._starts[patients]])
         offset = np.minimum((stream.uniforms(len(patients)) * counts).astype(np.int64), counts - 1)  # a uniform may be 1
         return np.asarray(self._order[self._starts[patients] + offset])
 
@@ -33,6 +36,13 @@ class PatientIndex:
 def poisson_sample(num_units: int, sample_rate: float, stream: KeyedStream) -> IntArray:
     """Indices of the units in a batch: each independently with probability `sample_rate` (to 2**-54); often more, fewer or none."""
     return np.flatnonzero(stream.uniforms(num_units) <= sample_rate)
+
+
+def poisson_batches(num_units: int, sample_rate: float, steps: int, stream: KeyedStream) -> list[IntArray]:
+    """What as many calls of `poisson_sample`, one after another, give."""
+    included = stream.uniforms(num_units * steps).reshape(steps, num_units) <= sample_rate
+    step, unit = np.nonzero(included)
+    return np.split(unit, np.searchsorted(step, np.arange(1, steps)))
 
 
 def whole_patients(patients: Sequence[IntArray], most_records: int) -> Iterator[list[IntArray]]:

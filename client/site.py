@@ -22,10 +22,11 @@ from client.evaluation_noise import bounded_statistics, merge, noise_statistics,
 from client.exact_answers import ExactAnswers
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
 from client.local_training import LocalRound, torch_keyed, train_round
+from client.memory_chain import Journal
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.private_training import Randomness, subkey, train_round_private
-from client.releases import Arrays, Releases
+from client.releases import Arrays, Releases, arrays_digest
 from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import (
@@ -42,7 +43,7 @@ from shared.messages import (
 from shared.metrics import Statistic
 from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
-from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_of, evaluation_noise_multiplier
+from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_after_rounds, epsilon_of, evaluation_noise_multiplier
 from shared.results import SitePrivacy
 from shared.seeding import generator_of
 from shared.study import Study
@@ -62,6 +63,7 @@ class SiteSettings:
         releases_path: folder of what was released last; only where noise comes from the operating system.
         split_key: keys the hash that fixes each patient's split.
         signer: signs the ledger's rows; None for a virtual site.
+        journal: of a simulation whose ledgers are in memory until they are closed.
         noise_seed: for tests that compare two runs bit for bit, and settable from Python alone: noise drawn from a seed protects nobody.
     """
 
@@ -76,6 +78,7 @@ class SiteSettings:
     policy: Policy | None = None
     cohort_id: str = "virtual"
     noise_seed: int | None = field(default=None, repr=False)
+    journal: Journal | None = field(default=None, repr=False)
 
     @property
     def virtual(self) -> bool:
@@ -106,6 +109,16 @@ class Admission:
             run=self.run, study=self.study.name, study_hash=self.study_hash, training=self.plan.study_event(), evaluation=self.evaluation,
             cross_validated=self.study.evaluation.folds > 1, coordinator_key=self.coordinator_key,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunRound:
+    """A round of training that a virtual site has agreed to and charged, with the key of all its randomness."""
+
+    task: TrainTask
+    admission: Admission
+    charge: int | None  # None: nothing is promised
+    key: bytes = field(repr=False)
 
 
 class Site:
@@ -178,8 +191,7 @@ class Site:
         if not settings.ledger_path.exists() and not settings.virtual:
             self._check_beginning(witnessed)
         ledger = self.ledger_for(admission.plan)
-        if witnessed is not None and not settings.virtual:
-            ledger.check_head(witnessed.head)
+        self._check_not_put_back(admission, witnessed)
         ledger.check_room(admission.planned())
         hashes, test = self._patients()
         if not settings.virtual:
@@ -202,6 +214,16 @@ class Site:
         test = held_out_patients(cohort, settings.split_key, published=False)
         return [patient_hash(settings.split_key, name) for name in cohort.patient_ids], list(map(bool, test))
 
+    def _check_not_put_back(self, admission: Admission, witnessed: WitnessedHead | None) -> None:
+        """Return where a real ledger holds the row that the coordinator saw last: at every task, for `state` may come back from a backup in mid-study.
+
+        Raises:
+            LedgerError: it does not; what is charged now would not add to what was spent since.
+        """
+        if witnessed is not None and admission.plan.private and not self.settings.virtual:
+            self._check_witness(witnessed, admission.coordinator_key)
+            self.ledger_for(admission.plan).check_head(witnessed.head)
+
     def _check_witness(self, witnessed: WitnessedHead, key: str | None) -> None:
         try:
             public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key or ""))
@@ -215,23 +237,45 @@ class Site:
         Raises:
             ProtocolError: the study was not agreed to here.
             BudgetExhaustedError: the ledger has no room; nothing was trained.
+            LedgerError: the ledger was put back to an earlier state since the coordinator saw it.
             NotApprovedError: something would leave without noise, and the study has no more rounds.
         """
         admission = self._admitted(task)
+        self._check_not_put_back(admission, task.heads.get(self.settings.name))
         self._count_exact(task, admission, parameters)
-        train_part, test_part = self._parts(admission.study, task.fold)
+        train_part, test_part = self.parts(admission.study, task.fold)
         statistics, withheld = None, None
         if admission.evaluation is None:
             statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
         update = self._update(task, admission, train_part, parameters)
-        return (
-            Trained(
-                name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=self._spent(admission),
-                ledger_head=self._head(admission.plan),
-            ),
-            update,
-            statistics,
-        )  # fmt: skip
+        return self._trained(task, admission, withheld), update, statistics
+
+    def _trained(self, task: TrainTask, admission: Admission, withheld: str | None) -> Trained:
+        privacy, head = self._spent(admission), self._head(admission.plan)
+        return Trained(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy, ledger_head=head)
+
+    def begin_round(self, task: TrainTask, digest: str) -> BegunRound:
+        """The first half of `train`, of a virtual site that others train together with: agreed to and charged, and nothing trained yet.
+
+        Args:
+            digest: `arrays_digest` of the parameters received.
+
+        Raises:
+            ProtocolError, BudgetExhaustedError: as `train`.
+        """
+        admission = self._admitted(task)
+        seed = self._seed(admission)
+        assert self.settings.virtual and seed is not None  # such noise is drawn again where a round is repeated, so no update need be kept
+        ask = self._ask(task, admission)
+        charge = self._charging(admission).reserve(ask, ask.request_on(digest)) if admission.plan.private else None
+        return BegunRound(task=task, admission=admission, charge=charge, key=ask.key(seed))
+
+    def end_round(self, begun: BegunRound, update: Arrays, *, steps: int) -> Trained:
+        """The second half: the charge is lowered to the steps really taken."""
+        admission = begun.admission
+        if begun.charge is not None:
+            self.ledger_for(admission.plan).commit(begun.charge, steps=steps, update=arrays_digest(update))
+        return self._trained(begun.task, admission, None)
 
     def evaluate(self, task: EvaluateTask, parameters: Parameters) -> tuple[Evaluated, Statistics | None]:
         """The statistics of these parameters on the fold's test patients; with the last fold's, the study ends here.
@@ -239,11 +283,13 @@ class Site:
         Raises:
             ProtocolError: the study was not agreed to here.
             BudgetExhaustedError: the ledger has no room for another noised evaluation.
+            LedgerError: the ledger was put back to an earlier state since the coordinator saw it.
             NotApprovedError: something would leave without noise, and the study has no more rounds.
         """
         admission = self._admitted(task)
+        self._check_not_put_back(admission, task.heads.get(self.settings.name))
         self._count_exact(task, admission, parameters)
-        _, test_part = self._parts(admission.study, task.fold)
+        _, test_part = self.parts(admission.study, task.fold)
         if admission.evaluation is None:
             statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
         else:
@@ -286,6 +332,8 @@ class Site:
     def ledger_for(self, plan: SitePlan) -> Ledger:
         """The cohort's ledger, opened once."""
         settings = self.settings
+        if settings.journal is not None and self._ledger is None:
+            self._ledger = Ledger.simulated(settings.ledger_path, cohort=settings.cohort_id, unit=plan.unit, journal=settings.journal)
         if self._ledger is None or self._ledger.unit != plan.unit:  # opening it again for another unit refuses
             self._ledger = Ledger(settings.ledger_path, cohort=settings.cohort_id, unit=plan.unit, limit=settings.limit, signer=settings.signer)
         return self._ledger
@@ -300,7 +348,8 @@ class Site:
             raise ProtocolError("expected a round and fold of the study, got another")
         return admission
 
-    def _parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
+    def parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
+        """The training and the test patients of a fold."""
         cohort = self.cohort()
         if (fold, study.evaluation.folds) not in self._split:
             test = held_out_patients(cohort, self.settings.split_key, fold=fold, folds=study.evaluation.folds, published=self.settings.virtual)
@@ -365,7 +414,8 @@ class Site:
             set_parameters(model, parameters)
             with torch_keyed(subkey(key, b"torch")):
                 if admission.plan.private:
-                    steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=Randomness.from_key(key))
+                    randomness = Randomness.from_key(key) if self._seed(admission) is None else Randomness.simulated(key)
+                    steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=randomness)
                 else:
                     steps = train_round(model, train_part, local, rng=generator_of(key))
             trained = get_parameters(model)
@@ -422,7 +472,9 @@ class Site:
     def _spent(self, admission: Admission, *, cross_check: bool = False) -> SitePrivacy | None:
         if not admission.plan.private:
             return None
-        steps = sum(event.steps for event in self.ledger_for(admission.plan).charged(admission.run))
+        steps = self.ledger_for(admission.plan).steps(admission.run)
+        if self.settings.virtual and not cross_check:
+            return burn_down(admission.plan, steps)
         return site_privacy(admission.plan, steps, cross_check=cross_check)
 
 
@@ -447,6 +499,19 @@ def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivac
         cross_check_accountant="pld" if prv_is_tighter else "prv",
         epsilon_planned=plan.epsilon,
     )
+
+
+def burn_down(plan: SitePlan, steps: int) -> SitePrivacy:
+    """What `steps` steps of this plan cost, for the middle of a simulation: an upper bound that follows from that of the round before."""
+    assert plan.noise_multiplier is not None and plan.delta is not None
+    rounds, rest = divmod(steps, plan.steps_per_round)
+    if rest:
+        return site_privacy(plan, steps, cross_check=False)
+    return SitePrivacy(
+        epsilon=epsilon_after_rounds(plan.round_event(), rounds, plan.delta), delta=plan.delta, noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate, steps=steps, accountant="pld", epsilon_cross_check=None, cross_check_accountant="prv",
+        epsilon_planned=plan.epsilon,
+    )  # fmt: skip
 
 
 def rounded(counts: NDArray[np.float64], statistic: Statistic, step: int) -> NDArray[np.float64]:

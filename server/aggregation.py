@@ -4,7 +4,8 @@ Each product weight x value (exact in float64 for float32 values and weights bel
 coarse x 2**-20 + fine x 2**-70, and both are added as int64. Memory is O(parameters), whatever the number of sites.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ MAX_PRODUCT = 2.0**31  # of weight x |value|
 MAX_SUM = 2.0**42  # of the updates' largest weight x |value| together, so that the coarse sum stays below 2**62
 MAX_UPDATES = 2**12  # carries are moved up after this many
 BLOCK = 2**20  # values computed on at a time
+ROWS = 16  # updates added at a time
 
 FloatArrays = dict[str, NDArray[np.float64]]
 
@@ -27,8 +29,9 @@ class ExactMean:
     """A running weighted mean of named arrays."""
 
     def __init__(self) -> None:
-        self._coarse: dict[str, NDArray[np.int64]] = {}
-        self._fine: dict[str, NDArray[np.int64]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._coarse = np.zeros(0, np.int64)  # of all arrays, one after another
+        self._fine = np.zeros(0, np.int64)
         self._weight = 0
         self._since_carry = 0
         self._largest_sum = 0.0
@@ -48,44 +51,97 @@ class ExactMean:
         Raises:
             ProtocolError: a value is so large that the sum could overflow; nothing was added.
         """
-        if not 1 <= weight <= MAX_WEIGHT:
-            raise ProtocolError(f"weight: expected 1 to {MAX_WEIGHT}, got {weight}")
+        _check_weight(weight)
         largest = float(np.max([_largest(value) * weight for value in update.values()], initial=0.0))  # NaN where a value is none
         if not largest < MAX_PRODUCT:
             name = next(name for name, value in update.items() if not _largest(value) * weight < MAX_PRODUCT)
-            raise ProtocolError(f"update {name}: expected values below {MAX_PRODUCT / weight:.3g}, got larger ones")
+            raise _too_large(weight, f" {name}")
+        self._make_room({name: value.shape for name, value in update.items()})
+        self._count(largest, weight)
+        start = 0
+        for value in update.values():
+            end = start + value.size
+            _add_product(self._coarse[start:end], self._fine[start:end], value.reshape(-1), weight)
+            start = end
+
+    def add_rows(self, shapes: Mapping[str, tuple[int, ...]], updates: NDArray[np.floating], weights: Sequence[int]) -> list[ProtocolError | None]:
+        """Add many updates, as `add` does one after another; what it would raise, by row.
+
+        Args:
+            shapes: of the named arrays that stand in a row, one after another.
+            updates: `(S, D)`.
+        """
+        self._make_room(dict(shapes))
+        refusals: list[ProtocolError | None] = []
+        for start in range(0, len(updates), ROWS):
+            rows, scales = updates[start : start + ROWS], np.array(weights[start : start + ROWS])
+            largest = np.abs(rows).max(axis=1, initial=0.0) * scales.astype(np.float64)
+            refused = [self._refusal(float(value), int(weight)) for value, weight in zip(largest, scales, strict=True)]
+            usable = [row for row, refusal in enumerate(refused) if refusal is None]
+            if usable:
+                _add_products(self._coarse, self._fine, rows if len(usable) == len(rows) else rows[usable], scales[usable])
+            refusals += refused
+        return refusals
+
+    def _refusal(self, largest: float, weight: int) -> ProtocolError | None:
+        try:
+            _check_weight(weight)
+            if not largest < MAX_PRODUCT:
+                raise _too_large(weight)
+            self._count(largest, weight)
+        except ProtocolError as error:
+            return error
+        return None
+
+    def _make_room(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        if not self._shapes:
+            size = sum(math.prod(shape) for shape in shapes.values())
+            self._shapes, self._coarse, self._fine = shapes, np.zeros(size, np.int64), np.zeros(size, np.int64)
+        assert self._shapes == shapes
+
+    def _count(self, largest: float, weight: int) -> None:
+        """Count one update in; carries move up where it is time.
+
+        Raises:
+            ProtocolError: the sum could overflow with it.
+        """
         if self._largest_sum + largest >= MAX_SUM:
             raise ProtocolError("update: expected a sum that cannot overflow, got too many large updates")
-        self._largest_sum += largest
-        for name, value in update.items():
-            if name not in self._coarse:
-                self._coarse[name], self._fine[name] = np.zeros(value.shape, np.int64), np.zeros(value.shape, np.int64)
-            _add_product(self._coarse[name].reshape(-1), self._fine[name].reshape(-1), value.reshape(-1), weight)
-        self._weight += weight
-        self._since_carry += 1
         if self._since_carry >= MAX_UPDATES:
             self._carry()
+        self._largest_sum += largest
+        self._weight += weight
+        self._since_carry += 1
 
     def mean(self) -> FloatArrays:
         """The weighted mean of all that was added; at least one update must have been."""
         assert self._weight > 0
         self._carry()
-        mean = {name: np.empty(coarse.shape) for name, coarse in self._coarse.items()}
-        for name, value in mean.items():
-            coarse, fine, flat = self._coarse[name].reshape(-1), self._fine[name].reshape(-1), value.reshape(-1)
+        mean, start = {}, 0
+        for name, shape in self._shapes.items():
+            mean[name] = np.empty(shape)
+            flat, coarse, fine = mean[name].reshape(-1), self._coarse[start : start + mean[name].size], self._fine[start : start + mean[name].size]
+            start += flat.size
             for block in blocks(flat.size):
                 flat[block] = (coarse[block] / COARSE + fine[block] / FINE) / self._weight
         return mean
 
     def _carry(self) -> None:
         """Move whole coarse units out of the fine part; the represented sum stays the same."""
-        for name, whole in self._fine.items():
-            coarse, fine = self._coarse[name].reshape(-1), whole.reshape(-1)
-            for block in blocks(fine.size):
-                units = fine[block] // FINE_PER_COARSE
-                coarse[block] += units
-                fine[block] -= units * FINE_PER_COARSE
+        for block in blocks(self._fine.size):
+            units = self._fine[block] // FINE_PER_COARSE
+            self._coarse[block] += units
+            self._fine[block] -= units * FINE_PER_COARSE
         self._since_carry = 0
+
+
+def _check_weight(weight: int) -> None:
+    if not 1 <= weight <= MAX_WEIGHT:
+        raise ProtocolError(f"weight: expected 1 to {MAX_WEIGHT}, got {weight}")
+
+
+def _too_large(weight: int, name: str = "") -> ProtocolError:
+    return ProtocolError(f"update{name}: expected values below {MAX_PRODUCT / weight:.3g}, got larger ones")
 
 
 def blocks(size: int) -> Iterator[slice]:
@@ -106,3 +162,13 @@ def _add_product(coarse: NDArray[np.int64], fine: NDArray[np.int64], value: NDAr
         whole = np.floor(product * COARSE)
         coarse[block] += whole.astype(np.int64)
         fine[block] += np.rint((product - whole / COARSE) * FINE).astype(np.int64)
+
+
+def _add_products(coarse: NDArray[np.int64], fine: NDArray[np.int64], values: NDArray[np.floating], weights: NDArray[np.int64]) -> None:
+    """Add weight x row to a sum in fixed point, for a few rows at once."""
+    product = values.astype(np.float64) * (weights[:, None] * COARSE)
+    whole = np.floor(product)
+    coarse += whole.astype(np.int64).sum(axis=0)
+    product -= whole
+    product *= FINE_PER_COARSE
+    fine += np.rint(product, out=product).astype(np.int64).sum(axis=0)

@@ -4,14 +4,15 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server.aggregation import MAX_WEIGHT
-from server.evaluation import add_statistics, count_tested, evaluate
+from server.blocks import BlockGrid
+from server.evaluation import add_statistics, check_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import Checkpoint, RunFolder
 from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason, plain_text
 from server.witness import Witness
@@ -153,6 +154,7 @@ class Coordinator:
         self._told = ""
         self._study = study
         self._task = task
+        self._noise = planned_noise_std(study, task)
         self._folder = folder
         self._observe = observe
         model = task.model()
@@ -214,7 +216,9 @@ class Coordinator:
             self._ask_to_enrol(grid, timeout=max(1.0, min(ENROL_SECONDS, deadline - time.monotonic())))
         self._note_absent()
         logger.info(
-            "%d sites enrolled%s", len(self.history.enrolled), "".join(f"; {name}: {why}" for name, why in sorted(self.history.refused.items()))
+            "%s enrolled%s",
+            _sites(len(self.history.enrolled)),
+            "".join(f"; {name}: {why}" for name, why in sorted(self.history.refused.items())),
         )
         self._hold_quorum(len(self.history.enrolled), self.history.refused, what="enrolment")
 
@@ -356,9 +360,28 @@ class Coordinator:
                 break
             for name in [name for name, answer in current.answers.items() if answer.status == "failed"]:
                 del current.answers[name]
-            self._strategy.take_replies(grid.send_and_receive(unanswered, timeout=remaining))
+            ask = grid.send_in_blocks if isinstance(grid, BlockGrid) else grid.send_and_receive
+            self._strategy.take_replies(ask(unanswered, timeout=remaining))
         late = Answer(name="", status="missing", reason=LATE)
-        return {name: current.answers.get(name, late) for name in current.asked}
+        return {name: self._believed(name, current.answers.get(name, late)) for name in current.asked}
+
+    def _believed(self, name: str, answer: Answer) -> Answer:
+        """The answer, without its statistics where they could not be those of the patients that this site declared."""
+        if answer.statistics is None:
+            return answer
+        try:
+            check_statistics(self._task, answer.statistics, declared=self._declared_num_test(name), noise=self._noise)
+        except ProtocolError as error:
+            logger.warning("site %s: %s %s; left out of the metrics", name, error.code, error.what)
+            return replace(answer, statistics=None, reason=f"{error.code} {error.what}")
+        return answer
+
+    def _declared_num_test(self, name: str) -> int:
+        """Test patients of a fold, as the site says, and no more than the training patients that it declared when it was approved."""
+        enrolled, folds = self.history.enrolled[name], self._study.evaluation.folds
+        tested = enrolled.declared_num_test if folds == 1 else math.ceil(enrolled.declared_num_patients / folds)
+        signed = None if self._membership is None else self._membership.declared_size(name)
+        return tested if signed is None else min(tested, signed)
 
     def _hold_quorum(self, num_usable: int, reasons: dict[str, str], *, what: str) -> None:
         """Return where the round counts.
@@ -372,7 +395,7 @@ class Coordinator:
         if num_usable >= needed and (complete or rounds.on_missing == "proceed" or rounds.require != "all"):
             return
         told = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items())) or "no site answered"
-        expected = "all sites" if rounds.require == "all" else f"{needed} sites"
+        expected = "all sites" if rounds.require == "all" else _sites(needed)
         kind, remedy = _common_error(reasons, num_usable)
         raise kind(f"{what}: expected usable answers of {expected}, got {num_usable}: {told}", remedy)
 
@@ -422,7 +445,8 @@ class Coordinator:
 
     def _close_fold(self, grid: Grid, fold: int, parameters: Parameters) -> dict[str, Statistics]:
         number = self._study.rounds.count
-        record = encode(EvaluateTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold), parameters=parameters)
+        content = EvaluateTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
+        record = encode(content, parameters=parameters)
         messages = self._strategy.configure_evaluate(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)
         self._take_privacy(answers)
@@ -463,6 +487,10 @@ def _config(record: RecordDict) -> ConfigRecord:
     config = record[MESSAGE]
     assert isinstance(config, ConfigRecord)
     return config
+
+
+def _sites(number: int) -> str:
+    return "1 site" if number == 1 else f"{number} sites"
 
 
 def _reasons(answers: dict[str, Answer]) -> dict[str, str]:

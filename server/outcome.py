@@ -1,19 +1,17 @@
 """What a run came to, as the files of its folder: result.json, privacy.json, evaluation.json."""
 
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from server.coordinator import Coordinator, FoldResult
-from server.evaluation import Evaluation, add_statistics, count_tested, evaluate
+from server.evaluation import Evaluation, add_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import RunFolder
 from shared.claim import privacy_claim
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
-from shared.privacy import SOLVE_MARGIN, evaluation_noise_multiplier
 from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
 from shared.schema import TableSchema
 from shared.seeding import Step
@@ -51,6 +49,7 @@ class RunOutcome:
     coordinator: Coordinator
     folder: RunFolder
     engine: str
+    execution: str | None = None
     sites: list[SiteSummary]
     seeded_noise: bool
     synthetic: bool = False
@@ -59,17 +58,8 @@ class RunOutcome:
     def evaluation(self, total: Statistics, *path: Step, num_noised: int = 0) -> Evaluation:
         """Metrics of a sum, with the study's intervals; of the noise alone where `num_noised` sites have put noise into it."""
         study = self.study
-        noise_std = self._noise_std(num_noised) if num_noised else None
-        return evaluate(self.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise_std)
-
-    def _noise_std(self, num_sites: int) -> dict[str, float]:
-        """Standard deviation of the noise in each statistic summed over sites; one that its policy holds to more adds a little more."""
-        privacy = self.study.privacy
-        assert privacy.evaluation_epsilon is not None and privacy.delta is not None
-        multiplier = evaluation_noise_multiplier(privacy.evaluation_epsilon * SOLVE_MARGIN, privacy.delta)
-        statistics = {metric.statistic.name: metric.statistic for metric in self.task.metrics}
-        each = multiplier * math.sqrt(len(statistics) * num_sites)
-        return {name: each * statistic.sensitivity for name, statistic in statistics.items()}
+        noise = planned_noise_std(study, self.task, num_sites=num_noised) if num_noised else None
+        return evaluate(self.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise)
 
 
 def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float) -> None:
@@ -129,6 +119,7 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         task=task.name,
         task_title=task.title,
         engine=run.engine,
+        execution=run.execution,
         seed=study.seed,
         outcome=outcome,
         synthetic=run.synthetic,

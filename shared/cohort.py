@@ -90,7 +90,7 @@ class Cohort:
 
 def patient_hash(key: bytes, patient_id: str) -> bytes:
     """Keyed hash (HMAC-SHA-256, 32 bytes) of a patient's id: stable for one key, unlinkable without it."""
-    return hmac.new(key, patient_id.encode(), hashlib.sha256).digest()
+    return hmac.digest(key, patient_id.encode(), hashlib.sha256)
 
 
 def held_out_patients(cohort: Cohort, key: bytes, *, fold: int = 1, folds: int = 1, published: bool = True) -> BoolArray:

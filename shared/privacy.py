@@ -78,6 +78,37 @@ def _epsilon_pld(events: tuple[PrivacyEvent, ...], delta: float) -> float:
     return float(_compose(events).get_epsilon_for_delta(delta)) if events else 0.0
 
 
+def epsilon_after_rounds(event: PrivacyEvent, rounds: int, delta: float) -> float:
+    """Upper bound on epsilon at `delta` of as many rounds of `event` each; what earlier rounds came to is kept, so the next costs little.
+
+    >>> event = PrivacyEvent(noise_multiplier=4.302, sample_rate=0.05, steps=50)
+    >>> round(epsilon_after_rounds(event, 10, 1e-5), 2)
+    1.0
+    """
+    return _burn_down(event, delta).after(rounds) if rounds and event.steps else 0.0
+
+
+@functools.lru_cache(maxsize=256)
+def _burn_down(event: PrivacyEvent, delta: float) -> "_BurnDown":
+    return _BurnDown(event, delta)
+
+
+class _BurnDown:
+    """Epsilon after one round, two, three: each composed of the one before and one more, always in this order, so that numbers repeat."""
+
+    def __init__(self, event: PrivacyEvent, delta: float) -> None:
+        self._delta = delta
+        self._round = self._composed = _compose((event,))
+        self._epsilons = [float(self._composed.get_epsilon_for_delta(delta))]
+
+    def after(self, rounds: int) -> float:
+        """Epsilon after 1, 2, ... rounds."""
+        while len(self._epsilons) < rounds:
+            self._composed = self._composed.compose(self._round)
+            self._epsilons.append(float(self._composed.get_epsilon_for_delta(self._delta)))
+        return self._epsilons[rounds - 1]
+
+
 def delta_of(events: Iterable[PrivacyEvent], epsilon: float) -> float:
     """Upper bound on delta at `epsilon` of all events composed; 0 for none.
 

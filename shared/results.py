@@ -99,6 +99,7 @@ class Result(Record):
     task: str
     task_title: str
     engine: str
+    execution: str | None = Field(default=None, description="of a simulation: how its sites were trained")
     seed: int
     outcome: Outcome
     synthetic: bool

@@ -89,7 +89,7 @@ def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Paramet
         local = LocalRound(study=study, task=task, round_number=number)
         with torch_keyed(key):
             if plan.private:
-                train_round_private(model, train, local, plan=plan, randomness=Randomness.from_key(key))
+                train_round_private(model, train, local, plan=plan, randomness=Randomness.simulated(key))
             else:
                 train_round(model, train, local, rng=generator_of(key))
     return get_parameters(model)

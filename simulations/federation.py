@@ -3,13 +3,14 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from client.hospital import open_site
+from client.memory_chain import Journal
 from client.policy import SiteFile
 from client.site import Site, SiteSettings
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
@@ -24,6 +25,7 @@ from simulations.partitioners import partition_cohort
 
 DEFAULT_SYNTHETIC_PATIENTS = 800
 SITE_FILE = "site.toml"
+MOST_PLANS = 16  # different declared sizes in one simulation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +35,13 @@ class VirtualFederation:
     cohorts: dict[str, Cohort]
     synthetic: bool
     notes: Mapping[str, int]  # what the loader did to all of them, in counts
+    _summaries: dict[int, list[SiteSummary]] = field(default_factory=dict, init=False, repr=False)  # by number of folds
 
     def summaries(self, task: Task, study: Study) -> list[SiteSummary]:
-        """Exact sizes and classes of every site; with cross-validation, those of the first fold."""
-        return [_summary(name, cohort, task, study) for name, cohort in self.cohorts.items()]
+        """Exact sizes and classes of every site; with cross-validation, those of the first fold. Computed once a study."""
+        if study.evaluation.folds not in self._summaries:
+            self._summaries[study.evaluation.folds] = [_summary(name, cohort, task, study) for name, cohort in self.cohorts.items()]
+        return self._summaries[study.evaluation.folds]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every site's patients and records, so that a resumed run can tell that they are the same."""
@@ -92,18 +97,42 @@ def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledge
     """A site for each virtual hospital, with a ledger of its own in `ledgers`."""
     sites = {}
     model = task.model()  # they answer one after another, and every message brings its own parameters
-    for summary in federation.summaries(task, study):
+    summaries = federation.summaries(task, study)
+    journal = Journal(ledgers) if study.private and study.privacy.noise_source == "seeded" else None
+    for summary, declared_size in zip(summaries, declared_sizes([summary.num_train for summary in summaries]), strict=True):
         settings = SiteSettings(
             name=summary.name,
-            declared_size=summary.num_train,
+            declared_size=declared_size,
             declared_num_patients=summary.num_patients,
             declared_num_test=summary.num_test,
             ledger_path=ledgers / f"{ledger_file_name(summary.name)}.sqlite",
             releases_path=ledgers / f"{ledger_file_name(summary.name)}.releases",
             split_key=SIMULATION_SPLIT_KEY,
+            journal=journal,
         )
         sites[summary.name] = Site(settings, task, functools.partial(federation.cohorts.__getitem__, summary.name), model=model)
     return sites
+
+
+def declared_sizes(sizes: Sequence[int]) -> list[int]:
+    """What virtual sites declare: their exact sizes, or, where these are of many kinds, to as many digits as leave at most `MOST_PLANS`.
+
+    Sample rate, noise and weight of a site come from what it declares, and noise is solved, composed and checked once for each kind.
+
+    >>> declared_sizes([199, 172, 30]), declared_sizes(range(195, 215))[:6]
+    ([199, 172, 30], [200, 200, 200, 200, 200, 200])
+    """
+    digits = len(str(max(sizes)))
+    rounded = list(sizes)
+    while len(set(rounded)) > MOST_PLANS and digits > 1:
+        digits -= 1
+        rounded = [_to_digits(size, digits) for size in sizes]
+    return rounded
+
+
+def _to_digits(size: int, digits: int) -> int:
+    unit = 10 ** max(0, len(str(size)) - digits)
+    return max(1, int((size + unit // 2) // unit * unit))
 
 
 def site_files(data: Path | None) -> list[Path]:

@@ -23,7 +23,9 @@ from shared.results import Outcome, RoundRecord
 from shared.study import Study
 from shared.task import resolve_task
 from simulations.baselines import run_baselines
-from simulations.federation import VirtualFederation, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
+from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Execution, choose
+from simulations.blocks.engine import BlockEngine
+from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.setting import Setting
 
@@ -54,10 +56,11 @@ def prepare(study: Study, data: Path | None) -> Setting:
     federation = virtual_federation(task, study, data)
     check_quorum(study, len(federation.cohorts))
     summaries = federation.summaries(task, study)
-    resolved = resolve_delta(study, [summary.num_train for summary in summaries])
-    for summary in summaries:
+    declared = declared_sizes([summary.num_train for summary in summaries])
+    resolved = resolve_delta(study, declared)
+    for summary, size in zip(summaries, declared, strict=True):
         with at_site(summary.name):
-            plan_site(resolved, summary.num_train)
+            plan_site(resolved, size)
     return Setting(study=resolved, task=task, federation=federation, real={})
 
 
@@ -110,8 +113,15 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
     return folder
 
 
-def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None) -> None:
+def execute(
+    setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None,
+    execution: Execution = "auto", memory: int = DEFAULT_MEMORY,
+) -> None:  # fmt: skip
     """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
+
+    Args:
+        execution: many virtual sites at once ("blocks"), one after another ("sequential"), or the first where it can be ("auto").
+        memory: bytes that training in blocks may take.
 
     Raises:
         WardroundError: what stopped the study; the folder's outcome is then "failed".
@@ -120,12 +130,13 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
     if baselines:
         check_baselines(setting)
     started = time.monotonic()
+    choice = choose(setting, execution, memory)
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
     federation = setting.federation
     run = RunOutcome(
-        study=setting.study, task=setting.task, coordinator=coordinator, folder=folder, engine=ENGINE, sites=setting.summaries(),
+        study=setting.study, task=setting.task, coordinator=coordinator, folder=folder, engine=ENGINE, execution=str(choice), sites=setting.summaries(),
         seeded_noise=setting.study.privacy.noise_source == "seeded" and not setting.real,
         synthetic=federation is not None and federation.synthetic, notes={} if federation is None else federation.notes,
     )  # fmt: skip
@@ -134,7 +145,8 @@ def execute(setting: Setting, folder: RunFolder, *, baselines: bool, observe: Ca
         try:
             logger.info("%s", describe(setting))
             logger.info("run  %s", folder.path)
-            _run_apps(coordinator, sites)
+            logger.info("sites are trained %s", choice)
+            _run_apps(coordinator, sites, setting, choice)
             compared = _baselines(setting) if baselines else {}
         except BaseException as error:
             outcome: Outcome = "failed" if isinstance(error, Exception) else "interrupted"
@@ -158,9 +170,12 @@ def describe(setting: Setting) -> str:
     return f"{study.name}: task {setting.task.name} ({patients}), {len(setting.site_names)} sites, {study.rounds.count} rounds, {study.strategy.name}, {promise}"
 
 
-def _run_apps(coordinator: Coordinator, sites: dict[str, Site]) -> None:
+def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting, choice: Choice) -> None:
     app = client_app(lambda context: sites[str(context.node_config["site"])])
-    grid = InProcessGrid(app, sorted(sites))
+    ordered = {name: sites[name] for name in sorted(sites)}
+    grid = (
+        BlockEngine(app, ordered, setting.task, setting.study, block_size=choice.block_size) if choice.blocks else InProcessGrid(app, ordered)
+    )  # fmt: skip
     server_app(coordinator)(grid, Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={}))
 
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from server.run_folder import RunFolder
 from shared.errors import DataMissingError, StorageError
@@ -107,6 +107,8 @@ def simulate(
     out: str | Path = "runs",
     baselines: bool | None = None,
     resume: str | Path | None = None,
+    execution: Literal["auto", "blocks", "sequential"] = "auto",
+    memory: int = 2_000_000_000,
     observe: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Run:
     """Run a study over virtual sites on this machine, in this process.
@@ -117,6 +119,9 @@ def simulate(
         out: the folder in which the run's folder is made.
         baselines: also train every site alone and all data pooled, without and with the study's privacy. None: no, or as a resumed run began.
         resume: an earlier run's folder, to go on from its last complete round; one that is complete is given back as it is.
+        execution: train many virtual sites at once ("blocks"), one after another ("sequential"), or the first where the study allows it ("auto");
+            the results agree but for the rounding of float32.
+        memory: bytes that training may take at most.
         observe: called with every round's record.
 
     Raises:
@@ -143,7 +148,7 @@ def simulate(
             return Run(folder.path)
     run = Run(folder.path)
     try:
-        execute(setting, folder, baselines=bool(baselines), observe=observe)
+        execute(setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory)
     except BaseException:
         with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none
             run.report()

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from server.aggregation import ExactMean, blocks
+from server.blocks import Block
 from server.sampler import sample_sites
 from server.strategies.fedadagrad import fedadagrad
 from server.strategies.fedadam import fedadam
@@ -149,11 +150,14 @@ class FederatedStrategy(Strategy):
         record = RecordDict({MESSAGE: config, PARAMETERS: arrays})
         return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
 
-    def take_replies(self, replies: Iterable[Message]) -> None:
+    def take_replies(self, replies: Iterable[Message | Block]) -> None:
         """Judge each reply as it comes, add its update to the running sum, and forget it. A second reply of a site is dropped."""
         current = self._current()
         by_node = {member.node_id: member for member in current.asked.values()}
         for reply in replies:
+            if isinstance(reply, Block):
+                self._take_block(reply, by_node, current)
+                continue
             member = by_node.get(reply.metadata.src_node_id)
             if member is not None and member.name not in current.answers:
                 current.answers[member.name] = self._judge(reply, member, current)
@@ -165,10 +169,30 @@ class FederatedStrategy(Strategy):
         try:
             return self._accept(reply.content, member, current)
         except ProtocolError as error:
-            return Answer(name=member.name, status="failed", reason=f"{error.code} {error.what}")
+            return _failed(member, error)
         except Exception:  # the border of the coordinator: bytes that break their reader cost this site its round, and nobody else anything
             logger.warning("site %s: its reply could not be read", member.name, exc_info=logger.isEnabledFor(logging.DEBUG))
             return Answer(name=member.name, status="failed", reason=f"{ProtocolError.code} expected a reply that can be read, got one that cannot")
+
+    def _take_block(self, block: Block, by_node: Mapping[int, Member], current: Round) -> None:
+        """Judge the sites of a block, each as it would be judged alone."""
+        members = [by_node[node_id] for node_id in block.node_ids]
+        limit = MAX_RELATIVE_NORM * max(1.0, norm(current.parameters))
+        judged: dict[int, Answer] = {}
+        for row, (member, reply, statistics) in enumerate(zip(members, block.replies, block.statistics, strict=True)):
+            if isinstance(reply, Refused):
+                judged[row] = Answer(name=member.name, status="refused", reason=f"{reply.code} {reply.reason}")
+                continue
+            answer = Answer(
+                name=member.name, status="ok", reason=reply.withheld, statistics=statistics, privacy=reply.privacy, ledger_head=reply.ledger_head
+            )  # fmt: skip
+            judged[row] = answer if row_norm(block.updates[row]) <= limit else _failed(member, _large_norm())
+        usable = [row for row, answer in judged.items() if answer.status == "ok"]
+        rows = block.updates if len(usable) == len(block.updates) else block.updates[usable]
+        for row, refusal in zip(usable, current.mean.add_rows(block.shapes, rows, [members[row].weight for row in usable]), strict=True):
+            if refusal is not None:
+                judged[row] = _failed(members[row], refusal)
+        current.answers.update({answer.name: answer for answer in judged.values()})
 
     def _accept(self, record: RecordDict, member: Member, current: Round) -> Answer:
         content = decode(record, Trained if current.training else Evaluated, Refused)
@@ -185,7 +209,7 @@ class FederatedStrategy(Strategy):
         if current.training:
             update = decode_parameters(record, self._template(current))
             if norm(update) > MAX_RELATIVE_NORM * max(1.0, norm(current.parameters)):
-                raise ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
+                raise _large_norm()
             current.mean.add(update, member.weight)
         withheld = None if content.withheld is None else plain_text(content.withheld)
         return Answer(name=member.name, status="ok", reason=withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
@@ -230,6 +254,19 @@ def norm(arrays: Parameters) -> float:
     """L2 norm over all arrays together, in float64."""
     flat = [value.reshape(-1) for value in arrays.values()]
     return math.sqrt(math.fsum(float(np.square(value[block], dtype=np.float64).sum()) for value in flat for block in blocks(value.size)))
+
+
+def row_norm(row: NDArray[np.floating]) -> float:
+    """L2 norm of a flat update, in float64."""
+    return float(np.linalg.norm(row.astype(np.float64)))
+
+
+def _large_norm() -> ProtocolError:
+    return ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
+
+
+def _failed(member: Member, error: ProtocolError) -> Answer:
+    return Answer(name=member.name, status="failed", reason=f"{error.code} {error.what}")
 
 
 def _moved(value: NDArray[np.floating], change: NDArray[np.float64]) -> NDArray[np.floating]:

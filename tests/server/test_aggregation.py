@@ -154,5 +154,25 @@ def test_memory_does_not_grow_with_the_number_of_updates(monkeypatch: pytest.Mon
     mean = ExactMean()
     for _ in range(50):
         mean.add({"w": np.ones(10, np.float32)}, 1)
-    assert sum(array.nbytes for array in (*mean._coarse.values(), *mean._fine.values())) == 2 * 10 * 8
+    assert mean._coarse.nbytes + mean._fine.nbytes == 2 * 10 * 8
     assert mean.mean()["w"].tolist() == [1.0] * 10
+
+
+@given(updates=updates_of(3))
+def test_many_rows_at_once_are_the_same_bits_as_one_after_another(updates: list[tuple[list[float], int]]) -> None:
+    mean, shapes = ExactMean(), {"w": (2,), "b": ()}
+    rows = np.array([values for values, _ in updates * 9], dtype=np.float32)
+    assert not any(mean.add_rows(shapes, rows, [weight for _, weight in updates * 9]))
+    one = ExactMean()
+    for values, weight in updates * 9:
+        one.add({"w": np.float32(values[:2]), "b": np.float32(values[2])}, weight)
+    assert {name: value.tobytes() for name, value in mean.mean().items()} == {name: value.tobytes() for name, value in one.mean().items()}
+    assert mean.total_weight == one.total_weight
+
+
+def test_a_row_that_cannot_be_added_costs_nobody_else_anything() -> None:
+    rows = np.float32([[1.0, 2.0], [np.nan, 0.0], [np.inf, 0.0], [1e9, 0.0], [3.0, 4.0], [5.0, 5.0]])
+    mean = ExactMean()
+    refusals = mean.add_rows({"w": (2,)}, rows, [1, 1, 1, 5, 1, 0])
+    assert [refusal is None for refusal in refusals] == [True, False, False, False, True, False]
+    assert mean.mean()["w"].tolist() == [2.0, 3.0]

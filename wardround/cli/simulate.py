@@ -1,5 +1,6 @@
 """`wardround simulate`: a study over virtual sites on this machine."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -50,15 +51,36 @@ def simulate(
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
     engine: Annotated[Literal["in-process"], typer.Option("--engine", help="What carries the messages.")] = "in-process",
+    execution: Annotated[
+        Literal["auto", "blocks", "sequential"],
+        typer.Option("--execution", help="Train many sites at once, or one after another; auto: at once where the study allows it."),
+    ] = "auto",
+    memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What training may take at most, for example 4G or 500M.")] = "2G",
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a study over virtual hospitals on this machine; with no argument, the embedded default study."""
+    num_bytes = parse_memory(memory)
     changes = overrides(sites=sites, rounds=rounds, epsilon=epsilon, task=task, seed=seed)
     chosen = resumed_study(resume, study, changes) if resume is not None else read_study(study, task, changes)
     if baselines is None and resume is None:
         baselines = study is None and task is None
-    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, as_json=as_json)
+    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, execution=execution, memory=num_bytes, as_json=as_json)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as 4G, 500M or 1000000.
+
+    Raises:
+        ConfigurationError: it is none, or not even a megabyte.
+    """
+    from shared.errors import ConfigurationError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", text.strip().upper())
+    num_bytes = int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " ")) if found else 0
+    if num_bytes < 1_000_000:
+        raise ConfigurationError(f"--memory: expected a size of at least 1M, got {text!r}", "for example --memory 4G")
+    return num_bytes
 
 
 def read_study(name: str | None, task: str | None, changes: dict[str, object]) -> "Study":
@@ -88,7 +110,10 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
     return RunFolder.open(resume).study
 
 
-def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool) -> None:
+def _run(
+    study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None,
+    execution: Literal["auto", "blocks", "sequential"], memory: int, as_json: bool,
+) -> None:  # fmt: skip
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
 
@@ -98,7 +123,9 @@ def _run(study: "Study", *, data: Path | None, out: Path, baselines: bool | None
 
     lines = RoundLines(study, terminal)
     with lines:
-        run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe)
+        run = run_simulation(
+            study, data=data, out=out, baselines=baselines, resume=resume, execution=execution, memory=memory, observe=lines.observe
+        )  # fmt: skip
         result = run.result
         lines.finish(result)
     print_result(result, terminal)

@@ -1,0 +1,1 @@
+"""Many sites at once: their parameters stacked, trained by the same few large operations."""

@@ -1,0 +1,200 @@
+"""One round of local training at many sites at once: the arithmetic of `client.private_training` and `client.local_training`, stacked.
+
+Each site draws its batches and its noise from its own key, exactly as it does alone, so a site's update is the one it would have made alone
+up to the order of floating-point sums. Batches are padded to the longest of the step; a padded row weighs nothing.
+
+For simulations only: sums and noise are in the model's own type, float32 as a rule, where a hospital's are in float64.
+
+S: sites of the block, those with most steps first. B: rows of a site in a step. N: records of all sites.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from client.local_training import LocalRound, round_batches
+from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normals
+from client.optimizers import ProximalTerm, local_optimizer
+from client.private_training import sample_units, subkey
+from client.sampling import PatientIndex, poisson_batches
+from shared.cohort import Cohort, IntArray
+from shared.models import Parameters
+from shared.plan import SitePlan, shape_site
+from shared.seeding import generator_of
+from shared.study import Study
+from simulations.blocks.stacked import StackedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteWork:
+    """What one site does in a round.
+
+    Attributes:
+        part: its training patients.
+        start: where its records begin among those of all sites.
+        key: of all its randomness in this round.
+    """
+
+    name: str
+    plan: SitePlan
+    part: Cohort
+    index: PatientIndex
+    start: int
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """The training records of all sites, one after another."""
+
+    inputs: tuple[torch.Tensor, ...]
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Batches:
+    """The batches of all sites and steps: `records[starts[t, s] : ends]`, counted by `counts`, `(steps, S)`."""
+
+    counts: IntArray
+    records: list[IntArray]  # a step: the records of all sites, site after site
+
+    def padded(self, step: int, num_active: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(S B,)` indices of records and `(S, B)` whether a row is one of its site's."""
+        counts = self.counts[step, :num_active]
+        mask = np.arange(max(int(counts.max(initial=0)), 1)) < counts[:, None]
+        rows = np.zeros(mask.shape, dtype=np.int64)
+        rows[mask] = self.records[step]
+        return torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)
+
+
+def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWork], records: Records, local: LocalRound) -> IntArray:
+    """Train each site's row of `stacked.flat` in place, from the parameters received; the steps that each site took, `(S,)`.
+
+    Args:
+        sites: at most as many as `stacked` has, those with most steps first.
+    """
+    private = local.study.private
+    flat, gradients = nn.Parameter(stacked.flat[: len(sites)], requires_grad=False), stacked.gradients[: len(sites)]
+    for name, (span, _) in stacked.spans.items():
+        flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
+    batches = _draw(sites, local)
+    steps = np.array([site.plan.steps_per_round if private else _num_steps(batches, row) for row, site in enumerate(sites)])
+    optimizer = local_optimizer(local.study, [flat], local.round_number)
+    proximal = ProximalTerm(local.study, [flat])
+    noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
+    done = len(sites)  # sites from here on have taken all their steps
+    finished = flat[done:].clone()
+    flat.grad = gradients
+    for step in range(int(steps.max(initial=0))):
+        active = int((steps > step).sum())
+        if active < done:
+            finished, done = torch.cat([flat[active:done].clone(), finished]), active
+            gradients[done:] = 0.0
+        local.still_wanted()
+        stacked.use(active)
+        rows, mask = batches.padded(step, active)
+        _sum_gradients(stacked, records, rows, mask, local)
+        if noise is not None:
+            noise.release(gradients[:active])
+        proximal.add_to_gradients()
+        optimizer.step()
+        flat[done:] = finished
+    return steps
+
+
+def _sum_gradients(stacked: StackedModel, records: Records, rows: torch.Tensor, mask: torch.Tensor, local: LocalRound) -> None:
+    """The sum of every site's gradients: each clipped to C with privacy, else their mean."""
+    outputs = stacked(*(values[rows] for values in records.inputs))
+    losses = local.task.loss(outputs, records.labels[rows])
+    stacked.backward(losses)
+    if not local.study.private:
+        own = mask.to(losses.dtype)
+        stacked.write_weighted_sums(own / own.sum(dim=1, keepdim=True).clamp(min=1))
+        return
+    norms = stacked.squared_norms().sqrt_()
+    usable = norms.isfinite()
+    if not usable.all():
+        stacked.drop((~usable).nonzero().squeeze(1))
+    factors = (local.study.privacy.max_grad_norm / norms).clamp_(max=1.0).nan_to_num_(nan=0.0)
+    stacked.write_weighted_sums(factors.view(mask.shape) * mask)
+
+
+class _BlockNoise:
+    """Every site's own noise, on the grid of all."""
+
+    def __init__(self, sites: list[SiteWork], size: int, local: LocalRound) -> None:
+        self._streams = [SimulatedNoise(subkey(site.key, b"noise")) for site in sites]
+        self._grid = NoiseGrid.of(local.study.privacy.max_grad_norm, size)
+        self._bits = np.empty((len(sites), (size + 1) // 2), dtype=np.uint64)
+        self._normals = torch.empty(len(sites), 2 * ((size + 1) // 2))
+        self._size = size
+        multipliers = torch.tensor([[site.plan.noise_multiplier or 0.0] for site in sites], dtype=torch.float64)
+        self._stds = multipliers * (self._grid.sensitivity / self._grid.spacing)
+        self._scales = self._grid.spacing / torch.tensor([[site.plan.expected_batch_size] for site in sites], dtype=torch.float64)
+
+    def release(self, totals: torch.Tensor) -> None:
+        """In place: `totals`, `(S, d)`, rounded to the grid, plus noise rounded to it, over each site's expected batch size."""
+        active = len(totals)
+        for row in range(active):
+            self._bits[row] = self._streams[row].bits(self._size)
+        normals = standard_normals(torch.from_numpy(self._bits[:active].view(np.int32)), self._normals[:active])[:, : self._size]
+        noise = normals.to(totals.dtype).mul_(self._stds[:active].to(totals.dtype)).round_()
+        totals.div_(self._grid.spacing).round_().add_(noise).mul_(self._scales[:active].to(totals.dtype))
+
+
+def _draw(sites: list[SiteWork], local: LocalRound) -> _Batches:
+    """Every site's batches, as it draws them alone."""
+    drawn = [_batches_of(site, local) for site in sites]
+    counts = np.array([[len(batch) for batch in batches] for batches in itertools.zip_longest(*drawn, fillvalue=EMPTY)], dtype=np.int64)
+    records = [
+        np.concatenate([batch + site.start for site, batch in zip(sites, batches, strict=True)])
+        for batches in itertools.zip_longest(*drawn, fillvalue=EMPTY)
+    ]
+    return _Batches(counts=counts.reshape(len(records), len(sites)), records=records)
+
+
+EMPTY = np.empty(0, dtype=np.int64)
+
+
+def _batches_of(site: SiteWork, local: LocalRound) -> list[IntArray]:
+    if not local.study.private:
+        return round_batches(site.part.num_records, local.study, generator_of(site.key))
+    stream = KeyedStream(subkey(site.key, b"sampling"))
+    plan = site.plan
+    if plan.unit == "record":
+        return poisson_batches(site.part.num_records, plan.sample_rate, plan.steps_per_round, stream)
+    if not site.index.several_records:
+        return [
+            site.index.one_record_each(who, stream) for who in poisson_batches(site.part.num_patients, plan.sample_rate, plan.steps_per_round, stream)
+        ]
+    batches = []
+    for _ in range(plan.steps_per_round):
+        units = sample_units(site.part, site.index, local, plan, stream)
+        assert isinstance(units, np.ndarray)  # several records of a patient, clipped as one, are not for blocks
+        batches.append(units)
+    return batches
+
+
+def _num_steps(batches: _Batches, row: int) -> int:
+    return int((batches.counts[:, row] > 0).sum())
+
+
+def steps_of(study: Study, num_records: int, declared_size: int) -> int:
+    """How many steps a site takes in a round, whatever it draws; those of a block should end together."""
+    return shape_site(study, declared_size).steps_per_round if study.private else len(round_batches(num_records, study, generator_of(bytes(32))))
+
+
+def flat_updates(stacked: StackedModel, received: Parameters, num_sites: int) -> NDArray[np.floating]:
+    """Trained minus received, `(S, D)`: the arrays of the model's state, one after another; what is not trained has not moved."""
+    columns = []
+    for name, value in received.items():
+        if name in stacked.spans:
+            span, _ = stacked.spans[name]
+            columns.append(stacked.flat[:num_sites, span].numpy() - value.reshape(-1))
+        else:
+            columns.append(np.zeros((num_sites, value.size), dtype=value.dtype))
+    return np.concatenate(columns, axis=1)

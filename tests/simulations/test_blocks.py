@@ -1,0 +1,219 @@
+"""Many sites at once make the updates that each would make alone: batches, clipping, noise and optimizer included."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from client.local_training import LocalRound, train_round
+from client.private_training import Randomness, train_round_private
+from client.sampling import PatientIndex
+from shared.cohort import Cohort
+from shared.models import Parameters, get_parameters, initial_parameters, make_private, mlp, set_parameters
+from shared.plan import plan_site
+from shared.seeding import derive_key, generator_of
+from shared.study import Study
+from shared.task import Task, resolve_task, task_names
+from simulations.blocks.stacked import NotStackableError, StackedModel
+from simulations.blocks.training import Records, SiteWork, flat_updates, train_block
+
+FLOAT32, FLOAT64 = 1e-5, 1e-12
+ADAM = 10  # times: it divides by the gradient's own size, and so makes more of the rounding of small ones
+SIZES = (60, 47, 33, 12, 5)  # ragged: of the last, most batches are empty or one patient
+
+
+class Recurrent(nn.Module):
+    """The last state of an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, steps: torch.Tensor) -> torch.Tensor:
+        return self.out(self.lstm(steps)[0][:, -1])  # type: ignore[no-any-return]
+
+
+class Attentive(nn.Module):
+    """A transformer's layer, averaged over its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 16), nn.Linear(16, 2)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, steps: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layer(self.embed(steps)).mean(dim=1))  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """One layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.out = nn.Linear(30, 8), nn.Linear(8, 8), nn.Linear(8, 2, bias=False)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.out(self.again(torch.tanh(self.again(torch.tanh(self.first(rows))))))  # type: ignore[no-any-return]
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(30, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 16), nn.GroupNorm(4, 16), nn.ReLU(), nn.Linear(16, 2)
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (lambda: mlp(30, 2, hidden=(16, 8)), (30,)),
+    "logistic regression": (lambda: nn.Linear(30, 2), (30,)),
+    "norms": (normalised, (30,)),
+    "a layer used twice": (Twice, (30,)),
+    "lstm": (lambda: make_private(Recurrent()), (7, 6)),
+    "gru": (lambda: make_private(nn.Sequential(nn.GRU(6, 8, batch_first=True), Last())), (7, 6)),
+    "attention": (lambda: make_private(Attentive()), (5, 6)),
+}
+
+
+class Last(nn.Module):
+    """The last two entries of a recurrent layer's last state."""
+
+    def forward(self, given: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return given[0][:, -1, :2]
+
+
+TRAININGS: dict[str, dict[str, object]] = {
+    "sgd": {},
+    "momentum and decay": {"momentum": 0.9, "weight_decay": 0.01, "local_epochs": 2},
+    "adam": {"optimizer": "adam", "learning_rate": 0.01},
+}
+PRIVACIES: dict[str, dict[str, object]] = {"none": {"unit": "none"}, "private": {"noise_multiplier": 1.0, "delta": 1e-4}}
+
+
+def make_study(privacy: dict[str, object], training: dict[str, object]) -> Study:
+    strategy = {"name": "fedprox", "proximal_mu": 0.1}
+    table = {"name": "blocks", "task": "breast-cancer", "privacy": privacy, "strategy": strategy}
+    return Study.from_table({**table, "training": {"learning_rate": 0.1, "batch_size": 8, **training}})
+
+
+def task_of(make: Callable[[], nn.Module], dtype: torch.dtype) -> Task:
+    loss = lambda outputs, labels: nn.functional.cross_entropy(outputs, labels, reduction="none")  # noqa: E731
+    return dataclasses.replace(resolve_task("breast-cancer"), model=lambda: make().to(dtype), loss=loss)
+
+
+def cohort_of(num_patients: int, shape: tuple[int, ...], seed: int, *, records: int = 1) -> Cohort:
+    rng, owner = np.random.default_rng(seed), np.repeat(np.arange(num_patients), records)
+    inputs = rng.normal(size=(len(owner), *shape)).astype(np.float32)
+    names = tuple(map(str, range(num_patients)))
+    return Cohort(inputs=(inputs,), labels=rng.integers(0, 2, len(owner)), patient_of_record=owner, patient_ids=names)
+
+
+def in_dtype(cohort: Cohort, dtype: torch.dtype) -> Cohort:
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    inputs = tuple(values.astype(kind) if values.dtype.kind == "f" else values for values in cohort.inputs)
+    labels = cohort.labels.astype(kind) if cohort.labels.dtype.kind == "f" else cohort.labels
+    return dataclasses.replace(cohort, inputs=inputs, labels=labels)
+
+
+def key_of(site: int) -> bytes:
+    return derive_key(7, "site", site)
+
+
+def alone(local: LocalRound, cohorts: list[Cohort], received: Parameters) -> list[Parameters]:
+    """The update of each site, by the code of a deployment."""
+    model, updates = local.task.model(), []
+    for site, cohort in enumerate(cohorts):
+        set_parameters(model, received)
+        if local.study.private:
+            plan = plan_site(local.study, cohort.num_patients)
+            train_round_private(model, cohort, local, plan=plan, randomness=Randomness.simulated(key_of(site)))
+        else:
+            train_round(model, cohort, local, rng=generator_of(key_of(site)))
+        trained = get_parameters(model)
+        updates.append({name: trained[name] - received[name] for name in received})
+    return updates
+
+
+def together(local: LocalRound, cohorts: list[Cohort], received: Parameters) -> list[Parameters]:
+    """The updates of all sites at once."""
+    starts = np.cumsum([0, *[cohort.num_records for cohort in cohorts]])
+    stacked = StackedModel(local.task.model(), len(cohorts))
+    works = [
+        SiteWork(name=str(site), plan=plan_site(local.study, cohort.num_patients), part=cohort, index=PatientIndex(cohort), start=int(start), key=key_of(site))
+        for site, (cohort, start) in enumerate(zip(cohorts, starts, strict=False))
+    ]  # fmt: skip
+    inputs = tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*(cohort.inputs for cohort in cohorts), strict=True))
+    records = Records(inputs=inputs, labels=torch.from_numpy(np.concatenate([cohort.labels for cohort in cohorts])))
+    train_block(stacked, received, works, records, local)
+    splits = np.cumsum([value.size for value in received.values()])[:-1]
+    rows = flat_updates(stacked, received, len(cohorts))
+    return [dict(zip(received, np.split(row, splits), strict=True)) for row in rows]
+
+
+def differences(one: list[Parameters], other: list[Parameters]) -> list[float]:
+    """For each site |one - other| / |one|, over all parameters."""
+    flat = [[np.concatenate([value.ravel() for value in update.values()]).astype(np.float64) for update in updates] for updates in (one, other)]
+    return [float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30)) for a, b in zip(*flat, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("privacy", PRIVACIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_of_ragged_sites_makes_the_updates_that_they_make_alone(name: str, privacy: str, training: str, dtype: torch.dtype) -> None:
+    make, shape = MODELS[name]
+    if training == "adam" and privacy == "none":
+        pytest.skip("Adam divides a gradient that is zero but for rounding by its own size, and makes much of it")
+    local = LocalRound(study=make_study(PRIVACIES[privacy], TRAININGS[training]), task=task_of(make, dtype), round_number=1)
+    cohorts = [in_dtype(cohort_of(size, shape, seed), dtype) for seed, size in enumerate(SIZES)]
+    received = initial_parameters(local.task.model(), 3)
+    found = differences(alone(local, cohorts, received), together(local, cohorts, received))
+    assert max(found) < (FLOAT32 if dtype == torch.float32 else FLOAT64) * (ADAM if training == "adam" else 1)
+
+
+@pytest.mark.parametrize("privacy", PRIVACIES)
+@pytest.mark.parametrize("name", task_names())
+def test_every_task_that_can_be_stacked_trains_alike(name: str, privacy: str) -> None:
+    task = resolve_task(name)
+    cohort = task.synthetic_cohort(150, 5)
+    local = LocalRound(study=make_study(PRIVACIES[privacy], {}), task=task, round_number=1)
+    cohorts = [cohort.select(np.arange(150) % 7 <= site) for site in (0, 2, 5)][::-1]
+    received = initial_parameters(task.model(), 3)
+    assert max(differences(alone(local, cohorts, received), together(local, cohorts, received))) < FLOAT32
+
+
+@pytest.mark.parametrize("unit", ["patient", "record"])
+def test_patients_with_several_records_are_sampled_alike(unit: str) -> None:
+    make, shape = MODELS["mlp"]
+    local = LocalRound(study=make_study({"unit": unit, **PRIVACIES["private"]}, {}), task=task_of(make, torch.float64), round_number=1)
+    cohorts = [in_dtype(cohort_of(size, shape, size, records=3), torch.float64) for size in (40, 20)]
+    received = initial_parameters(local.task.model(), 3)
+    assert max(differences(alone(local, cohorts, received), together(local, cohorts, received))) < FLOAT64
+
+
+def test_a_record_without_a_finite_gradient_costs_nobody_else_anything() -> None:
+    """It counts as zero at its own site, and no other site is touched."""
+    make, shape = MODELS["mlp"]
+    local = LocalRound(study=make_study(PRIVACIES["private"], {}), task=task_of(make, torch.float64), round_number=1)
+    cohorts = [in_dtype(cohort_of(size, shape, size), torch.float64) for size in (40, 20)]
+    cohorts[0].inputs[0][:10] = 1e308
+    cohorts[0].inputs[0][3] = np.nan
+    received = initial_parameters(local.task.model(), 3)
+    both = together(local, cohorts, received)
+    assert all(np.isfinite(value).all() for update in both for value in update.values())
+    assert max(differences(alone(local, cohorts, received), both)) < FLOAT64
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)), "Conv2d"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "BatchNorm1d"),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)), "Dropout"),
+        (lambda: nn.Sequential(nn.Tanh()), "no trainable layer"),
+    ],
+)
+def test_what_cannot_be_stacked_says_why(make: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(NotStackableError, match=reason):
+        StackedModel(make(), 3)
