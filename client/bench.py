@@ -4,6 +4,7 @@ Ledgers are SQLite files of one thread, and a hospital's machine has one acceler
 cancelled by a newer question of the same run, by a stop, and by its own deadline; the same question twice is one piece of work.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from typing import Generic, TypeVar
 from shared.errors import StaleWorkError
 
 T = TypeVar("T")
+MAX_WAITING = 8  # questions at once, over all runs
+
+
+class AskedAgainError(Exception):
+    """The same question was asked again so often that this asking is let go; a later one gets the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +42,8 @@ class _Work(Generic[T]):
     place: Place
     content: str  # what is asked, as a hash
     deadline: float
-    future: Future[T]
+    make: Callable[[], T] | None  # None once it has begun, or nobody waits any more
+    waiting: list[Future[T]] = field(default_factory=list)  # one for each asking, oldest first
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -57,27 +64,55 @@ class Bench(Generic[T]):
             content: names the question; the same one, asked again while it is under way, waits for the same result.
             seconds: after so long it is stale, and nobody waits any more, not even for work that does not ask whether it is still wanted.
 
+        At most `MAX_WAITING` wait at once, so that there is always room for a newer question: first the oldest asking of what was asked several times
+        is let go, and where there is no such, the oldest question of all.
+
         Raises:
-            StaleWorkError: it was cancelled, or its time is over.
+            StaleWorkError: it was cancelled, its time is over, or too many wait.
+            AskedAgainError: a later asking of the same waits in its place.
             whatever `make` raises.
         """
-        deadline = time.monotonic() + seconds
+        deadline, answer = time.monotonic() + seconds, Future[T]()
         with self._lock:
             known = next((work for work in self._works if (work.place, work.content) == (place, content) and not work.cancelled.is_set()), None)
             if known is None:
                 for work in self._works:
                     if work.place.run == place.run and work.place.order < place.order:
                         work.cancelled.set()
-                known = _Work(place=place, content=content, deadline=deadline, future=Future())
+                known = _Work(place=place, content=content, deadline=deadline, make=make)
                 self._works.append(known)
-                self._thread.submit(self._run, known, make)
+                self._thread.submit(self._run, known)
             known.deadline = max(known.deadline, deadline)
+            self._make_room()
+            known.waiting.append(answer)
         try:
-            return known.future.result(timeout=seconds)
+            return answer.result(timeout=seconds)
         except TimeoutError:
-            if known.future.done():  # its own error, or it has ended just now
-                return known.future.result()
+            with self._lock:
+                if not answer.done():
+                    self._let_go(known, answer)
+            if answer.done():  # its own error, or it has ended just now
+                return answer.result()
             raise StaleWorkError("expected an answer before the deadline, got none") from None
+
+    def _make_room(self) -> None:
+        """Let one go where as many wait as may; the lock is held."""
+        works = [work for work in self._works if work.waiting]
+        if sum(len(work.waiting) for work in works) < MAX_WAITING:
+            return
+        repeated = next((work for work in works if len(work.waiting) > 1), None)
+        work = repeated or works[0]
+        answer = work.waiting[0]
+        self._let_go(work, answer)
+        answer.set_exception(AskedAgainError() if repeated else StaleWorkError("expected fewer questions at once; newer ones came"))
+
+    @staticmethod
+    def _let_go(work: _Work[T], answer: Future[T]) -> None:
+        """Nobody waits for it here any more; and where nobody does at all, it is not begun. The lock is held."""
+        work.waiting.remove(answer)
+        if not work.waiting:
+            work.cancelled.set()
+            work.make = None
 
     def cancel(self, run: str) -> None:
         """Nothing of `run` goes on, from its next step on."""
@@ -114,16 +149,22 @@ class Bench(Generic[T]):
         self._thread.shutdown(wait=True)
         closing.result()
 
-    def _run(self, work: _Work[T], make: Callable[[], T]) -> None:
+    def _run(self, work: _Work[T]) -> None:
         self._current = work
         try:
             self.check_wanted()
+            make, work.make = work.make, None
+            if make is None:
+                raise StaleWorkError("expected work that somebody waits for")
             result = make()
         except BaseException as error:  # handed to whoever waits
-            work.future.set_exception(error)
+            self._end(work, functools.partial(Future.set_exception, exception=error))
         else:
-            work.future.set_result(result)
-        finally:
-            self._current = None
-            with self._lock:
-                self._works.remove(work)
+            self._end(work, functools.partial(Future.set_result, result=result))
+
+    def _end(self, work: _Work[T], tell: Callable[[Future[T]], None]) -> None:
+        self._current = None
+        with self._lock:
+            self._works.remove(work)
+            for answer in work.waiting:
+                tell(answer)

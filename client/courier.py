@@ -22,7 +22,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from client.confinement import COURIER_USER, confine, describe_confinement, interpreter_paths, system_user
 from client.connection import ConnectionFile
-from client.door import DOOR_WAIT_SECONDS, SOCKET, ask, door_folder
+from client.door import DOOR_WAIT_SECONDS, NO_ANSWER, SOCKET, ask, door_folder
 from client.fleet import Fleet, Received
 from client.policy import SiteFile
 from shared.bundle import bundle_hash
@@ -32,7 +32,7 @@ from shared.files import storage_errors
 from shared.kit import CA_CERTIFICATE, KEYS, NODE_KEY, SITE_FILE, verify_kit
 
 POLL_SECONDS, IDLE_POLL_SECONDS, IDLE_AFTER_SECONDS = 0.3, 3.0, 120.0
-MAX_AT_ONCE = 16  # questions under way: most of them the same one again, or a stop
+MAX_AT_ONCE = 16  # questions under way: twice as many as the daemon lets wait at once (`client.bench`), so that a stop finds a free worker
 RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,10 @@ class Carrier:
     def _answer(self, received: Received) -> None:
         started = time.monotonic()
         try:
-            reply = Message(self._asked(received), reply_to=received.message)
+            content = self._asked(received)
+            if content is None:
+                return
+            reply = Message(content, reply_to=received.message)
         except WardroundError as error:
             logger.warning("%s: %s", error.code, error)
             reply = Message(Error(code=RAISED, reason=f"{error.code} {type(error).__doc__}"), reply_to=received.message)
@@ -79,7 +82,8 @@ class Carrier:
         except WardroundError as error:
             logger.warning("%s: %s", error.code, error)
 
-    def _asked(self, received: Received) -> RecordDict:
+    def _asked(self, received: Received) -> RecordDict | None:
+        """The daemon's answer; None where it wants none sent, for the same was asked again."""
         if received.bundle_hash != self.bundle:
             raise BundleError("expected a run of the bundle that this installation builds, got another; nothing of it was run or fetched")
         if not received.message.has_content():
@@ -87,6 +91,8 @@ class Carrier:
         answer = self.ask(recorddict_to_proto(received.message.content).SerializeToString())
         if not answer:
             raise SealError("the daemon found no valid seal on the task")
+        if answer == NO_ANSWER:
+            return None
         return recorddict_from_proto(RecordDictProto.FromString(answer))
 
 

@@ -1,7 +1,7 @@
 """The Unix socket between courier and daemon: bytes in, bytes out. No torch, no numpy, nothing of a patient.
 
 A question and an answer are each a length (8 bytes, big-endian) and so many bytes: a sealed Flower record. An empty answer means that the
-daemon could not even sign a refusal: what came was no sealed task for this site.
+daemon could not even sign a refusal: what came was no sealed task for this site. `NO_ANSWER` means that none is to be sent: the same was asked again.
 """
 
 import contextlib
@@ -10,13 +10,16 @@ import socket
 import socketserver
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from shared.envelope import MAX_MESSAGE_BYTES
 from shared.errors import DoorClosedError, ProtocolError
 
 LENGTH_BYTES = 8
-MAX_BYTES = 2**31  # of one message; protobuf has no more
+MAX_BYTES = MAX_MESSAGE_BYTES + 2**23  # of one message: its arrays, and its text and seal, of which neither has much more than a megabyte
+MAX_HELD_BYTES = 2 * MAX_BYTES  # of all questions under way
+NO_ANSWER = b"\0"  # no Flower record begins so: who asked the same again meanwhile gets the answer
 PIECE = 1 << 20
 RETRY_SECONDS = 0.2
 DOOR_WAIT_SECONDS = 30.0  # for a daemon that is just starting
@@ -70,6 +73,7 @@ class Door(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def __init__(self, door: Path, answer: Answer) -> None:
         self.answer = answer
         self._asking = threading.Semaphore(32)
+        self._lock, self._held = threading.Lock(), 0
         with contextlib.suppress(FileNotFoundError):
             door.unlink()  # of an earlier life; the supervisor holds a lock, so nobody listens on it
         before = os.getcwd()
@@ -80,6 +84,23 @@ class Door(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         finally:
             os.chdir(before)
 
+    @contextlib.contextmanager
+    def holding(self, num_bytes: int) -> Iterator[None]:
+        """Room for a question while it is under way; a small one, such as a stop, always finds some.
+
+        Raises:
+            ProtocolError: those under way take too much already.
+        """
+        with self._lock:
+            if num_bytes > PIECE and self._held + num_bytes > MAX_HELD_BYTES:
+                raise ProtocolError(f"expected at most {MAX_HELD_BYTES} bytes of questions at once, got more")
+            self._held += num_bytes
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= num_bytes
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing: the courier learns it from its closed connection, and tells the coordinator no more than that."""
 
@@ -89,7 +110,9 @@ class _Question(socketserver.BaseRequestHandler):
         server = self.server
         assert isinstance(server, Door)
         with server._asking, contextlib.suppress(OSError, ProtocolError):  # the courier is gone, or no courier of ours
-            _send(self.request, server.answer(_receive(self.request)))
+            length = _length(self.request)
+            with server.holding(length):
+                _send(self.request, server.answer(_exactly(self.request, length)))
 
 
 def _send(connection: socket.socket, payload: bytes) -> None:
@@ -98,10 +121,14 @@ def _send(connection: socket.socket, payload: bytes) -> None:
 
 
 def _receive(connection: socket.socket) -> bytes:
+    return _exactly(connection, _length(connection))
+
+
+def _length(connection: socket.socket) -> int:
     length = int.from_bytes(_exactly(connection, LENGTH_BYTES), "big")
     if length > MAX_BYTES:
         raise ProtocolError(f"expected at most {MAX_BYTES} bytes, got {length}")
-    return _exactly(connection, length)
+    return length
 
 
 def _exactly(connection: socket.socket, length: int) -> bytes:

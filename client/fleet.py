@@ -7,8 +7,10 @@ with Flower's own client, and hands each message to a function of ours instead. 
 
 import contextlib
 import logging
+import math
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -28,7 +30,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, inflate_object_from_contents, pull_objects, push_objects
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
@@ -40,6 +42,7 @@ from shared.errors import ConnectionFailedError, NodeRefusedError
 HEARTBEAT_SECONDS = 10.0  # Flower's least: a node that was killed is let in again two of these after its last
 RETRY_SECONDS = 0.1  # a connection that was cut while it was idle shows only when it is used, and several may have been
 MAX_RETRY_SECONDS = 10.0
+SEND_SECONDS = 600.0  # a reply that cannot be handed over for so long is given up: the coordinator asks again, and gets the identical one
 TELL_SECONDS = 0.8  # a pause between two tries, from which on it is no mere hiccup
 TEMPORARY = (408, 429, 500, 502, 503, 504)
 
@@ -153,8 +156,12 @@ class Fleet:
 
         Args:
             seconds: what the answer took, for the coordinator's own statistics.
+
+        Raises:
+            ConnectionFailedError: it could not be handed over within `SEND_SECONDS`, or the coordinator wants no more of it.
+            NodeRefusedError: the node is let in no more.
         """
-        node = self._here()
+        node, until = self._here(), time.monotonic() + SEND_SECONDS
         with no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             tree = get_object_tree(reply)
@@ -162,11 +169,16 @@ class Fleet:
             request = PushMessagesRequest(
                 node=node, messages_list=[message_to_proto(head)], message_object_trees=[tree], clientapp_runtime_list=[seconds]
             )
-            response = self._ask(lambda: self._client.PushMessages(request))
+            response = self._ask(lambda: self._client.PushMessages(request), until)
             push = make_push_object_fn_protobuf(
-                lambda item: self._ask(lambda: self._client.PushObject(item)), node, reply.metadata.run_id, response.session_id
+                lambda item: self._ask(lambda: self._client.PushObject(item), until), node, reply.metadata.run_id, response.session_id
             )
-            push_objects(get_all_nested_objects(reply), push_object_fn=push, object_ids_to_push=set(response.objects_to_push))
+            try:
+                push_objects(get_all_nested_objects(reply), push_object_fn=push, object_ids_to_push=set(response.objects_to_push))
+            except ObjectPushError:
+                raise ConnectionFailedError(
+                    "coordinator: expected the reply to be taken, got it given up", "is it larger than its question?"
+                ) from None
 
     def _bundle_of(self, run_id: int) -> str:
         if run_id not in self._bundles:
@@ -184,8 +196,8 @@ class Fleet:
             with contextlib.suppress(httpx.HTTPError, RuntimeError, ValueError):
                 self._client.SendNodeHeartbeat(request)
 
-    def _ask(self, call: Callable[[], Answer]) -> Answer:
-        """The answer to a call; while the coordinator cannot be reached, or says that it is busy, it is asked again."""
+    def _ask(self, call: Callable[[], Answer], until: float = math.inf) -> Answer:
+        """The answer to a call; while the coordinator cannot be reached, or says that it is busy, it is asked again, up to a time of the monotonic clock."""
         wait, told = RETRY_SECONDS, False
         while True:
             try:
@@ -204,6 +216,10 @@ class Fleet:
             if wait >= TELL_SECONDS:
                 self._tell(problem)
                 told = True
+            if time.monotonic() > until:
+                raise ConnectionFailedError(
+                    f"coordinator: expected an answer within {SEND_SECONDS:g} seconds, got {problem}", "it is asked for again"
+                )
             if self._stop.wait(wait):
                 raise ConnectionFailedError(f"coordinator: expected an answer, got {problem}; told to stop", "")
             wait = min(2 * wait, MAX_RETRY_SECONDS)

@@ -23,7 +23,8 @@ from pydantic import ValidationError
 
 from client.app import answer_record, refusal
 from client.approvals import Approvals, Asked, what_is_asked
-from client.bench import Bench, Place
+from client.bench import AskedAgainError, Bench, Place
+from client.door import NO_ANSWER
 from client.hospital import AUDIT, Hospital, open_site
 from client.site import Site
 from shared.audit import AuditLog, Value
@@ -61,7 +62,8 @@ from shared.study import NAME_PATTERN, Study
 from shared.task import Task, resolve_task
 
 Details = dict[str, Value]
-MAX_NONCES = 100_000  # remembered at once; flwr lets no message in that is older than five minutes
+MOST_SECONDS = 86_400.0  # that a question is worked on, whatever it says itself; a longer round is not of this world, and is asked again
+RECEIVED = "task received"  # the event in the audit log that names a question's nonce
 MAX_OPEN_RUNS = 4
 STUDIES = "studies"  # folder in a site's state: what was agreed to, so that a daemon that starts again goes on
 
@@ -83,12 +85,16 @@ class Gate:
         self._approvals = Approvals(hospital.state, hospital.signer, hospital.file.approve_in_advance)
         self._bench: Bench[RecordDict] = Bench()
         self._lock = threading.Lock()
-        self._nonces: OrderedDict[str, None] = OrderedDict()
+        self._nonces = {_short(str(details.get("nonce"))) for details in self.audit.details_of(RECEIVED)}
         self._runs: OrderedDict[str, _OpenRun] = OrderedDict()  # used on the bench's thread alone
         self._cohorts: dict[str, Cohort] = {}
 
     def answer(self, question: bytes) -> bytes:
-        """The sealed answer to a sealed question; empty where it is no question of the coordinator's to this site."""
+        """The sealed answer to a sealed question; empty where it is no question of the coordinator's to this site.
+
+        A question is answered once: its nonce is in the audit log before anything is done for it, so that a question of an earlier life of this
+        daemon is known as one. `NO_ANSWER` where the same was asked again, with a new nonce, and a later asking gets the answer.
+        """
         try:
             record, task = open_task(_parse(question), site=self._hospital.name, coordinator=self._hospital.coordinator_key)
             self._check_fresh(task)
@@ -96,7 +102,10 @@ class Gate:
             with contextlib.suppress(WardroundError):  # on a full disk, too, it gets nothing
                 self._log("task refused", {"outcome": "refused", "reason": f"{error.code} {describe_exception(error)[1]}", "bytes": len(question)})
             return b""
-        reply = self._reply(record, task, len(question))
+        try:
+            reply = self._reply(record, task, len(question))
+        except AskedAgainError:
+            return NO_ANSWER
         return bytes(recorddict_to_proto(reply).SerializeToString())
 
     def close(self) -> None:
@@ -112,8 +121,10 @@ class Gate:
         asked: Content | None = None
         try:
             asked = decode(record, EnrolTask, TrainTask, EvaluateTask, StopTask)
-            self._log("task received", _came(asked, task, num_bytes))
+            self._log(RECEIVED, _came(asked, task, num_bytes))
             content = self._decide(asked, record, task)
+        except AskedAgainError:
+            raise
         except Exception as error:  # the border of the site: nothing of an exception may pass it but a code
             content = refusal(self._hospital.name, error)
         try:
@@ -128,15 +139,13 @@ class Gate:
             return encode(Stopped(name=self._hospital.name))
         assert isinstance(asked, EnrolTask | TrainTask | EvaluateTask)
         place = Place(run=asked.run) if isinstance(asked, EnrolTask) else _place(asked)
-        return self._bench.do(place, task.content, functools.partial(self._work, asked, record), seconds=task.seconds)
+        return self._bench.do(place, task.content, functools.partial(self._work, asked, record), seconds=min(task.seconds, MOST_SECONDS))
 
     def _check_fresh(self, task: SealedTask) -> None:
         with self._lock:
-            if task.nonce in self._nonces:
+            if _short(task.nonce) in self._nonces:
                 raise SealError("expected a task asked for the first time, got one again (a replay)")
-            self._nonces[task.nonce] = None
-            while len(self._nonces) > MAX_NONCES:
-                self._nonces.popitem(last=False)
+            self._nonces.add(_short(task.nonce))  # which takes less memory than its row on the disk
 
     def _log(self, event: str, details: Details) -> None:
         self.audit.append(event, details)
@@ -167,8 +176,8 @@ class Gate:
             self._approvals = Approvals(self._hospital.state, self._hospital.signer, self._hospital.file.approve_in_advance)
             self._close_sites()
             self._cohorts.clear()
-            self._written = written
             self._log("site file read again", {"sha256": hashlib.sha256(self._hospital.site_file.read_bytes()).hexdigest()})
+            self._written = written
 
     def _enrol(self, asked: EnrolTask) -> "_OpenRun":
         if asked.version != installed_version():
@@ -287,6 +296,11 @@ def _leaves(content: RecordDict, asked: Content | None) -> Details:
                 "bytes": sum(len(array.data) for array in arrays.values()),
             }
     return details
+
+
+def _short(nonce: str) -> str:
+    """Half of it: 128 bits are as good as unique."""
+    return nonce[:32]
 
 
 def _kind(content: Content) -> str:

@@ -37,7 +37,7 @@ from shared.certificates import (
     signing_key_text,
 )
 from shared.config import validate
-from shared.errors import DataMissingError, KitError
+from shared.errors import DataError, DataMissingError, KitError, WardroundError
 from shared.files import storage_errors, write_atomic, write_secret
 from shared.kit import KitManifest, SiteRequest, installed_version, verify_kit
 from shared.task import resolve_task
@@ -54,7 +54,7 @@ class SiteAnswers:
     data: Path | None = None
     task: str | None = None
     declared_size: int | None = None
-    declared_test_size: int = 0
+    declared_test_size: int | None = None
     epsilon: float | None = None
     options: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -183,7 +183,7 @@ def init_site(folder: Path, answers: SiteAnswers, *, now: datetime | None = None
     Raises:
         KitError: the kit does not verify, is the coordinator's, or its keys are damaged.
         ConfigurationError: an answer is wrong.
-        DataMissingError: there are no data where they were said to be.
+        DataError: there are no data where they were said to be, or none that the task's loader takes; nothing is written then.
         StorageError: a file cannot be written.
     """
     moment = (now or datetime.now(UTC)).replace(microsecond=0)
@@ -220,9 +220,9 @@ def _write_site_file(folder: Path, name: str, answers: SiteAnswers, text: str | 
     """The site file, and what there is to say; where answers are missing, an example and None."""
     path = folder / kit.SITE_FILE
     if path.exists():
-        size = SiteFile.load(path).cohort.declared_size
-        differs = answers.declared_size not in (None, size)
-        return path, [f"{path} is there and was left as it is" + (f"; declared_size is {size} there, and that counts" if differs else "")]
+        differ = _differences(folder, SiteFile.load(path), answers)
+        told = f": {'; '.join(differ)}: what is there counts, edit the file to change it" if differ else ""
+        return path, [f"{path} is there and was left as it is{told}"]
     if text is not None:
         write_atomic(path, text)
         return path, []
@@ -231,17 +231,54 @@ def _write_site_file(folder: Path, name: str, answers: SiteAnswers, text: str | 
     return None, [f"{', '.join(answers.missing)} not given: fill in {example} and save it as {path}, or run init again with them"]
 
 
+def _differences(folder: Path, file: SiteFile, answers: SiteAnswers) -> list[str]:
+    """Every answer that was given and is not what the site file says."""
+    cohort, policy = file.cohort, file.policy
+    found = [
+        f"{key} is {there} there, {given} was given"
+        for key, there, given in (
+            ("declared_size", cohort.declared_size, answers.declared_size),
+            ("declared_test_size", cohort.declared_test_size, answers.declared_test_size),
+            ("max_epsilon", policy.max_epsilon, answers.epsilon),
+            ("options", dict(cohort.options), dict(answers.options) or None),
+        )
+        if given is not None and given != there
+    ]
+    if answers.data is not None and (folder / cohort.path).resolve() != answers.data.resolve():
+        found.insert(0, f"path is {cohort.path} there, {answers.data} was given")
+    if answers.task is not None and resolve_task(answers.task).name not in policy.allowed_tasks:
+        found.append(f"allowed_tasks is {', '.join(policy.allowed_tasks)} there, {answers.task} was given")
+    return found
+
+
+def check_cohort(task: str, data: Path, options: Mapping[str, Scalar]) -> None:
+    """Return where the task's own loader takes these data, as the site would open them in a round; nothing of them is kept.
+
+    Raises:
+        ConfigurationError: there is no such task, or its loader has no such option.
+        DataError: there are no data, or they do not fit; the loader's own words.
+    """
+    if not data.exists():
+        raise DataMissingError(f"{data}: expected data, found nothing", "check the path given with --data")
+    try:
+        resolve_task(task).load_cohort(data, dict(options))
+    except WardroundError:
+        raise
+    except Exception as error:  # another's loader: its text may hold a patient's value
+        raise DataError(
+            f"{data}: the loader of task {task} failed with {type(error).__name__}", "check that these are the task's data, and the --option values"
+        ) from None
+
+
 def _site_text(folder: Path, name: str, answers: SiteAnswers) -> str:
     """The text of a site file with these answers, none of them missing, checked as it will be when it is read."""
     assert answers.data is not None and answers.task is not None
-    data = answers.data.resolve()
-    if not data.exists():
-        raise DataMissingError(f"{answers.data}: expected data, found nothing", "check the path given with --data")
-    root = folder.resolve()
+    data, root = answers.data.resolve(), folder.resolve()
     cohort = str(data.relative_to(root)) if data.is_relative_to(root) else str(data)
     task = resolve_task(answers.task)
     text = _render(name, answers, cohort=cohort, metrics=tuple(metric.name for metric in task.metrics), task=task.name)
     validate(SiteFile, tomllib.loads(text), "what was given for site.toml")
+    check_cohort(answers.task, answers.data, answers.options)
     return text
 
 
@@ -256,7 +293,7 @@ def _render(name: str, answers: SiteAnswers, *, cohort: str, metrics: tuple[str,
         "[cohort]",
         _line("path", cohort or (str(answers.data.resolve()) if answers.data else None), "file or folder; relative to this file, or absolute"),
         _line("declared_size", answers.declared_size, "training patients, rounded: public, and what noise and weight come from"),
-        _line("declared_test_size", answers.declared_test_size, "test patients, rounded"),
+        _line("declared_test_size", answers.declared_test_size or 0, "test patients, rounded"),
     ]
     if answers.options:
         lines += [

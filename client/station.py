@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from client.door import SOCKET, door_folder
 from client.hospital import AUDIT, Hospital
 from shared.config import Settings
 from shared.errors import StorageError
-from shared.files import json_text, make_private, storage_errors, write_atomic
+from shared.files import check_room, json_text, make_private, storage_errors, write_atomic
 from shared.supervision import POLL_SECONDS, Child, Observe, State, Supervisor, single_instance
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy")
 DAEMON_LOG, COURIER_LOG, STATION = "daemon.log", "courier.log", "station.json"  # in the site's state
 DAEMON, COURIER = "daemon", "courier"
+TRY_SECONDS = 10.0  # how often it is tried whether there is room for what a round writes down
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def run_station(
     stop: threading.Event,
     *,
     daemon: tuple[str, ...] | None = None,
+    begun: Callable[[], None] = lambda: None,
     ready: Callable[[], None] = lambda: None,
     observe: Observe | None = None,
 ) -> None:
@@ -61,9 +64,10 @@ def run_station(
 
     Args:
         daemon: for tests alone: another command than the daemon's.
+        begun: called once nobody else can run this site, before any process is started; what it raises ends the site.
         ready: called once both processes were started.
         observe: told what happens, as `Supervisor` tells it of `daemon` and `courier`; the courier's `ready` has {node}, and there are
-            also its `unreachable` {problem} and `reachable` {}. Without one it is logged.
+            also its `unreachable` {problem} and `reachable` {}, and the daemon's `unwritable` {problem} and `writable` {}. Without one it is logged.
 
     Raises:
         KitError, ConfigurationError: the kit or site.toml does not fit.
@@ -73,6 +77,7 @@ def run_station(
     with storage_errors(hospital.state, "make the site's state"):
         make_private(hospital.state)
     with single_instance(hospital.state) as announce:
+        begun()
         with contextlib.suppress(FileNotFoundError):
             (hospital.state / CONNECTION).unlink()  # of an earlier life
         watch = _Watch(hospital.state, observe or _log)
@@ -127,6 +132,8 @@ class _Watch:
         self._state = state
         self._tell = tell
         self._problem: str | None = None
+        self._unwritable: str | None = None
+        self._try_at = 0.0  # time.monotonic()
         self._written = ""
         self._audited = _size(state / AUDIT)  # bytes of the audit log that were looked at
         self.supervisor: Supervisor | None = None
@@ -149,6 +156,9 @@ class _Watch:
             self._problem = problem
             self._tell(*(("reachable", COURIER, {}) if problem is None else ("unreachable", COURIER, {"problem": problem})))
         self._tell_answers()
+        if time.monotonic() >= self._try_at:
+            self._try_at = time.monotonic() + TRY_SECONDS
+            self._try_to_write()
         if self.supervisor is not None:
             self._write(StationState(children=tuple(ChildState(**dataclasses.asdict(child)) for child in self.supervisor.status())))
 
@@ -165,6 +175,17 @@ class _Watch:
                 row = json.loads(line)
                 if row["event"] == "answer sent":
                     self._tell("answered", DAEMON, row["details"])
+
+    def _try_to_write(self) -> None:
+        """Tell where the state cannot be written to any more: a daemon that cannot write down what it answers cannot write down why either."""
+        problem = None
+        try:
+            check_room(self._state)
+        except StorageError as error:
+            problem = f"{error.code} {error}"
+        if problem != self._unwritable:
+            self._unwritable = problem
+            self._tell(*(("writable", DAEMON, {}) if problem is None else ("unwritable", DAEMON, {"problem": problem})))
 
     def forget(self) -> None:
         """The site has ended."""

@@ -97,11 +97,14 @@ def _run(grid: HttpGrid, kit: Path, folder: RunFolder) -> None:
 
 
 def _stop_sites(grid: HttpGrid, sealed: SealedGrid, roster: LiveRoster, folder: RunFolder) -> None:
-    """Tell every site that the study was stopped; nobody is waited for long."""
+    """Tell every site that the study was stopped; nobody is waited for long, and nobody told what cannot be written down: it is stopped all the same."""
     record = encode(StopTask(run=folder.name, study_hash=folder.study_hash))
     messages = [Message(record, node_id, MessageType.QUERY) for node_id in grid.get_node_ids()]
-    for reply in sealed.until(messages, seconds=STOP_SECONDS):
-        logger.info("site %s stopped", roster.name_of(reply.metadata.src_node_id))
+    try:
+        for reply in sealed.until(messages, seconds=STOP_SECONDS):
+            logger.info("site %s stopped", roster.name_of(reply.metadata.src_node_id))
+    except StorageError as error:
+        logger.error("error %s: %s", error.code, error)
 
 
 def _end(folder: RunFolder, ended: Ended) -> None:

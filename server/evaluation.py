@@ -1,17 +1,22 @@
 """What the coordinator learns from the sites' statistics: pooled metrics, per-site metrics with their n, intervals."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from shared.errors import ProtocolError
 from shared.messages import Statistics
 from shared.metrics import Metric, bootstrap_interval, finish_metrics, noise_interval
+from shared.privacy import SOLVE_MARGIN, evaluation_noise_multiplier
 from shared.results import Interval, MetricValues
 from shared.seeding import Step, generator
+from shared.study import Study
 from shared.task import Task
 
 MOST_NOISE_DRAWS = 200
+LEEWAY, FEW = 2, 10  # times and plus: sizes are declared in round numbers, a keyed hash draws the test patients, and rounded counts may be doubled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,42 @@ def count_tested(task: Task, total: Statistics) -> int | None:
     """Test patients in `total`; None where it holds no statistic that counts patients."""
     counts = [total[metric.statistic.name] for metric in task.metrics if metric.statistic.is_counts and metric.statistic.name in total]
     return round(float(counts[0].sum())) if counts else None
+
+
+def planned_noise_std(study: Study, task: Task, *, num_sites: int = 1) -> dict[str, float]:
+    """Standard deviation of each draw of noise in each statistic summed over sites, of a study that plans it; empty for another.
+
+    A site that its policy holds to more adds a little more.
+    """
+    if not study.noised_statistics:
+        return {}
+    epsilon, delta = study.privacy.evaluation_epsilon, study.privacy.delta
+    assert epsilon is not None and delta is not None
+    statistics = {metric.statistic.name: metric.statistic for metric in task.metrics}
+    each = evaluation_noise_multiplier(epsilon * SOLVE_MARGIN, delta) * math.sqrt(len(statistics) * num_sites)
+    return {name: each * statistic.sensitivity for name, statistic in statistics.items()}
+
+
+def check_statistics(task: Task, statistics: Statistics, *, declared: int, noise: Mapping[str, float]) -> None:
+    """Return where one site's statistics could be of its patients; else one site's claim would outweigh all others in a pooled metric.
+
+    The theorem: each patient adds at most the statistic's declared `sensitivity`, and counts one where it counts patients, so a sum over n
+    patients has at most n times that (`Statistic.could_be`, which also says how far noise may move it). n is what the site declared, with
+    leeway: at most `LEEWAY` x declared + `FEW`. So a lie weighs at most as much as that.
+
+    Args:
+        declared: test patients, as the site declared them.
+        noise: standard deviation of each draw by name, as the plan fixed it; empty where statistics are exact.
+
+    Raises:
+        ProtocolError: a statistic is larger than its declaration allows, negative where exact, not finite, or contradicts itself.
+    """
+    most = LEEWAY * max(0, declared) + FEW
+    for statistic in {metric.statistic.name: metric.statistic for metric in task.metrics}.values():
+        if statistic.name in statistics and not statistic.could_be(
+            statistics[statistic.name], patients=most, noise_std=noise.get(statistic.name, 0.0)
+        ):
+            raise ProtocolError(f"statistic {statistic.name}: expected a sum over at most {most} test patients ({declared} declared), got another")
 
 
 def evaluate(

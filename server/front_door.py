@@ -5,6 +5,9 @@ listens on loopback, and this proxy lets through what a registered node needs an
 
 - POST on a path of `FLEET_PATHS`, compared with the raw bytes that came: no query, no `%2e`, no `//`, no absolute form, no upgrade;
 - the headers in `REQUEST_HEADERS` and, on the way back, `RESPONSE_HEADERS`; the body untouched, in a stream, up to a size;
+- of the announcements of an upload (`push-messages`) only those of one reply, by the node that asks, of as many objects as a message may have: the
+  SuperLink takes one reply to a question, and of every reply at most `MAX_OBJECTS` objects of `MAX_BODY_BYTES`, and keeps them until the study's process
+  fetches or refuses them (`server.mailbox`: by the size of the question), 180 s pass without a further one, or the run ends;
 - everything else gets one and the same 404.
 
 Registering is not let through: only the coordinator itself registers nodes. The door has no opinion on who may enter: the SuperLink's own
@@ -28,11 +31,15 @@ from pathlib import Path
 
 import httpx
 import uvicorn
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from google.protobuf.message import DecodeError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from shared.envelope import MAX_MESSAGE_BYTES, most_objects
 from shared.errors import ConfigurationError, ConnectionFailedError
 
 logger = logging.getLogger(__name__)
@@ -42,6 +49,7 @@ _FLEET_CALLS = (
     *("pull-object", "push-object", "confirm-message-received"),
 )
 FLEET_PATHS = tuple(f"/v1/fleet/{call}" for call in _FLEET_CALLS)
+PUSH_PATH = "/v1/fleet/push-messages"
 HEALTH_PATH = "/health"
 
 # What flwr's Fleet client sends and reads: content, node authentication, versions. Names are flwr's (supercore/constant.py, common/constant.py).
@@ -52,7 +60,9 @@ REQUEST_HEADERS = (
 )
 RESPONSE_HEADERS = ("content-type", "content-length", "content-encoding", "retry-after", "flwr-version-incompatibility-message")
 
-MAX_BODY_BYTES = 64 * 2**20
+MAX_BODY_BYTES = 8 * 2**20  # Flower's largest object is a chunk of 5 MiB
+MAX_OBJECTS = most_objects(MAX_MESSAGE_BYTES)  # of a reply
+MAX_HEAD_BYTES = 2**16  # of the announcement of a reply: some 80 for each object
 MAX_CONCURRENT, MAX_CONNECTIONS = 64, 1024
 RETRY_AFTER_SECONDS = 2
 HEALTH_KEPT_SECONDS = 1.0  # so that asking us often does not ask the SuperLink often
@@ -62,6 +72,7 @@ IDLE_SECONDS, BODY_SECONDS = 30.0, 600.0  # longest silence of a client within a
 _UPSTREAM_KEEP_ALIVE_SECONDS = 2.0  # less than the 5 s after which the SuperLink hangs up, lest a request meet a connection that is just closing
 _UPSTREAM_TIMEOUT = httpx.Timeout(connect=5, read=60, write=60, pool=5)
 
+_BAD_REQUEST = b'{"detail":"Bad Request"}'
 _NOT_FOUND = b'{"detail":"Not Found"}'
 _TOO_LARGE = b'{"detail":"Content Too Large"}'
 _TOO_SLOW = b'{"detail":"Request Timeout"}'
@@ -72,6 +83,10 @@ Headers = list[tuple[bytes, bytes]]
 
 class _TooLargeError(Exception):
     """The body is longer than allowed."""
+
+
+class _NoReplyError(Exception):
+    """An upload is announced that is not of one reply."""
 
 
 class _ClientGoneError(Exception):
@@ -162,7 +177,8 @@ class _Door:
         path = scope["raw_path"].decode("ascii")  # one of FLEET_PATHS, character by character
         started = False
         try:
-            response = await self._ask("POST", path, headers, self._body(receive))
+            body = await self._announcement(receive) if path == PUSH_PATH else self._body(receive, self._bounds.max_body_bytes)
+            response = await self._ask("POST", path, headers, body)
             async with contextlib.aclosing(response):
                 if not 300 <= response.status_code < 400:
                     started = True
@@ -171,6 +187,8 @@ class _Door:
             await _refuse(scope, send, 503, _UNAVAILABLE)  # the SuperLink never redirects: something else answers on its port
         except _TooLargeError:
             await _refuse(scope, send, 413, _TOO_LARGE)
+        except _NoReplyError:
+            await _refuse(scope, send, 400, _BAD_REQUEST)
         except _ClientGoneError:
             await _refuse(scope, send, 408, _TOO_SLOW)
         except (httpx.HTTPError, TimeoutError) as error:
@@ -178,14 +196,21 @@ class _Door:
             if not started:  # else returning now, with half an answer sent, makes uvicorn cut the connection, which the client takes as a failure
                 await _refuse(scope, send, 503, _UNAVAILABLE)
 
-    async def _ask(self, method: str, path: str, headers: Headers, body: AsyncIterator[bytes] | None) -> httpx.Response:
+    async def _ask(self, method: str, path: str, headers: Headers, body: AsyncIterator[bytes] | bytes | None) -> httpx.Response:
         """The SuperLink's answer, up to its body. httpx adds Host and, where no length is known, Transfer-Encoding."""
         extensions = {"timeout": _UPSTREAM_TIMEOUT.as_dict()}
         return await self._transport.handle_async_request(
             httpx.Request(method, self._upstream + path, headers=headers, content=body, extensions=extensions)
         )
 
-    async def _body(self, receive: Receive) -> AsyncIterator[bytes]:
+    async def _announcement(self, receive: Receive) -> bytes:
+        """The whole body of a `push-messages`, once it announces one reply."""
+        body = b"".join([part async for part in self._body(receive, min(MAX_HEAD_BYTES, self._bounds.max_body_bytes))])
+        if not is_one_reply(body):
+            raise _NoReplyError
+        return body
+
+    async def _body(self, receive: Receive, most_bytes: int) -> AsyncIterator[bytes]:
         """The request's body, as it comes."""
         length, more, deadline = 0, True, time.monotonic() + BODY_SECONDS
         while more:
@@ -197,7 +222,7 @@ class _Door:
                 raise _ClientGoneError
             part = message.get("body", b"")
             length += len(part)
-            if length > self._bounds.max_body_bytes:
+            if length > most_bytes:
                 raise _TooLargeError
             if part:
                 yield part
@@ -238,6 +263,22 @@ def _is_request(scope: Scope, method: str, paths: tuple[str, ...]) -> bool:
         and not {b"content-length", b"transfer-encoding"} <= names
     )
     return plain and scope["method"] == method and scope["raw_path"] in [path.encode() for path in paths]
+
+
+def is_one_reply(body: bytes) -> bool:
+    """Whether these bytes announce one reply, from the node that says so, with its own parts and not too many of them.
+
+    The SuperLink takes one reply to a question, but as many lists of parts for it as come; and whose node a message is from it does not look at.
+    """
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+        return False
+    metadata, tree = request.messages_list[0].metadata, request.message_object_trees[0]
+    own = metadata.src_node_id == request.node.node_id and tree.object_id == metadata.message_id
+    return own and bool(metadata.reply_to_message_id) and sum(1 for _ in iterate_object_tree(tree)) <= MAX_OBJECTS
 
 
 def _only(headers: Headers, names: tuple[str, ...]) -> Headers:
@@ -387,17 +428,10 @@ def nginx_configuration(door: NginxDoor) -> str:
     Raises:
         ConfigurationError: a value would not survive nginx's quoting.
     """
-    values = (
-        *door.server_names,
-        *door.listen,
-        str(door.certificate),
-        str(door.key),
-        door.upstream,
-        door.upstream_name,
-        str(door.upstream_ca),
-        door.version,
-    )
-    for value in values:
+    for path in map(str, (door.certificate, door.key, door.upstream_ca)):  # which stand in quotes
+        if not re.fullmatch(r'[^\x00-\x1f\x7f"\\$]+', path):
+            raise ConfigurationError(f'nginx: expected a path without ", $ and \\, got {path!r}', "choose another path")
+    for value in (*door.server_names, *door.listen, door.upstream, door.upstream_name, door.version):
         if not re.fullmatch(r"[\w./:+@*\[\] -]+", value):
             raise ConfigurationError(f"nginx: expected letters, digits, spaces and ./:+@*[]-, got {value!r}", "choose another name or path")
     passed = [name for name in REQUEST_HEADERS if name != "content-length"]  # which nginx sets itself
@@ -412,7 +446,10 @@ def nginx_configuration(door: NginxDoor) -> str:
         max_body_bytes=door.max_body_bytes,
         max_concurrent=door.max_concurrent,
         headers="\n".join(f"    proxy_set_header {name} $http_{name.replace('-', '_')};" for name in passed),
-        fleet="".join(_NGINX_CALL.format(path=path, not_found=_NOT_FOUND.decode()) for path in FLEET_PATHS),
+        fleet="".join(
+            _NGINX_CALL.format(path=path, not_found=_NOT_FOUND.decode(), most=MAX_HEAD_BYTES if path == PUSH_PATH else door.max_body_bytes)
+            for path in FLEET_PATHS
+        ),
         keep_alive=KEEP_ALIVE_SECONDS,
         idle=int(IDLE_SECONDS),
         retry_after=RETRY_AFTER_SECONDS,
@@ -432,6 +469,7 @@ _NGINX_CALL = """
     location = {path} {{
         if ($request != "POST {path} HTTP/1.1") {{ return 404 '{not_found}'; }}
         if ($http_upgrade) {{ return 404 '{not_found}'; }}
+        client_max_body_size {most};
         proxy_pass https://wardround_superlink{path};
     }}
 """

@@ -41,6 +41,7 @@ from shared.certificates import (
     signing_key_bytes,
     signing_key_text,
 )
+from shared.config import nearest
 from shared.errors import ConfigurationError, KitError, StorageError
 from shared.files import storage_errors, write_atomic, write_secret
 from shared.kit import CoordinatorAddress, KitManifest, Roster, RosterSite, SiteRequest, digest, installed_version, read_manifest
@@ -192,7 +193,12 @@ def revoke(consortium: Consortium, name: str, *, reason: str | None = None) -> P
     roster = _existing_roster(consortium)
     mine = [site for site in roster.sites if site.name == name]
     if not mine:
-        raise ConfigurationError(f"site {name!r}: expected one that was approved, got another", f"approved: {_names(roster) or 'none'}")
+        known = list(dict.fromkeys(site.name for site in roster.sites))
+        expected = f"expected one that was approved: {', '.join(known)}" if known else "expected one that was approved, and none was"
+        raise ConfigurationError(
+            f"site {name!r}: {expected}{nearest(name, known)}",
+            "only who was approved can be revoked; a site that is not to come is taken out of 'sites' in the federation file",
+        )
     if any(site.revoked is None for site in mine):
         mark = {"revoked": consortium.now, "reason": reason}
         sites = tuple(site.model_copy(update=mark) if site.name == name and site.revoked is None else site for site in roster.sites)

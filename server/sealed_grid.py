@@ -18,15 +18,21 @@ from flwr.supercore.run import Run
 from server.live_roster import LiveRoster, public_key
 from server.mailbox import Mailbox
 from shared.audit import AuditLog, Value
-from shared.errors import NodeRefusedError, ProtocolError, SiteFailedError, StudyStoppedError, WardroundError, fixed_sentence
+from shared.errors import ConnectionFailedError, NodeRefusedError, ProtocolError, SiteFailedError, StudyStoppedError, WardroundError, fixed_sentence
 from shared.messages import JSON, MESSAGE
 from shared.seals import SealedTask, open_reply, packed_message, seal_task
 
 POLL_SECONDS = 0.1
 FIRST_PAUSE_SECONDS = 10.0  # before a task is asked again; doubled each time
 FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+ASTRAY = (3, 4, 5)  # flwr's ErrorCode: question or reply is gone, or the node is offline; none of them says anything of the site's work
+RETURN_SECONDS = 15.0  # that a site may be offline: heartbeats come every 7 to 10 s, and where the coordinator was away, none was heard
+LOOK_SECONDS = 1.0  # how often it is then looked for
 NO_DEADLINE = 3600.0
+REPLY_MULTIPLE, REPLY_BYTES = 2, 16 * 2**20  # of the question's bytes, and so many more: an update is as large as its model, statistics are few
 GRACE_SECONDS = 60.0  # a message lives on for this long beyond its deadline, in Flower's books
+
+OFFLINE = "it is offline"
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ logger = logging.getLogger(__name__)
 class _Sent:
     message: Message
     task: SealedTask
+    most_bytes: int  # of a reply
 
 
 class SealedGrid(Grid):
@@ -62,6 +69,7 @@ class SealedGrid(Grid):
         self._signer = signer
         self._audit = audit
         self._stopped = stopped
+        self._offline: dict[int, float] = {}  # by node: since when, by time.monotonic()
 
     def set_run(self, run: Run) -> None:
         """Flower's run."""
@@ -83,7 +91,7 @@ class SealedGrid(Grid):
             StudyStoppedError: somebody stopped the study.
         """
         self._check_stopped()
-        return [node_id for node_id in self._grid.get_node_ids() if self._roster.site_of(node_id) is not None]
+        return [node_id for node_id in self._online() if self._roster.site_of(node_id) is not None]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Not offered: a reply can only be opened by who remembers its task."""
@@ -106,31 +114,59 @@ class SealedGrid(Grid):
         return self._exchange(messages, seconds, lambda: None)
 
     def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
-        """A task that is not answered is asked again, ever less often: a message may be lost, and the same task asked twice is one piece of work."""
+        """A task that is not answered is asked again, ever less often: a message may be lost, and the same task asked twice is one piece of work.
+
+        A site that goes offline is asked again as soon as it is back, and given up where it is not so within `RETURN_SECONDS`.
+        """
         started = time.monotonic()
         unanswered = {message.metadata.dst_node_id: message for message in messages}
         waiting: dict[str, _Sent] = {}
-        pause, ask_at = FIRST_PAUSE_SECONDS, started
+        until: dict[int, float] = {}  # by node whose task went astray: when it is given up
+        astray: set[int] = set()  # those of them that were not asked again yet
+        pause, ask_at, look_at = FIRST_PAUSE_SECONDS, started, started
         while unanswered and (left := started + seconds - time.monotonic()) > 0:
             check()
-            if time.monotonic() >= ask_at:
-                online = set(self._grid.get_node_ids()) if waiting else set(unanswered)
-                sent, failed = self._push([message for node_id, message in unanswered.items() if node_id in online], left)
+            now = time.monotonic()
+            if now >= ask_at or (astray and now >= look_at):
+                online = set(self._online()) if waiting or astray else set(unanswered)
+                due = unanswered.keys() if now >= ask_at else astray
+                sent, failed = self._push([message for node_id, message in unanswered.items() if node_id in online & due], left)
                 waiting |= sent
-                for reply in failed:
+                gone = [node_id for node_id in astray - online if now >= until[node_id]]
+                for reply in [*failed, *(self._failure(unanswered[node_id], ConnectionFailedError(OFFLINE)) for node_id in gone)]:
                     del unanswered[reply.metadata.src_node_id]
                     yield reply
-                pause, ask_at = 2 * pause, time.monotonic() + pause
+                astray = (astray - online) & unanswered.keys()
+                pause, ask_at = (2 * pause, now + pause) if now >= ask_at else (pause, ask_at)
+                look_at = now + LOOK_SECONDS
             before = len(unanswered)
-            for message_id, answer in self._pull(list(waiting)):
+            for message_id, answer in self._pull(list(waiting), most_bytes=max((sent.most_bytes for sent in waiting.values()), default=0)):
                 node_id = waiting[message_id].message.metadata.dst_node_id
+                if node_id in unanswered and _went_astray(answer) and now < until.setdefault(node_id, self._return_of(node_id, now)):
+                    astray.add(node_id)
+                    del waiting[message_id]
+                    continue
                 opened = [self._open(answer, waiting[message_id])] if unanswered.pop(node_id, None) is not None else []
                 del answer
                 if opened:
                     yield opened.pop()  # as in the mailbox: nothing of a reply is kept here
             waiting = {key: sent for key, sent in waiting.items() if sent.message.metadata.dst_node_id in unanswered}
+            astray &= unanswered.keys()
             if len(unanswered) == before:
                 time.sleep(POLL_SECONDS)
+
+    def _online(self) -> list[int]:
+        """The nodes that the SuperLink takes for online."""
+        online = list(self._grid.get_node_ids())
+        for node_id in online:
+            self._offline.pop(node_id, None)
+        return online
+
+    def _return_of(self, node_id: int, now: float) -> float:
+        """Until when a node that is offline is waited for; once it was for so long, and has not come back since, not at all, and so it is for who is revoked."""
+        if self._roster.site_of(node_id) is None:
+            return now
+        return self._offline.setdefault(node_id, now) + RETURN_SECONDS
 
     def _push(self, messages: list[Message], seconds: float) -> tuple[dict[str, _Sent], list[Message]]:
         """Seal and send them: what is waited for, by message id, and failures in the place of those that could not be sent."""
@@ -146,7 +182,8 @@ class SealedGrid(Grid):
             metadata = message.metadata
             sealed = Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id, ttl=seconds + GRACE_SECONDS)
             self._audit.append("task sent", {"site": site.name, "nonce": task.nonce, "content": task.content, **_asked(message.content)})
-            sent.append((sealed, _Sent(message=message, task=task)))
+            most_bytes = REPLY_MULTIPLE * (len(packed.text) + len(packed.arrays)) + REPLY_BYTES
+            sent.append((sealed, _Sent(message=message, task=task, most_bytes=most_bytes)))
         ids = self._grid.push_messages([sealed for sealed, _ in sent]) if sent else []
         waiting = {}
         for message_id, (_, item) in zip(ids, sent, strict=True):
@@ -156,17 +193,21 @@ class SealedGrid(Grid):
                 waiting[message_id] = item
         return waiting, failed
 
-    def _pull_all(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message | None]]:
-        """As a `Mailbox`, from any grid."""
+    def _pull_all(self, message_ids: Iterable[str], *, most_bytes: int) -> Iterator[tuple[str, Message | ProtocolError | None]]:
+        """As a `Mailbox`, from any grid; it holds back nothing."""
         for reply in self._grid.pull_messages(message_ids):
             yield reply.metadata.reply_to_message_id, reply
 
-    def _open(self, reply: Message | None, sent: _Sent) -> Message:
+    def _open(self, reply: Message | ProtocolError | None, sent: _Sent) -> Message:
         """The reply without its seal, from the node that was asked; a failure in its place where it is not that site's answer."""
         site = self._roster.site_of(sent.message.metadata.dst_node_id)
         try:
             if site is None:
                 raise NodeRefusedError("revoked or expired meanwhile")
+            if isinstance(reply, ProtocolError):
+                raise reply
+            if _went_astray(reply):
+                raise ConnectionFailedError(OFFLINE)
             if reply is None or reply.has_error():
                 raise SiteFailedError("the site's courier could not answer")
             opened = open_reply(reply.content, sent.task, site_key=public_key(site))
@@ -193,6 +234,11 @@ class SealedGrid(Grid):
     def _check_stopped(self) -> None:
         if self._stopped():
             raise StudyStoppedError("the study was stopped", "go on with 'wardround study resume RUN'")
+
+
+def _went_astray(reply: object) -> bool:
+    """Whether this is Flower's own word that question or reply did not arrive."""
+    return isinstance(reply, Message) and reply.has_error() and reply.error.code in ASTRAY
 
 
 def _asked(content: RecordDict) -> dict[str, Value]:

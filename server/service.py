@@ -36,8 +36,8 @@ from server.submissions import UNFINISHED, Submission, Submissions
 from server.superlink import Node, SuperLink
 from shared.audit import AuditLog
 from shared.certificates import node_key_pem, parse_node_key, read_certificate, replace_secret
-from shared.errors import ConnectionFailedError, KitError, WardroundError
-from shared.files import make_private, storage_errors
+from shared.errors import ConnectionFailedError, KitError, StorageError, WardroundError
+from shared.files import check_room, make_private, storage_errors
 from shared.kit import (
     CA_CERTIFICATE,
     FEDERATION,
@@ -117,16 +117,20 @@ class Service:
         self._submissions = self._kit.submissions
         self._audit = AuditLog(state / AUDIT, owner=self._kit.manifest.federation, role="coordinator", signer=load_signing_key(folder / SIGNING_KEY))
         self._started = datetime.now(UTC)
+        self._served = read_certificate(folder / SERVER_CERTIFICATE)
         self._seen = _Seen()
         self._port = free_port()
         self._superlink = SuperLink(f"127.0.0.1:{self._port}", folder / CA_CERTIFICATE)
+        self._trouble = ""  # why the last look came to nothing
+        self._checkpoints: dict[str, int] = {}  # by run: which one it was last started from, by its time of writing
         self._settled = False  # whether the runs of an earlier life were ended
         self._lock = threading.Lock()
 
-    def run(self, *, ready: Callable[[], None] = lambda: None) -> None:
+    def run(self, *, begun: Callable[[], None] = lambda: None, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Args:
+            begun: called once nobody else can serve this kit, before any process is started.
             ready: called once when sites can connect.
 
         Raises:
@@ -134,6 +138,7 @@ class Service:
             ConnectionFailedError: a port is taken.
         """
         with single_instance(self._kit.state) as announce:
+            begun()
             self._control_key = secrets.token_hex(32)
             replace_secret(self._secret_path, secrets.token_bytes(32))
             replace_secret(self._kit.state / CONTROL_KEY, self._control_key.encode())
@@ -194,7 +199,7 @@ class Service:
             "--isolation", "process", "--superexec-auth-secret-file", str(self._secret_path),
         )  # fmt: skip
         superexec = (
-            str(binaries / "flower-superexec"), "--runtime-api-address", address, "--root-certificates", str(folder / CA_CERTIFICATE),
+            sys.executable, "-m", "server.superexec_process", "--runtime-api-address", address, "--root-certificates", str(folder / CA_CERTIFICATE),
             "--superexec-auth-secret-file", str(self._secret_path), "--parent-pid", str(os.getpid()),
         )  # fmt: skip
         return [
@@ -209,6 +214,8 @@ class Service:
     def _observe(self, event: str, child: str, facts: Mapping[str, object]) -> None:
         logger.info("%s %s%s", child, event, "".join(f" {key}={value}" for key, value in facts.items()))
         if event == "exited":
+            if child == "superexec":
+                self._settled = False  # the studies' processes died with it, which Flower would notice a minute later
             try:
                 self._audit.append("process ended", {"process": child, "status": str(facts.get("status")), "outcome": "failed"})
             except WardroundError as error:  # on a full disk it is started again all the same
@@ -227,10 +234,22 @@ class Service:
             except ConnectionFailedError as error:
                 self._seen.up = False
                 if told:
-                    logger.warning("%s", error)
-            except WardroundError as error:  # a damaged roster lets nobody in; what runs goes on, and the page says it
-                logger.error("error %s: %s", error.code, error)
+                    self._note_trouble(error)
+            except WardroundError as error:  # a damaged roster lets nobody in, a full disk starts nothing; what runs goes on, and the page says it
+                self._note_trouble(error)
+            else:
+                self._trouble = ""
             await asyncio.sleep(TICK_SECONDS)
+
+    def _note_trouble(self, error: WardroundError) -> None:
+        """Say once what is wrong; where there is no room, that is the reason of the rest."""
+        try:
+            check_room(self._kit.state)
+        except StorageError as full:
+            error = full
+        if self._trouble != (trouble := f"error {error.code}: {error}"):
+            logger.error("%s", trouble)
+        self._trouble = trouble
 
     def tick(self) -> None:
         """One look: who is registered and who should be, which studies are to start, which have ended.
@@ -297,16 +316,30 @@ class Service:
             )
             self._submissions.update(run, state="failed", error=failure, flower_run=None)
         else:
-            flower_run = self._superlink.start_run(run)
-            self._submissions.update(run, flower_run=flower_run, attempts=submission.attempts + 1)
+            self._submissions.update(run, flower_run=None)  # where that cannot be written, nothing is started, at this look or the next
+            flower_run, self._checkpoints[run] = self._superlink.start_run(run), self._checkpoint(run)
+            try:
+                self._submissions.update(run, flower_run=flower_run, attempts=submission.attempts + 1)
+            except WardroundError:  # one that nobody knows of would hold the run's lock
+                self._superlink.stop_run(flower_run)
+                raise
             self._audit.append("study started", {"run": run, "attempt": submission.attempts + 1})
             logger.info("%s: started", run)
 
     def _note_progress(self, run: str, submission: Submission) -> None:
-        begun = (self._submissions.path(run) / "checkpoint" / "latest.safetensors").exists()
-        state: StudyState = "running" if begun else "waiting for sites"
-        if submission.state != state:
-            self._submissions.update(run, state=state)
+        checkpoint = self._checkpoint(run)
+        state: StudyState = "running" if checkpoint else "waiting for sites"
+        has_progressed = checkpoint != self._checkpoints.get(run, checkpoint)
+        attempts = min(submission.attempts, 1) if has_progressed else submission.attempts
+        if (submission.state, submission.attempts) != (state, attempts):
+            self._submissions.update(run, state=state, attempts=attempts)
+
+    def _checkpoint(self, run: str) -> int:
+        """When the run's last complete round was written, in nanoseconds; 0 where none was."""
+        try:
+            return (self._submissions.path(run) / "checkpoint" / "latest.safetensors").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     # What is shown -------------------------------------------------------------------------------------------------------------
 
@@ -346,6 +379,11 @@ class Service:
 
     def _warnings(self, now: datetime) -> list[str]:
         found = [] if self._seen.up else ["the SuperLink does not answer (yet): no site can connect"]
+        found += [self._trouble] if self._trouble else []
+        if read_certificate(self._kit.folder / SERVER_CERTIFICATE) != self._served:
+            found.append(
+                f"the server's certificate was renewed; until it is started again, the one until {self._served.not_valid_after_utc:%Y-%m-%d} is served"
+            )
         soon = now + timedelta(days=self._kit.federation.certificates.warn_days)
         for what, end in (
             ("the server's certificate", read_certificate(self._kit.folder / SERVER_CERTIFICATE).not_valid_after_utc),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, ValidationError
 
-from shared.errors import ConfigurationError, StorageError, WardroundError
+from shared.errors import ConfigurationError, DeadlineMissedError, StorageError, WardroundError, fixed_sentence
 from shared.files import storage_errors
-from shared.results import Interval, Record, Result, RoundRecord, Status
+from shared.results import Interval, Record, Result, RoundRecord, SiteRound, Status
 
 if TYPE_CHECKING:  # a run's folder brings torch with it; what only looks on need not wait for that
     from server.run_folder import RunFolder
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # a run's folder brings torch with it; what only looks on nee
 STATUS_VERSION = 1
 MOST_FAULTS = 50
 NO_FAULT: frozenset[Status] = frozenset({"ok", "not asked"})
+LATE = fixed_sentence(DeadlineMissedError)
+NOT_THERE = "is waited for: not connected yet, or busy"
 
 SiteState = Literal["online", "offline", "never seen", "revoked", "expired", "awaiting approval"]
 StudyState = Literal["queued", "waiting for sites", "running", "completed", "failed", "stopped", "interrupted"]
@@ -158,8 +160,8 @@ def study_status(folder: "RunFolder", state: StudyState, *, submitted: AwareDate
             "metric": metric,
             "history": _history([record for record in records if record.fold == fold], result, metric),
             "seconds_per_round": _mean([record.seconds for record in records]),
-            "sites": _sites(records),
-            "faults": _faults(records),
+            "sites": _sites(records, folds=study.evaluation.folds),
+            "faults": _faults(records, folds=study.evaluation.folds),
         }
     )
 
@@ -241,17 +243,29 @@ def _mean(seconds: Sequence[float]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def _sites(records: Sequence[RoundRecord]) -> tuple[StudySite, ...]:
+def told_reason(site: SiteRound, *, folds: int) -> str | None:
+    """Why a site gave no usable answer in a round. One that has not joined the study yet was late for nothing: it is waited for.
+
+    With several folds a record does not tell the two apart, and says of both that they were late.
+    """
+    joined = site.num_test is not None or site.epsilon is not None or folds > 1
+    return site.reason if joined or (site.status, site.reason) != ("missing", LATE) else NOT_THERE
+
+
+def _sites(records: Sequence[RoundRecord], *, folds: int) -> tuple[StudySite, ...]:
     """The last round's sites; a site's epsilon is the last that was told of it, also before the round of a resumed run."""
     if not records:
         return ()
     epsilons = {site.name: _finite(site.epsilon) for record in records for site in record.sites if site.epsilon is not None}
-    return tuple(StudySite(name=site.name, status=site.status, reason=site.reason, epsilon=epsilons.get(site.name)) for site in records[-1].sites)
+    return tuple(
+        StudySite(name=site.name, status=site.status, reason=told_reason(site, folds=folds), epsilon=epsilons.get(site.name))
+        for site in records[-1].sites
+    )
 
 
-def _faults(records: Sequence[RoundRecord]) -> tuple[Fault, ...]:
+def _faults(records: Sequence[RoundRecord], *, folds: int) -> tuple[Fault, ...]:
     found = (
-        Fault(round=record.round, site=site.name, status=site.status, reason=site.reason)
+        Fault(round=record.round, site=site.name, status=site.status, reason=told_reason(site, folds=folds))
         for record in reversed(records)
         for site in record.sites
         if site.status not in NO_FAULT

@@ -33,8 +33,9 @@ class Submission(Settings):
     submitted: AwareDatetime
     state: StudyState = "queued"
     flower_run: int | None = None
-    attempts: int = Field(default=0, ge=0, description="times its ServerApp was started since it was submitted or resumed")
+    attempts: int = Field(default=0, ge=0, description="times its ServerApp was started since it was submitted, resumed, or completed a round")
     error: Failure | None = None
+    resumed: AwareDatetime | None = Field(default=None, description="when it was asked to go on the last time; what its log says before is over")
 
 
 class Ended(Settings):
@@ -121,7 +122,7 @@ class Submissions:
             )
         for name in (STOP, ENDED, "result.json"):
             (self._runs / run / name).unlink(missing_ok=True)
-        self.update(run, state="queued", attempts=0, error=None, flower_run=None)
+        self.update(run, state="queued", attempts=0, error=None, flower_run=None, resumed=datetime.now(UTC))
 
     def stop(self, run: str) -> None:
         """Ask a run's ServerApp to stop."""

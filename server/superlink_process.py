@@ -1,9 +1,9 @@
 """`python -m server.superlink_process ...`: Flower's SuperLink, with its own options, which answers no other user of this machine.
 
 Flower's Control API has no user authentication: whoever reaches it may start a bundle of their own, which then runs as the coordinator's user, with
-its keys. And the token of a running ServerApp stands on its command line, for all of the machine to read. Loopback keeps other machines out, not
-this one's other users. So every request but those of the Fleet API, which carry a node's signature, must come over a connection that a process of
-the coordinator's own user holds; the kernel says whose it is. Not kept out: root, and who has become this user already.
+its keys. Loopback keeps other machines out, not this one's other users. So every request but those of the Fleet API, which carry a node's signature,
+must come over a connection that a process of the coordinator's own user holds; the kernel says whose it is. Not kept out: root, and who has become
+this user already.
 """
 
 import os

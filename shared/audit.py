@@ -225,6 +225,25 @@ class AuditLog:
                             return True
         return False
 
+    def details_of(self, event: str) -> list[dict[str, JsonValue]]:
+        """The details of every row of this event, oldest first. Rows before the mark are believed as they stand: `verify_audit` reads them all.
+
+        Raises:
+            AuditError: such a row is damaged.
+            StorageError: the log cannot be read.
+        """
+        needle, found = f'"event":{json.dumps(event)}'.encode(), []
+        with self._exclusive() as file, os.fdopen(file, "rb", closefd=False) as lines:
+            for number, line in enumerate(lines, start=1):
+                if needle in line:
+                    try:
+                        row = json.loads(line)
+                        if row["event"] == event:
+                            found.append(dict(row["details"]))
+                    except (ValueError, TypeError, KeyError, RecursionError):
+                        raise _damaged(self.path, number, "it is no row") from None
+        return found
+
     @contextlib.contextmanager
     def _exclusive(self, *, create: bool = False) -> Iterator[int]:
         """The open file, which no other thread and no other process reads or writes meanwhile; the system's errors as ours."""

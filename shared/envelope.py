@@ -8,6 +8,7 @@ arrays are large, one array beside it: it is then the same object for every site
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -15,6 +16,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from shared.errors import ProtocolError
 
 LARGE_BYTES = 1_000_000
+MAX_MESSAGE_BYTES = 2**29  # of a message's arrays: 130 million parameters in float32
+CHUNK_BYTES = 5 * 2**20  # of an array, in one object of Flower's (its FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE)
+FEW_OBJECTS = 16  # message, records, arrays: what a message consists of beside its chunks
 MAX_ARRAYS = 100_000
 MAX_HEAD_BYTES = 20_000_000  # of JSON, which takes some 25 times as much once it is read
 LENGTH_BYTES = 8
@@ -33,8 +37,17 @@ class Packed:
     content: str
 
 
+def most_objects(num_bytes: int) -> int:
+    """How many objects of Flower's a message of so many bytes may be."""
+    return math.ceil(num_bytes / CHUNK_BYTES) + FEW_OBJECTS
+
+
 def pack(record: RecordDict, *, text: str) -> Packed:
-    """The message whose JSON is `text`, and whose arrays are the array records of `record`."""
+    """The message whose JSON is `text`, and whose arrays are the array records of `record`.
+
+    Raises:
+        ProtocolError: it is larger than a message may be.
+    """
     head: _Head = []
     pieces: list[bytes] = []
     for group, arrays in record.items():
@@ -45,6 +58,8 @@ def pack(record: RecordDict, *, text: str) -> Packed:
     if not head:
         return _packed(text, b"")
     start = json.dumps(head).encode()
+    if (size := LENGTH_BYTES + len(start) + sum(map(len, pieces))) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got one of {size}", "take a smaller model")
     return _packed(text, b"".join([len(start).to_bytes(LENGTH_BYTES, "big"), start, *pieces]))
 
 

@@ -45,7 +45,7 @@ class StorageError(WardroundError):
 
 
 class LedgerError(WardroundError):
-    """A ledger is damaged, or belongs to another site or cohort."""
+    """A ledger is damaged, was lost or put back, or belongs to another site or cohort."""
 
     code = "E104"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.errors import StorageError
 
+TRIED, ROOM_BYTES = ".tried", 100_000
 REMEDY = "check free space and permissions of that folder, or give another with --out"
 
 
@@ -43,6 +44,20 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 os.unlink(temporary)
             raise
         _sync_folder(path.parent)
+
+
+def check_room(folder: Path) -> None:
+    """Return where `folder` can take as much as a round writes down; nothing of the attempt is left.
+
+    Raises:
+        StorageError: the disk is full, or the folder is not there or not to be written.
+    """
+    file = folder / TRIED
+    with storage_errors(folder, "write there", remedy="free space there, or correct its permissions"):
+        try:
+            file.write_bytes(b"\1" * ROOM_BYTES)
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def write_absent(path: Path, text: str) -> bool:

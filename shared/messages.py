@@ -56,7 +56,7 @@ def head_statement(site: str, head: str) -> bytes:
 class EnrolTask(Content):
     """Will you take part in this study? `study` is its resolved table; `task_fingerprint` must equal the site's own.
 
-    `heads` are by site; a site does not start with a ledger that lacks its own.
+    `heads` are by site, here and in the tasks that follow; a site does nothing with a ledger that lacks its own.
     """
 
     kind: Literal["enrol"] = "enrol"
@@ -98,6 +98,7 @@ class EvaluateTask(Content):
     study_hash: Name
     round: Number
     fold: Number
+    heads: dict[str, WitnessedHead] = {}
 
 
 class StopTask(Content):

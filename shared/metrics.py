@@ -22,6 +22,8 @@ NUM_BINS = 512  # half below and half above the threshold 0.5
 MAX_LOGIT = 12.0
 NOISED_WIDTHS = (128, 32, 32, *[8] * 16, 32, 32, 128)  # bins that share a draw of noise: steps of 0.375 in logit up to 3, of 1.5 up to 6, the rest
 CALIBRATION_GROUPS = 10
+NOISE_REACH = 12.0  # standard deviations
+ROUNDING = 1e-9  # relative: of sums of floats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class Statistic:
         is_counts: True when every entry counts patients, so that resampling the entries is a bootstrap over patients.
         noised_widths: numbers of neighbouring entries along the last axis that share one draw where noise is added, and so are told apart no
             more; powers of two that sum to the axis; empty: a draw each. One patient's `sensitivity` holds for their sums too.
+        agrees: whether the entries of an exact sum agree with each other, as those of a sum over patients do; None: any that are not negative.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Statistic:
     sensitivity: float = 1.0
     is_counts: bool = True
     noised_widths: tuple[int, ...] = ()
+    agrees: Callable[[FloatArray], bool] | None = None
 
     def __post_init__(self) -> None:
         fits = not self.noised_widths or (sum(self.noised_widths) == self.shape[-1] and all(w > 0 and w & (w - 1) == 0 for w in self.noised_widths))
@@ -49,6 +53,29 @@ class Statistic:
             raise ConfigurationError(
                 f"statistic {self.name}: expected a sensitivity above 0 and noised_widths that are powers of two and sum to the last axis, got others"
             )
+
+    @property
+    def num_draws(self) -> int:
+        """Draws of noise, where noise is added."""
+        return math.prod((*self.shape[:-1], len(self.noised_widths)) if self.noised_widths else self.shape)
+
+    def could_be(self, total: FloatArray, *, patients: int, noise_std: float = 0.0) -> bool:
+        """Whether `total` could be the sum over at most so many patients.
+
+        A patient adds at most `sensitivity` (L2 norm), so n patients at most n times that; where entries count patients, they add up to at most
+        n. Noise of a known size moves both: of a normal draw, twelve standard deviations are left in 1e-33 of all cases, and a site whose
+        own limit asks for up to twice the noise of the plan still has six.
+
+        Args:
+            noise_std: of each draw of noise; 0 where the sum is exact, and its entries must then not be negative, and must agree.
+        """
+        reach = NOISE_REACH * noise_std * math.sqrt(self.num_draws)
+        most = self.sensitivity * patients * (1 + ROUNDING) + reach
+        if not np.isfinite(total).all() or np.abs(total).max(initial=0.0) > most or float(np.linalg.norm(total)) > most:
+            return False
+        if self.is_counts and total.sum() > patients * (1 + ROUNDING) + reach:
+            return False
+        return noise_std > 0 or bool(total.min(initial=0.0) >= 0 and (self.agrees is None or self.agrees(total)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,12 +305,20 @@ def error_metrics(low: float, high: float) -> tuple[Metric, ...]:
         terms = np.stack([np.ones_like(label), error, error**2, label, label**2])
         return np.asarray(terms @ cohort.record_weights())
 
-    statistic = Statistic(name="errors", shape=(5,), summarise=summarise, sensitivity=5**0.5, is_counts=False)
+    statistic = Statistic(name="errors", shape=(5,), summarise=summarise, sensitivity=5**0.5, is_counts=False, agrees=_errors_agree)
     return (
         Metric(name="mae", statistic=statistic, finish=lambda sums: _ratio(sums[1] * span, sums[0]), higher_is_better=False, low=0, high=span),
         Metric(name="rmse", statistic=statistic, finish=lambda sums: _root(_ratio(sums[2], sums[0]), span), higher_is_better=False, low=0, high=span),
         Metric(name="r2", statistic=statistic, finish=_r2, high=1),
     )
+
+
+def _errors_agree(sums: FloatArray) -> bool:
+    """Whether sums of 1, x, x^2, y, y^2 over patients are of x and y in [0, 1]: squares are smaller, and not smaller than of equal parts."""
+    count, *parts = sums
+    slack = ROUNDING * max(count, 1.0)
+    pairs = list(zip(parts[::2], parts[1::2], strict=True))
+    return all(square <= value + slack and value <= count + slack and value**2 <= (count + slack) * (square + slack) for value, square in pairs)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

@@ -16,6 +16,7 @@ from shared.privacy import MIN_NOISE_MULTIPLIER
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h)$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+SHORT_HASH = 16  # digits of a study's hash that are shown, and that two people compare
 
 
 def parse_duration(text: str) -> float:

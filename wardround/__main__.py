@@ -18,13 +18,13 @@ def run(arguments: list[str]) -> int:
     import click
 
     from wardround.cli.app import app
-    from wardround.cli.output import report_error
+    from wardround.cli.output import report_error, report_interruption
 
-    as_json, debug = "--json" in arguments, "--debug" in arguments
+    as_json, debug, verb = "--json" in arguments, "--debug" in arguments, next(iter(arguments), "")
     try:
         code = app(args=arguments, prog_name="wardround", standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of Ctrl-C
-            return report_error(None, as_json=as_json)
+            return report_interruption(verb, as_json=as_json)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         if not as_json:
@@ -36,7 +36,7 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         return report_error(error, as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        return report_error(None, as_json=as_json)
+        return report_interruption(verb, as_json=as_json)
     except BrokenPipeError:
         return 0
     except Exception as error:

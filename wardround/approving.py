@@ -21,7 +21,7 @@ from shared.privacy import (
     renyi_divergence,
     solve_noise_multiplier,
 )
-from shared.study import Study, parse_duration
+from shared.study import SHORT_HASH, Study, parse_duration
 
 if TYPE_CHECKING:
     from client.approvals import Approval, Asked
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from shared.audit import AuditLog
     from wardround.spending import Spending
 
-SHORT_HASH = 12  # digits shown; as many or fewer may be given
 AUDIT_APPROVED, AUDIT_WITHDRAWN = "study approved by hand", "study approval withdrawn"
 
 
@@ -214,12 +213,15 @@ def _audit(hospital: "Hospital") -> "AuditLog":
     return AuditLog(hospital.state / AUDIT, owner=hospital.name, role="site", signer=hospital.signer)
 
 
-def login_name() -> str:
-    """Who is logged in, by name or by number."""
+def login_name() -> str | None:
+    """Who is logged in, by name or by number, also behind sudo; None for root, which names nobody."""
     try:
-        return getpass.getuser()
+        name = getpass.getuser()
     except (KeyError, OSError):
-        return f"user {os.getuid()}"
+        name = f"user {os.getuid()}"
+    if name != "root":
+        return name
+    return name if (name := os.environ.get("SUDO_USER", "root")) != "root" else None
 
 
 def parse_expiry(text: str, *, now: datetime | None = None) -> datetime:

@@ -14,10 +14,11 @@ from server.status import CoordinatorStatus, StudyState, StudyStatus, study_stat
 from server.submissions import SUBMISSION, Submission
 from shared.errors import ConfigurationError, ConnectionFailedError, KitError, StorageError
 from shared.files import storage_errors, write_atomic
-from shared.kit import RUNS, STATE, read_manifest
+from shared.kit import MANIFEST, RUNS, STATE, read_manifest
 from shared.results import Result, RoundRecord, RunStart
 from shared.study import Study
 from shared.supervision import Instance, read_instance
+from wardround.kits import coordinator_meant
 
 if TYPE_CHECKING:
     from server.run_folder import RunFolder
@@ -114,9 +115,12 @@ def coordinator_folder(kit: Path) -> Path:
     Raises:
         KitError: it is none, damaged, or a site's.
     """
+    meant = coordinator_meant(kit)
+    if meant and not (kit / MANIFEST).is_file():
+        raise KitError(f"{kit}: expected the coordinator's kit, found no kit", meant)
     site = read_manifest(kit).site
     if site is not None:
-        raise KitError(f"{kit}: expected the coordinator's kit, got that of site {site}", "give the coordinator's folder")
+        raise KitError(f"{kit}: expected the coordinator's kit, got that of site {site}", meant or "give the coordinator's folder")
     return kit
 
 
@@ -219,8 +223,8 @@ def _check_free(out: Path, run: DeployedRun) -> None:
     ours = start is not None and start.run == run.name
     taken = [name for name in (START, *DOWNLOADED, REPORT, MODEL) if (out / name).exists()]
     if taken and not ours:
-        whose = "those of an unknown run" if start is None else f"those of {start.run}"
-        raise StorageError(f"{out}: expected a new folder, or this run's own, found {whose}: {', '.join(taken)}", "give another with --out")
+        whose = "files of an unknown run" if start is None else f"those of another run, {start.run}"
+        raise StorageError(f"{out}: expected a new folder, or the files of {run.name}, found {whose}: {', '.join(taken)}", "give another with --out")
 
 
 def _report(run: DeployedRun, out: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from shared.plan import SitePlan, plan_site
 from shared.privacy import default_delta_of_sites
 from shared.study import Federation, Study
 from wardround.deployed_runs import coordinator_folder, coordinator_status
+from wardround.plural import plural
 
 if TYPE_CHECKING:
     from shared.task import Task
@@ -116,21 +117,29 @@ def prepare(kit: Path, study: Study) -> DeploymentPlan:
     """
     verify_kit(coordinator_folder(kit))
     federation = FederationFile.load(kit / FEDERATION)
-    sites = Roster.read(kit / ROSTER, kit / CA_CERTIFICATE).active(datetime.now(UTC))
-    deployed = deployed_study(study, sites, quorum=federation.quorum)
+    roster, now = Roster.read(kit / ROSTER, kit / CA_CERTIFICATE), datetime.now(UTC)
+    sites = roster.active(now)
+    deployed = deployed_study(study, sites, quorum=federation.quorum, gone=gone(roster, now))
     task = _probed_task(deployed.study)
     return plan_deployment(deployed, task, sites, states=_states(kit), quorum=federation.quorum)
 
 
-def deployed_study(study: Study, sites: Sequence[RosterSite], *, quorum: int) -> DeployedStudy:
-    """The study as real hospitals get it; `sites` are those that may take part.
+def gone(roster: Roster, now: datetime) -> tuple[str, ...]:
+    """`va is revoked`, of every site that was approved and may not take part at `now`."""
+    active = {site.name for site in roster.active(now)}
+    latest = {site.name: site for site in roster.sites if site.name not in active}
+    return tuple(f"{name} {'expired' if site.revoked is None else 'is revoked'}" for name, site in latest.items())
+
+
+def deployed_study(study: Study, sites: Sequence[RosterSite], *, quorum: int, gone: Sequence[str] = ()) -> DeployedStudy:
+    """The study as real hospitals get it; `sites` are those that may take part, `gone` says who no longer may.
 
     Raises:
         ConfigurationError: there are too few sites, `rounds.require` is below the quorum or above the number of sites, or delta is open and a size unknown.
     """
     if not sites:
         raise ConfigurationError(
-            "expected sites on the roster, found none that may take part", "approve one: 'wardround provision --approve REQUEST'"
+            f"expected sites on the roster, found none that may take part{_told(gone)}", "approve one: 'wardround provision --approve REQUEST'"
         )
     notes = []
     table = study.to_table()
@@ -138,14 +147,18 @@ def deployed_study(study: Study, sites: Sequence[RosterSite], *, quorum: int) ->
         notes.append("[federation] was left out: it describes virtual sites; the sites are those on the roster")
     table.pop("federation", None)
     study = Study.from_table(table).replace(privacy={"noise_source": "os"})  # a hospital's noise is never seeded, whatever a study says
-    study, note = _hold_to_quorum(study, num_sites=len(sites), quorum=quorum)
+    study, note = _hold_to_quorum(study, num_sites=len(sites), quorum=quorum, gone=gone)
     notes += [note] if note else []
     study, note = _with_delta(study, sites)
     notes += [note] if note else []
     return DeployedStudy(study=_with_full_path(study), notes=tuple(notes), warnings=tuple(_warnings(study)))
 
 
-def _hold_to_quorum(study: Study, *, num_sites: int, quorum: int) -> tuple[Study, str]:
+def _told(gone: Sequence[str]) -> str:
+    return f" ({', '.join(gone)})" if gone else ""
+
+
+def _hold_to_quorum(study: Study, *, num_sites: int, quorum: int, gone: Sequence[str]) -> tuple[Study, str]:
     rounds, note = study.rounds, ""
     if rounds.require != "all" and rounds.require < quorum:
         raise ConfigurationError(
@@ -161,13 +174,13 @@ def _hold_to_quorum(study: Study, *, num_sites: int, quorum: int) -> tuple[Study
     if required != "all" and required > num_sites:
         named = "rounds.require" if not note else "federation.toml: quorum"
         raise ConfigurationError(
-            f"{named}: expected at most the number of sites on the roster that may take part, {num_sites}, got {required}",
-            "approve more sites, or ask for fewer",
+            f"{named}: expected at most the number of sites on the roster that may take part, {num_sites}{_told(gone)}, got {required}",
+            "approve more sites ('wardround provision --approve REQUEST'), or ask for fewer",
         )
     asked = max(1, math.ceil(study.strategy.fraction * num_sites - 1e-9))
     if required != "all" and asked < required:
         raise ConfigurationError(
-            f"strategy.fraction: {study.strategy.fraction:g} asks {asked} of {num_sites} sites in a round, fewer than the {required} that must answer",
+            f"strategy.fraction: {study.strategy.fraction:g} asks {asked} of {plural(num_sites, 'site')} in a round, fewer than the {required} that must answer",
             "raise strategy.fraction, or ask for fewer with rounds.require (and quorum in federation.toml)",
         )
     return study, note

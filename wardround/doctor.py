@@ -36,6 +36,7 @@ from shared.kit import (
     verify_kit,
 )
 from shared.supervision import Instance, read_instance
+from wardround.plural import plural
 
 BINARIES = ("flower-superlink", "flower-superexec")
 RENEW = "run 'wardround renew', and start the coordinator anew"
@@ -139,7 +140,7 @@ def _roster(kit: Path) -> Iterator[Finding]:
     if not active:
         yield warned("no site is approved yet", "approve one: 'wardround provision FEDERATION --approve REQUEST'")
     elif len(active) < file.quorum:
-        yield warned(f"{len(active)} sites are approved, fewer than the quorum of {file.quorum}", "approve more, or lower quorum")
+        yield warned(f"{plural(len(active), 'site')} approved, fewer than the quorum of {file.quorum}", "approve more, or lower quorum")
     else:
         yield passed(f"generation {roster.generation}, signed: {', '.join(site.name for site in active)}")
     for site in soon:
@@ -240,6 +241,6 @@ def _page(kit: Path) -> Iterator[Finding]:
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         yield failed(f"{url}: no answer ({type(error).__name__})", "is the coordinator just starting? Else see its log", exit_code=4)
         return
-    yield passed(f"{url} answers: {online} of {len(status['sites'])} sites online")
+    yield passed(f"{url} answers: {online} of {plural(len(status['sites']), 'site')} online")
     for warning in warnings:
         yield warned(warning, "see 'wardround coordinator status'")

@@ -14,8 +14,9 @@ from client.station import StationState, read_station
 from shared.audit import AuditRow
 from shared.certificates import load_signing_key
 from shared.errors import ConfigurationError, DataMissingError
-from shared.kit import MANIFEST, SIGNING_KEY, SITE_FILE
+from shared.kit import FEDERATION, MANIFEST, SIGNING_KEY, SITE_FILE
 from shared.supervision import Instance, read_instance
+from wardround.kits import site_meant
 from wardround.spending import Spending, spending_of
 
 LAST_ROWS, TAIL_BYTES = 5, 200_000
@@ -76,10 +77,11 @@ def site_folder(kit: Path) -> tuple[SiteFile, Path]:
         ConfigurationError: it is no site's kit, or was not taken up.
     """
     if not (kit / SITE_FILE).is_file():
-        what = "one that was not taken up" if (kit / MANIFEST).exists() else "no kit"
-        raise ConfigurationError(
-            f"{kit}: expected the folder of a site's kit, got {what}", f"run 'wardround site init {kit}' first, or correct the path"
-        )
+        coordinators, init = (kit / FEDERATION).is_file(), f"run 'wardround site init {kit}' first, or correct the path"
+        if (kit / MANIFEST).exists() and not coordinators:
+            raise ConfigurationError(f"{kit}: expected the folder of a site's kit, got one that was not taken up", init)
+        what = "the coordinator's" if coordinators else "no kit"
+        raise ConfigurationError(f"{kit}: expected the folder of a site's kit, got {what}", site_meant(kit) or init)
     file = SiteFile.load(kit / SITE_FILE)
     return file, kit / file.state
 

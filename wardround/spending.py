@@ -10,7 +10,8 @@ from client.keys import check_ledger_key
 from client.ledger import Ledger, check_there, reading
 from client.policy import SiteFile
 from server.run_folder import RunFolder
-from shared.errors import DataMissingError
+from shared.errors import ConfigurationError, DataMissingError
+from shared.kit import MANIFEST, SITE_FILE
 from shared.plan import Limit
 from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, epsilon_of, epsilon_renyi, renyi_budget
 
@@ -59,6 +60,25 @@ class Spending:
     def to_table(self) -> dict[str, object]:
         """For the envelope."""
         return dataclasses.asdict(self)
+
+
+def site_file_of(path: Path) -> Path:
+    """site.toml, where `path` is the folder of a site's kit or its state folder; any other path as it is.
+
+    Raises:
+        ConfigurationError: it is a kit without a site file.
+    """
+    if (path / SITE_FILE).is_file():
+        return path / SITE_FILE
+    if (path / MANIFEST).is_file():
+        raise ConfigurationError(
+            f"{path}: expected a site's kit that was taken up, found no {SITE_FILE} in it",
+            "give the kit of a site; the coordinator keeps no ledger, and 'wardround site init' takes a kit up",
+        )
+    above = path.parent / SITE_FILE
+    if path.is_dir() and above.is_file() and (path.parent / SiteFile.load(above).state).resolve() == path.resolve():
+        return above
+    return path
 
 
 def ledgers_of(path: Path) -> list[Path]:

@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from server.status import Failure, StudySite, StudyState
+from server.status import Failure, StudySite, StudyState, told_reason
 from shared.config import Settings
 from shared.errors import DeadlineMissedError, WardroundError
 from shared.files import storage_errors
@@ -99,6 +100,13 @@ class _LogLine(Settings):
     logger: str
     message: str = Field(max_length=100_000)
 
+    def is_before(self, moment: datetime | None) -> bool:
+        """Whether it was written before `moment`; never where either time is unknown."""
+        try:
+            return moment is not None and datetime.fromisoformat(self.time) < moment
+        except (ValueError, TypeError):  # no time, or none with a zone
+            return False
+
 
 def exit_code_of(state: StudyState, error: Failure | None) -> int:
     """The exit code that a study's outcome stands for: 0 completed, else the first digit of the error's code, or 1.
@@ -135,9 +143,9 @@ class RunWatch:
         self._state = run.state
         ended = run.state in FINISHED
         events: list[Event] = [StateChanged(run=run.name, state=run.state)] if changed and not ended else []
-        return [*events, *self._notes(), *self._rounds(), *(self._end(run) if ended else ())]
+        return [*events, *self._notes(run.submission.resumed), *self._rounds(), *(self._end(run) if ended else ())]
 
-    def _notes(self) -> list[Event]:
+    def _notes(self, resumed: datetime | None) -> list[Event]:
         lines, self._log_offset = _new_lines(self._path / LOG, self._log_offset)
         found = []
         for line in lines:
@@ -145,7 +153,7 @@ class RunWatch:
                 entry = _LogLine.model_validate_json(line)
             except ValidationError:  # a line torn by a kill, to which the next was appended
                 continue
-            if not (entry.logger == OWN_ENDING and entry.level == "error"):
+            if not (entry.logger == OWN_ENDING and entry.level == "error") and not entry.is_before(resumed):
                 found.append(Noted(run=self._path.name, level=entry.level, text=entry.message))
         return list(found)
 
@@ -195,7 +203,8 @@ class RunWatch:
             usable=sum(site.status == "ok" for site in asked), asked=len(asked), metric=name, value=None if name is None else metrics[name],
             ci95=None if name is None else intervals.get(name), epsilon=max(spent, default=None), epsilon_asked=self._study.privacy.epsilon,
             seconds=math.fsum(self._seconds), sites=tuple(
-                StudySite(name=site.name, status=site.status, reason=site.reason, epsilon=site.epsilon) for site in record.sites
+                StudySite(name=site.name, status=site.status, reason=told_reason(site, folds=self._study.evaluation.folds), epsilon=site.epsilon)
+                for site in record.sites
             ),
         )  # fmt: skip
 

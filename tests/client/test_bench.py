@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from client.bench import Bench, Place
+from client.bench import MAX_WAITING, AskedAgainError, Bench, Place
 from shared.errors import BudgetExhaustedError, StaleWorkError
 
 WAIT = 8.0  # longer than any test takes; a test that waits so long has failed
@@ -215,3 +215,63 @@ def test_close_ends_what_is_under_way(bench: Bench[str], ask: Callable[..., Futu
 def test_check_wanted_says_nothing_where_nothing_is_under_way(bench: Bench[str]) -> None:
     bench.check_wanted()
     assert bench.at is None
+
+
+# Many questions ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(bench: Bench[str]) -> Iterator[Callable[..., Future[str]]]:
+    """Ask in a thread of its own, and wait until the bench has taken the question."""
+    with ThreadPoolExecutor(max_workers=4 * MAX_WAITING) as askers:
+
+        def ask(place: Place, make: Callable[[], str], content: str = "q") -> Future[str]:
+            before = waiting(bench)
+            asked = askers.submit(bench.do, place, content, make, seconds=WAIT)
+            while set(waiting(bench)) <= set(before) and not asked.done():
+                threading.Event().wait(0.002)
+            return asked
+
+        yield ask
+
+
+def waiting(bench: Bench[str]) -> list[Future[str]]:
+    with bench._lock:
+        return [answer for work in bench._works for answer in work.waiting]
+
+
+def test_who_asks_the_same_again_and_again_lets_go_of_the_oldest_asking(bench: Bench[str], many: Callable[..., Future[str]]) -> None:
+    step = Step(bench)
+    asked = [many(ROUND, step) for _ in range(3 * MAX_WAITING)]
+    for old in asked[: 2 * MAX_WAITING]:
+        assert isinstance(old.exception(WAIT), AskedAgainError)
+    other = many(Place(run="other"), lambda: "other")
+    assert isinstance(asked[2 * MAX_WAITING].exception(WAIT), AskedAgainError)
+    step.go.set()
+    assert [future.result(WAIT) for future in asked[2 * MAX_WAITING + 1 :]] == ["done"] * (MAX_WAITING - 1)
+    assert other.result(WAIT) == "other"
+    assert step.times == 1
+
+
+def test_of_many_different_questions_the_oldest_ends(bench: Bench[str], many: Callable[..., Future[str]]) -> None:
+    steps = [Step(bench, str(number)) for number in range(MAX_WAITING + 2)]
+    asked = [many(Place(run=f"run-{number}"), step) for number, step in enumerate(steps)]
+    for old in asked[:2]:
+        assert isinstance(old.exception(WAIT), StaleWorkError)
+    for number, step in enumerate(steps[2:], start=2):
+        step.go.set()
+        assert asked[number].result(WAIT) == str(number)
+    assert steps[1].times == 0  # nobody waited for it by its turn
+
+
+def test_a_repeated_question_goes_before_one_that_was_asked_once(bench: Bench[str], many: Callable[..., Future[str]]) -> None:
+    hold = Step(bench)
+    first = many(Place(run="first"), hold)
+    begun(hold)
+    repeated = [many(ROUND, lambda: "twice") for _ in range(MAX_WAITING - 1)]
+    last = many(Place(run="last"), lambda: "last")
+    assert isinstance(repeated[0].exception(WAIT), AskedAgainError)
+    hold.go.set()
+    assert first.result(WAIT) == "done"
+    assert {future.result(WAIT) for future in repeated[1:]} == {"twice"}
+    assert last.result(WAIT) == "last"

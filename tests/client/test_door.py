@@ -10,10 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from flwr.proto.recorddict_pb2 import RecordDict
+from google.protobuf.message import DecodeError
 
 from client import door as module
-from client.door import LENGTH_BYTES, MAX_BYTES, Answer, Door, ask, door_folder
+from client.door import LENGTH_BYTES, MAX_BYTES, NO_ANSWER, PIECE, Answer, Door, ask, door_folder
+from shared.envelope import MAX_MESSAGE_BYTES
 from shared.errors import DoorClosedError
+from shared.messages import MAX_JSON_BYTES
 
 WAIT = 8.0
 Open = Callable[..., Path]
@@ -184,6 +188,37 @@ def test_200_mb_of_junk_are_taken_in_a_small_multiple_of_that(opened: Open) -> N
     assert ask(path, junk, wait_seconds=WAIT) == b""
     assert sizes == [size]
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 3 * size
+
+
+def test_questions_under_way_take_a_bounded_room_and_a_small_one_finds_some(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A courier in foreign hands opens many connections and fills each with as much as one question may be."""
+    monkeypatch.setattr(module, "MAX_HELD_BYTES", 5 * PIECE)
+    hold, held = threading.Event(), threading.Barrier(3)
+
+    def answer(question: bytes) -> bytes:
+        if len(question) == 2 * PIECE:
+            held.wait(WAIT)
+            assert hold.wait(WAIT)
+        return str(len(question)).encode()
+
+    path = opened(answer)
+    with ThreadPoolExecutor(max_workers=2) as askers:
+        asked = [askers.submit(ask, path, bytes(2 * PIECE), wait_seconds=WAIT) for _ in range(2)]
+        held.wait(WAIT)
+        with connected(path) as greedy:
+            greedy.sendall(length(2 * PIECE))
+            with contextlib.suppress(ConnectionResetError):
+                assert greedy.recv(1) == b""  # before any of it was taken
+        assert ask(path, b"stop", wait_seconds=WAIT) == b"4"
+        hold.set()
+        assert {future.result(WAIT) for future in asked} == {str(2 * PIECE).encode()}
+    assert ask(path, bytes(3 * PIECE), wait_seconds=WAIT) == str(3 * PIECE).encode()  # there is room again
+
+
+def test_the_largest_message_fits_through_and_no_answer_is_no_record() -> None:
+    assert MAX_MESSAGE_BYTES + 2 * MAX_JSON_BYTES < MAX_BYTES < 2**30
+    with pytest.raises(DecodeError):
+        RecordDict.FromString(NO_ANSWER)
 
 
 def test_only_who_reaches_the_folder_reaches_the_socket(opened: Open, tmp_path: Path) -> None:

@@ -7,16 +7,20 @@ from collections.abc import Callable
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
-from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse, PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PullObjectResponse, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
+import client.fleet
 from client.app import client_app
-from client.fleet import Fleet
+from client.courier import Carrier
+from client.door import NO_ANSWER
+from client.fleet import Fleet, Received
 from shared.certificates import new_node_key
-from shared.errors import NodeRefusedError
+from shared.errors import ConnectionFailedError, NodeRefusedError
 from simulations.in_process import InProcessGrid
 
 Pull = Callable[[PullObjectRequest], PullObjectResponse]
@@ -52,6 +56,9 @@ class Client:
         head.metadata.message_id = "ab" * 32
         return PullMessagesResponse(messages_list=[head], message_object_trees=[ObjectTree(object_id="ab" * 32)])
 
+    def PushMessages(self, request: PushMessagesRequest) -> PushMessagesResponse:  # noqa: N802
+        raise http_error(503)
+
     def ConfirmMessageReceived(self, request: object) -> None: ...  # noqa: N802
 
 
@@ -71,3 +78,46 @@ def test_a_message_that_cannot_be_had_is_none(what: str) -> None:
 def test_a_node_that_is_let_in_no_more_learns_of_it() -> None:
     with pytest.raises(NodeRefusedError, match="HTTP 403"):
         fleet(new_node_key(), None).receive()
+
+
+def test_a_reply_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that is always too busy to take replies would hold a hand of the courier for each of them."""
+    monkeypatch.setattr(client.fleet, "SEND_SECONDS", 0.0)
+    held = fleet(new_node_key(), None)
+    with pytest.raises(ConnectionFailedError, match="HTTP 503"):
+        held.send(Message(RecordDict(), 7, MessageType.TRAIN), 1.0)
+
+
+def test_a_reply_that_was_refused_under_way_is_said_and_not_sent_to_its_end() -> None:
+    held = fleet(new_node_key(), None)
+    pushed: list[PushObjectRequest] = []
+    reply = Message(RecordDict({str(number): ConfigRecord({"a": bytes([number])}) for number in range(40)}), 7, MessageType.TRAIN)
+
+    def take(request: PushMessagesRequest) -> PushMessagesResponse:
+        wanted = [item.object_id for item in iterate_object_tree(request.message_object_trees[0])]
+        return PushMessagesResponse(objects_to_push=wanted, session_id="s")
+
+    held._client.PushMessages = take
+    held._client.PushObject = lambda request: pushed.append(request) or PushObjectResponse(stored=len(pushed) < 3)  # type: ignore[func-returns-value]
+    with pytest.raises(ConnectionFailedError, match="given up"):
+        held.send(reply, 1.0)
+    assert len(pushed) < 10
+
+
+class Sending:
+    """A fleet that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def send(self, reply: Message, seconds: float) -> None:
+        self.sent.append(reply)
+
+
+def test_a_question_that_was_let_go_gets_no_reply_not_even_an_error() -> None:
+    fleet(new_node_key(), None)
+    kept, answers = Sending(), iter([NO_ANSWER, b"", NO_ANSWER])
+    carrier = Carrier(fleet=kept, ask=lambda question: next(answers), bundle="b")  # type: ignore[arg-type]
+    for _ in range(3):
+        carrier._answer(Received(message=Message(RecordDict(), 7, MessageType.TRAIN), bundle_hash="b"))
+    assert [reply.has_error() for reply in kept.sent] == [True]

@@ -18,6 +18,9 @@ import client.gate
 import client.site
 import shared.audit
 from client.approvals import Approvals
+from client.courier import MAX_AT_ONCE
+from client.door import NO_ANSWER
+from client.gate import MOST_SECONDS
 from client.ledger import reading
 from client.local_training import LocalRound
 from shared.kit import installed_version
@@ -38,7 +41,7 @@ from shared.messages import (
     to_array_record,
 )
 from shared.models import Parameters
-from tests.gated import GatedSite, enrolment, gated, study, to_bytes
+from tests.gated import STUDY, GatedSite, enrolment, gated, study, to_bytes
 
 pytestmark = pytest.mark.slow  # seconds altogether
 
@@ -163,6 +166,46 @@ def test_a_replay_at_the_same_moment_is_answered_once(site: GatedSite) -> None:
     with ThreadPoolExecutor(max_workers=4) as askers:
         answers = [future.result(WAIT) for future in [askers.submit(ask) for _ in range(4)]]
     assert sorted(map(bool, answers)) == [False, False, False, True]
+
+
+def test_a_question_of_an_earlier_life_of_the_daemon_is_a_replay_and_charges_nothing(site: GatedSite) -> None:
+    """Whoever recorded round 1's signed task plays it back once the site is at round 3 and was started anew: it would train again."""
+    asked = study(privacy={**STUDY["privacy"], "spare_rounds": 3})
+    site.approve(asked)
+    site.enrol(asked)
+    content = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=1, fold=1)
+    question, task = site.sealed(encode(content, parameters=site.parameters))
+    first = site.update_of(site.opened(site.gate.answer(question), task).record)
+    site.started_anew()
+    assert site.gate.answer(question) == b""  # also while its update is still kept
+    for number in (2, 3):
+        assert isinstance(site.train(asked, number)[0], Trained)
+    before, rows = spent(site), len(site.audit())
+    for _ in range(2):
+        site.started_anew()
+        assert site.gate.answer(question) == b""
+        assert "E107" in site.last("task refused")["reason"]
+    assert spent(site) == before
+    assert len(site.audit()) == rows + 2
+    again, record, _ = site.train(asked, 1)  # the same asked with a nonce of its own is no replay, and has its price
+    assert isinstance(again, Trained) and spent(site) > before
+    assert not same(first, site.update_of(record))
+
+
+def test_a_question_that_was_received_is_a_replay_even_where_it_was_never_answered(site: GatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon is killed in training; its charge stands, and the recorded task cannot make another."""
+    site.enrol(study())
+    question, _ = site.sealed(encode(TrainTask(run="run-1", study_hash=study().fingerprint(), round=1, fold=1), parameters=site.parameters))
+
+    def killed(*arguments: object, **rest: object) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(client.site, "train_round_private", killed)
+        site.gate.answer(question)
+    before = spent(site)
+    assert site.started_anew().gate.answer(question) == b""
+    assert spent(site) == before
 
 
 @settings(max_examples=25)
@@ -362,6 +405,40 @@ def test_training_that_nobody_waits_for_ends(site: GatedSite, monkeypatch: pytes
             assert isinstance(site.train(asked, 2)[0], Trained)
         assert refused(trained.result(WAIT)).startswith("E802")
     assert isinstance(site.train(asked, 3)[0], Trained)
+
+
+def test_no_question_is_worked_on_longer_than_a_day_whatever_it_says(site: GatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, do = [], site.gate._bench.do
+
+    def watched(*arguments: Any, seconds: float) -> RecordDict:
+        given.append(seconds)
+        return do(*arguments, seconds=seconds)
+
+    monkeypatch.setattr(site.gate._bench, "do", watched)
+    assert isinstance(site.ask(enrolment(study()), seconds=1e7), Enrolled)
+    assert isinstance(site.ask(enrolment(study()), seconds=5), Enrolled)
+    assert given == [MOST_SECONDS, 5] == [86_400, 5]
+
+
+@pytest.mark.slow
+def test_however_often_a_long_question_is_asked_a_stop_gets_through(site: GatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator signs one task many times, with all the seconds in the world; the site's courier has a bounded number of hands."""
+    asked, begun = study(), threading.Event()
+    site.enrol(asked)
+    task = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=1, fold=1)
+    content = encode(task, parameters=site.parameters)
+    with monkeypatch.context() as patched, ThreadPoolExecutor(max_workers=MAX_AT_ONCE) as courier:
+        patched.setattr(client.site, "train_round_private", endless(begun))
+        sealed = [site.sealed(content, seconds=1e7) for _ in range(4 * MAX_AT_ONCE)]
+        answers = [courier.submit(site.gate.answer, question) for question, _ in sealed]
+        assert begun.wait(WAIT)
+        assert courier.submit(site.stop, asked).result(WAIT) == Stopped(name="north")
+        told = [future.result(WAIT) for future in answers]
+    let_go = [answer for answer in told if answer == NO_ANSWER]
+    assert len(let_go) >= len(sealed) - 2 * MAX_AT_ONCE
+    for answer, (_, kept) in zip(told, sealed, strict=True):
+        if answer != NO_ANSWER:  # asked before or after the stop: training that ended with it
+            assert decode(site.opened(answer, kept).record, Refused, Trained)
 
 
 # A full disk ---------------------------------------------------------------------------------------------------------------------------

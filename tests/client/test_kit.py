@@ -4,7 +4,8 @@ import io
 import stat
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,11 +16,30 @@ from client.policy import SiteFile
 from server.provisioning import renew, zip_bytes
 from shared import kit
 from shared.certificates import load_signing_key, signing_key_text
-from shared.errors import ConfigurationError, DataMissingError, KitError, UnknownTaskError
+from shared.cohort import Cohort
+from shared.errors import ConfigurationError, DataError, DataMissingError, KitError, SchemaError, UnknownTaskError
 from shared.kit import SiteRequest, verify_kit
+from shared.tasks.heart_disease import heart_disease, load_cohort
 from tests.provisioned import check_modes, opened, provisioned
+from tests.site_under_check import NUM_PATIENTS, heart_rows
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
+COHORT = "processed.va.data"
+
+
+def cohort_in(folder: Path) -> Path:
+    """Data of the task heart-disease."""
+    (folder / COHORT).write_text(heart_rows(NUM_PATIENTS))
+    return folder / COHORT
+
+
+def broken_loader(path: Path | None, options: Mapping[str, object]) -> Cohort:
+    """As a hospital's own loader may be."""
+    raise ValueError("Mrs. Example, born 1931")
+
+
+TAKES_ANY_OPTION = replace(heart_disease(), load_cohort=lambda path, options: load_cohort(path, {}))
+BREAKS = replace(heart_disease(), load_cohort=broken_loader)
 
 
 @pytest.fixture
@@ -181,8 +201,8 @@ def test_init_again_changes_nothing_but_what_was_said_anew(folder: Path, tmp_pat
     assert contents(folder) == before
     assert first.site_file is None and not (folder / kit.SITE_FILE).exists()
     (folder / kit.SIGNING_KEY).chmod(0o644)
-    (tmp_path / "cohort.csv").touch()
-    answers = SiteAnswers(data=tmp_path / "cohort.csv", task="heart-disease", declared_size=80, epsilon=3.0)
+    cohort_in(tmp_path)
+    answers = SiteAnswers(data=tmp_path / COHORT, task="heart-disease", declared_size=80, epsilon=3.0)
     again = init_site(folder, answers, now=NOW)
     assert any("could be read by other users" in note for note in again.notes)
     check_modes(folder)
@@ -190,14 +210,35 @@ def test_init_again_changes_nothing_but_what_was_said_anew(folder: Path, tmp_pat
     text = (folder / kit.SITE_FILE).read_text()
     kept = init_site(folder, SiteAnswers(declared_size=90), now=NOW)
     assert (folder / kit.SITE_FILE).read_text() == text and kept.request.declared_size == 80
-    assert any("declared_size is 80 there, and that counts" in note for note in kept.notes)
+    [note] = [note for note in kept.notes if "was left as it is" in note]
+    assert "declared_size is 80 there, 90 was given: what is there counts, edit the file" in note
+
+
+def test_init_again_names_every_answer_that_the_file_does_not_have(folder: Path, tmp_path: Path) -> None:
+    data = cohort_in(tmp_path)
+    same = SiteAnswers(data=data, task="heart-disease", declared_size=80, declared_test_size=40, epsilon=3.0)
+    init_site(folder, same, now=NOW)
+    [note] = init_site(folder, same, now=NOW).notes
+    assert note.endswith("was left as it is")
+    other = SiteAnswers(
+        data=tmp_path / "other", task="breast-cancer", declared_size=90, declared_test_size=30, epsilon=20.0, options={"encoding": "latin-1"}
+    )
+    [note] = init_site(folder, other, now=NOW).notes
+    for words in (
+        f"path is {data} there, {tmp_path / 'other'} was given", "declared_size is 80 there, 90 was given", "declared_test_size is 40 there, 30 was given",
+        "max_epsilon is 3.0 there, 20.0 was given", "options is {} there, {'encoding': 'latin-1'} was given",
+        "allowed_tasks is heart-disease there, breast-cancer was given",
+    ):  # fmt: skip
+        assert words in note, words
+    assert init_site(folder, SiteAnswers(epsilon=20.0), now=NOW).notes[0].count("was given") == 1
 
 
 def test_the_site_file_says_what_was_answered(folder: Path) -> None:
     (folder / "data").mkdir()
+    cohort_in(folder / "data")
     answers = SiteAnswers(
         data=folder / "data",
-        task="heart-disease",
+        task=f"{__name__}:TAKES_ANY_OPTION",
         declared_size=80,
         declared_test_size=40,
         epsilon=2.5,
@@ -213,10 +254,10 @@ def test_the_site_file_says_what_was_answered(folder: Path) -> None:
 
 
 def test_a_cohort_elsewhere_is_named_absolutely(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cohort.csv").touch()
+    cohort_in(tmp_path)
     monkeypatch.chdir(tmp_path)
-    init_site(folder, SiteAnswers(data=Path("cohort.csv"), task="heart-disease", declared_size=80, epsilon=3.0), now=NOW)
-    assert SiteFile.load(folder / kit.SITE_FILE).cohort.path == str((tmp_path / "cohort.csv").resolve())
+    init_site(folder, SiteAnswers(data=Path(COHORT), task="heart-disease", declared_size=80, epsilon=3.0), now=NOW)
+    assert SiteFile.load(folder / kit.SITE_FILE).cohort.path == str((tmp_path / COHORT).resolve())
 
 
 def test_without_all_answers_there_is_an_example_and_no_half_site_file(folder: Path) -> None:
@@ -240,17 +281,35 @@ def test_without_all_answers_there_is_an_example_and_no_half_site_file(folder: P
         ({"declared_size": 1}, ConfigurationError, "cohort.declared_size"),
         ({"epsilon": -1.0}, ConfigurationError, "policy.max_epsilon"),
         ({"declared_test_size": -1}, ConfigurationError, "cohort.declared_test_size"),
+        ({"data": Path(__file__)}, DataMissingError, r"expected processed\.<hospital>\.data"),
+        ({"task": "breast-cancer"}, SchemaError, "expected columns 'mean radius'"),
+        ({"options": {"encoding": "x"}}, ConfigurationError, "its loader has no option 'encoding'"),
+        ({"task": f"{__name__}:BREAKS"}, DataError, "failed with ValueError"),
     ],
 )
 def test_a_wrong_answer_is_told_before_anything_is_made(
     folder: Path, tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    (tmp_path / "cohort.csv").touch()
-    good: dict[str, object] = {"data": tmp_path / "cohort.csv", "task": "heart-disease", "declared_size": 80, "epsilon": 3.0}
+    cohort_in(tmp_path)
+    good: dict[str, object] = {"data": tmp_path / COHORT, "task": "heart-disease", "declared_size": 80, "epsilon": 3.0}
     before = contents(folder)
     with pytest.raises(error, match=message):
         init_site(folder, SiteAnswers(**{**good, **change}), now=NOW)  # type: ignore[arg-type]  # as the command line fills it
     assert contents(folder) == before
+
+
+def test_data_of_another_task_are_refused_with_the_loaders_error_and_no_patients_value(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / COHORT).write_text("patient,age,diagnosis\np-77,4711,malignant\n")
+    answers = SiteAnswers(data=tmp_path / COHORT, task="heart-disease", declared_size=80, epsilon=3.0)
+    init_site(folder, SiteAnswers(), now=NOW)
+    before = contents(folder)
+    with pytest.raises(SchemaError, match="expected 14 columns") as caught:
+        init_site(folder, answers, now=NOW)
+    assert "4711" not in str(caught.value) and "p-77" not in str(caught.value)
+    with pytest.raises(DataError) as caught_other:
+        init_site(folder, replace(answers, task=f"{__name__}:BREAKS"), now=NOW)
+    assert "1931" not in str(caught_other.value) and caught_other.value.__suppress_context__
+    assert contents(folder) == before  # keys already made stay
 
 
 def test_only_a_verified_site_kit_is_taken_up(kits: Path, folder: Path) -> None:

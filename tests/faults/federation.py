@@ -148,6 +148,10 @@ class Federation:
                 process.wait()
         self._running.clear()
 
+    def pid(self, name: str) -> int:
+        """The supervisor's of a site or the coordinator."""
+        return self._running[name].pid
+
     def child_of(self, name: str, part: str) -> int:
         """The pid of a process of a site or the coordinator, by a part of its command line."""
         return self.wait(lambda: next(iter(_children(self._running[name].pid, part)), None), f"{part} of {name} runs", 30)
@@ -257,3 +261,8 @@ def _children(parent: int, part: str) -> list[int]:
             if int(path.read_text().rpartition(")")[2].split()[1]) == parent and part in (path.parent / "cmdline").read_text():
                 found.append(int(path.parent.name))
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """It and everybody below."""
+    return [pid, *(found for child in _children(pid, "") for found in descendants(child))]

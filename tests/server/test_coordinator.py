@@ -657,3 +657,50 @@ def test_rounds_of_later_folds_say_how_many_were_tested(make_rig: MakeRig) -> No
 
     for record in rig.records:
         assert {site.name: site.num_test for site in record.sites} == {name: tested(cohort, record.fold) for name, cohort in rig.cohorts.items()}
+
+
+# Counts that a site claims ------------------------------------------------------------------------------------------------------------
+
+
+def boasting(name: str, times: float) -> Callable:
+    """This site's statistics are those of so many times its patients, all of them on the wrong side."""
+
+    def tamper(app: Callable, message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if name_of(context) == name and "statistics" in reply.content:
+            sums = {key: array.numpy()[:, ::-1] * times for key, array in reply.content["statistics"].items()}
+            reply.content["statistics"] = encode(Refused(name="x", code="E100", reason=""), statistics=sums)["statistics"]
+        return reply
+
+    return tamper
+
+
+def test_a_claim_of_more_patients_than_declared_is_left_out_of_the_metrics_and_named(make_rig: MakeRig) -> None:
+    honest, lying, without = make_rig(), make_rig(tamper=boasting("site-2", 1000.0)), make_rig(tamper=refusing("site-2", "E600", kind="evaluate"))
+    histories = [rig.run(rig.new_folder()) for rig in (honest, lying, without)]
+    for true, told in zip(honest.records, lying.records, strict=True):
+        assert statuses(told) == dict.fromkeys(lying.cohorts, "ok")  # its update was as good as any
+        assert list(reasons(told)) == ["site-2"] and reasons(told)["site-2"].startswith("E102 statistic score_histogram: expected a sum over at most")
+        metrics = {site.name: site.metrics for site in told.sites}
+        assert metrics == {site.name: site.metrics for site in true.sites} | {"site-2": None}
+        assert told.metrics != true.metrics
+    assert set(histories[1].folds[0].statistics) == {"site-1", "site-3"}
+    for key, value in histories[0].folds[0].parameters.items():
+        assert np.array_equal(value, histories[1].folds[0].parameters[key])
+    final_metrics = [
+        finish_metrics(rig.task.metrics, add_statistics(history.folds[0].statistics.values()))
+        for rig, history in zip((lying, without), histories[1:], strict=True)
+    ]
+    assert final_metrics[0] == final_metrics[1]
+
+
+def test_a_claim_is_held_to_each_fold_s_share(make_rig: MakeRig) -> None:
+    """With five folds a fifth of the patients is tested at a time: all of them at once are too many."""
+    assert not reasons(make_rig_record(make_rig, 1.0))
+    assert list(reasons(make_rig_record(make_rig, 5.0))) == ["site-2"]
+
+
+def make_rig_record(make_rig: MakeRig, times: float) -> RoundRecord:
+    rig = make_rig(sizes=(60, 100, 50), tamper=boasting("site-2", times), rounds={"count": 1}, evaluation={"folds": 5})
+    rig.run(rig.new_folder())
+    return rig.records[0]

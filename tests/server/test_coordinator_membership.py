@@ -287,3 +287,15 @@ def test_a_site_weighs_no_more_than_the_size_that_was_approved(deployment: Deplo
     assert weights["north"] == 40
     assert weights["south"] == declared["south"] < 10**6
     assert weights["west"] == declared["west"]  # the roster says nothing of it
+
+
+def test_a_site_tests_no_more_patients_than_were_approved_to_train_on(deployment: Deployment) -> None:
+    """Who declares a billion test patients at enrolment would otherwise be believed a billion counts."""
+    deployment.run()
+    coordinator = deployment.coordinator
+    true = {name: coordinator._declared_num_test(name) for name in SITES}
+    deployment.members.signed = {"north": 28}
+    boast = Enrolled(name="north", declared_size=10**9, declared_num_patients=2 * 10**9, declared_num_test=10**9)
+    coordinator.history.enrolled["north"] = boast
+    assert coordinator._declared_num_test("north") == 28
+    assert {name: coordinator._declared_num_test(name) for name in ("south", "west")} == {name: true[name] for name in ("south", "west")}

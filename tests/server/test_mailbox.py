@@ -4,14 +4,17 @@ import hashlib
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, ObjectTree, PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ConfirmMessageReceivedResponse, ObjectTree, PullObjectRequest, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from client.app import client_app
 from server.mailbox import Mailbox
+from shared.envelope import CHUNK_BYTES, most_objects
+from shared.errors import ProtocolError
 from simulations.in_process import InProcessGrid
 
 ABSENT = "ab" * 32
@@ -33,6 +36,8 @@ class Client:
 
     def __init__(self, objects: dict[str, bytes]) -> None:
         self.objects = objects
+        self.pulled: list[str] = []
+        self.deleted: list[str] = []
 
     def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802  # Flower's name
         root, *others = self.objects
@@ -42,9 +47,11 @@ class Client:
         return PullAppMessagesResponse(messages_list=[head], message_object_trees=[tree])
 
     def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
+        self.pulled.append(request.object_id)
         return PullObjectResponse(object_found=True, object_available=True, object_content=self.objects[request.object_id])
 
-    def ConfirmMessageReceived(self, request: object) -> ConfirmMessageReceivedResponse:  # noqa: N802
+    def ConfirmMessageReceived(self, request: ConfirmMessageReceivedRequest) -> ConfirmMessageReceivedResponse:  # noqa: N802
+        self.deleted.append(request.message_object_id)
         return ConfirmMessageReceivedResponse()
 
 
@@ -77,3 +84,36 @@ def test_an_honest_reply_comes_through() -> None:
     [(answered, reply)] = mailbox(objects).pull(["asked"])
     assert answered == "asked" and reply is not None
     assert reply.content["a"] == ConfigRecord({"b": 3})
+
+
+def parts(count: int, size: int) -> dict[str, bytes]:
+    """A reply of so many objects of so many bytes."""
+    contents = [an_object("ArrayChunk", number.to_bytes(4, "big") + bytes(size - 4)) for number in range(count)]
+    return {hashlib.sha256(content).hexdigest(): content for content in contents}
+
+
+def test_a_reply_of_more_objects_than_its_question_allows_is_refused_before_any_is_fetched_and_deleted() -> None:
+    box = mailbox(parts(most_objects(1000) + 1, 8))
+    client = box._grid._runtime_client
+    [(answered, refusal)] = box.pull(["asked"], most_bytes=1000)
+    assert answered == "asked" and isinstance(refusal, ProtocolError)
+    assert client.pulled == []
+    assert client.deleted == [next(iter(client.objects))]
+
+
+def test_a_reply_of_more_bytes_than_its_question_allows_is_not_fetched_to_its_end() -> None:
+    box = mailbox(parts(10, 1000))
+    client = box._grid._runtime_client
+    [(answered, refusal)] = box.pull(["asked"], most_bytes=2500)
+    assert answered == "asked" and isinstance(refusal, ProtocolError)
+    assert len(client.pulled) == 3
+    assert client.deleted == [next(iter(client.objects))]
+
+
+def test_an_honest_reply_is_of_as_many_objects_as_its_bytes_need() -> None:
+    """Flower's own cut of an array into chunks, as a courier sends it."""
+    size = 2 * CHUNK_BYTES + 1
+    packed = Array(dtype="uint8", shape=(size,), stype="packed", data=bytes(size))
+    content = RecordDict({"envelope": ConfigRecord({"text": "t"}), "packed": ArrayRecord({"packed": packed})})
+    assert len(get_all_nested_objects(Message(content, 7, MessageType.TRAIN))) <= most_objects(size)
+    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == CHUNK_BYTES

@@ -347,7 +347,7 @@ def test_everything_shows_and_nothing_overflows(visit: Callable[..., Visit], wid
         assert state in text, state
     for words in (
         "heart-consortium", "roster generation 7", "quorum 2", "wardround 0.1.0", "1 of 6 sites online", "12 of 30 rounds", "4.2 s a round",
-        "47 min ago", "1.235 of 3", "42 % spent", "AUROC over all sites, 95 % interval", "E700 The ledger has no room left", "E800",
+        "47 min ago", "1.235 of 3", "42 % of what was planned", "rounds 3–12", "AUROC over all sites, 95 % interval", "E700 The ledger has no room left", "E800",
         "mend the named sites and resume", "its approval ends in 12 days", "1,284 rows", HEAD[:16],
     ):  # fmt: skip
         assert words in text, words
@@ -388,6 +388,45 @@ def test_the_curve_is_where_the_numbers_are(visit: Callable[..., Visit]) -> None
     band = plot.evaluate("plot => { const box = plot.querySelector('.band').getBBox(); return [box.y / 10, (box.y + box.height) / 10]; }")
     ends = [min(point.low for point in history if point.low is not None), max(point.high for point in history if point.high is not None)]
     assert band == pytest.approx([dots[0][1] + slope * (end - values[0]) for end in reversed(ends)], abs=0.2)
+
+
+@in_a_browser
+def test_a_chart_is_there_once_it_has_a_point(desk: Desk, visit: Callable[..., Visit]) -> None:
+    unknown = tuple(HistoryPoint(round=index, value=None) for index in range(1, 5))
+    desk.status = status_of(studies=(running().model_copy(update={"history": unknown, "metric": None}),))
+    page = visit().page
+    figure, table = page.locator("article.study figure"), page.locator("article.study table")
+    assert not figure.is_visible() and table.is_visible()
+    assert table.bounding_box()["width"] > 1000  # the whole card is the table's
+    desk.status = status_of(studies=(running(),))
+    page.locator("svg.plot").wait_for()
+    assert figure.is_visible() and table.bounding_box()["width"] < 600
+
+
+@in_a_browser
+def test_what_sites_say_alike_is_said_once(desk: Desk, visit: Callable[..., Visit]) -> None:
+    withheld, own = "policy.exact_metrics: statistics leave with noise only", "E101 The site's own code failed; its log says why."
+    sites = (*(StudySite(name=name, status="ok", reason=withheld) for name in ("a", "b", "c")), StudySite(name="d", status="failed", reason=own))
+    faults = tuple(Fault(round=at, site=name, status="failed", reason=own) for at in (9, 8, 7, 4) for name in ("d", "e"))
+    desk.status = status_of(studies=(running().model_copy(update={"sites": sites, "faults": faults}),))
+    page = visit(width=400).page
+    card = page.locator("article.study")
+    assert card.inner_text().count(withheld) == 1 and card.locator(".shared li").all_inner_texts() == [f"a, b, c: {withheld}"]
+    assert card.locator(".answers tbody tr").nth(3).inner_text().count(own) == 1
+    assert [text.split("\n")[0] for text in card.locator(".faults li").all_inner_texts()] == ["rounds 7–9", "rounds 7–9", "round 4", "round 4"]
+
+
+@in_a_browser
+def test_a_budget_spent_as_planned_does_not_alarm(desk: Desk, visit: Callable[..., Visit]) -> None:
+    sites = (
+        StudySite(name="planned", status="ok", epsilon=3.0), StudySite(name="refusing", status="refused", reason="E700 no room", epsilon=0.5),
+        StudySite(name="beyond", status="ok", epsilon=3.1),
+    )  # fmt: skip
+    desk.status = status_of(studies=(running().model_copy(update={"sites": sites}),))
+    page = visit().page
+    fills = page.evaluate("[...document.querySelectorAll('.bar .spent')].map(bar => getComputedStyle(bar).fill)")
+    assert fills == ["rgb(0, 114, 178)", "rgb(200, 80, 10)", "rgb(200, 80, 10)"]
+    assert page.get_by_text("100 % of what was planned").count() == 1
 
 
 @in_a_browser

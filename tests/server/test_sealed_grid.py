@@ -16,10 +16,10 @@ from flwr.serverapp import Grid
 import server.sealed_grid
 from server.live_roster import LiveRoster
 from server.provisioning import revoke
-from server.sealed_grid import SealedGrid
+from server.sealed_grid import REPLY_BYTES, REPLY_MULTIPLE, SealedGrid
 from server.strategies.strategy import failure_reason
 from shared.audit import AuditLog, verify_audit
-from shared.errors import KitError, SealError, StudyStoppedError
+from shared.errors import KitError, ProtocolError, SealError, StudyStoppedError, fixed_sentence
 from shared.kit import ROSTER, SIGNING_KEY, load_signing_key
 from shared.messages import PARAMETERS, Stopped, StopTask, TrainTask, decode, encode
 from shared.seals import SealedTask, open_task, seal_reply
@@ -355,8 +355,69 @@ def test_what_could_not_be_handed_over_is_a_failure_at_once(make_rig: Callable[.
     assert not replies["south"].has_error()
 
 
+def offline(daemon: Daemon, message: Message) -> Message:
+    return Message(Error(code=5, reason=TEXT), reply_to=message)  # flwr's ErrorCode.NODE_UNAVAILABLE
+
+
+def test_a_site_that_is_offline_for_a_moment_is_asked_again_as_soon_as_it_is_back(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("POLL_SECONDS", 0.001), ("LOOK_SECONDS", 0.001), ("RETURN_SECONDS", 60.0)):
+        monkeypatch.setattr(server.sealed_grid, name, seconds)
+    rig, looks = make_rig(north=offline), 0
+
+    def online() -> list[int]:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            rig.carrier.replies.clear()
+        return [*SITES.values()] if looks >= 3 else [SITES["south"], SITES["west"]]
+
+    rig.carrier.get_node_ids = online  # type: ignore[method-assign]
+    replies = rig.ask(timeout=30.0)
+    assert looks == 3 and not any(reply.has_error() for reply in replies.values()) and set(replies) == set(SITES)
+    assert [row["site"] for row in rig.rows("task sent")] == [*SITES, "north"]  # it alone was asked again
+
+
+def test_a_site_that_stays_offline_is_given_up_and_not_waited_for_a_second_time(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("POLL_SECONDS", 0.001), ("LOOK_SECONDS", 0.001), ("RETURN_SECONDS", 0.05)):
+        monkeypatch.setattr(server.sealed_grid, name, seconds)
+    rig = make_rig(north=offline)
+    rig.carrier.get_node_ids = lambda: [SITES["south"], SITES["west"]]  # type: ignore[method-assign]
+    assert failure_reason(rig.ask(timeout=None)["north"]).startswith("E400")
+    monkeypatch.setattr(server.sealed_grid, "LOOK_SECONDS", 3600.0)  # whoever waited now would wait for ever
+    replies = rig.ask(timeout=None)
+    assert failure_reason(replies["north"]).startswith("E400") and not replies["south"].has_error()
+    assert TEXT not in f"{replies['north'].error}{rig.audit.path.read_text()}"
+
+
 def test_push_and_pull_are_not_offered(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig()
     for call in (rig.grid.push_messages, rig.grid.pull_messages):
         with pytest.raises(NotImplementedError):
             call([])
+
+
+def test_a_reply_may_be_as_large_as_its_question_lets_expect(make_rig: Callable[..., Rig]) -> None:
+    seen: list[Message] = []
+
+    def note(daemon: Daemon, message: Message) -> Message | None:
+        seen.append(message)
+        return honest(daemon, message)
+
+    rig, allowed = make_rig(**dict.fromkeys(SITES, note)), set()
+    pull = rig.grid._pull
+
+    def watched(message_ids: Iterable[str], *, most_bytes: int) -> Iterator[tuple[str, Message | ProtocolError | None]]:
+        allowed.add(most_bytes)
+        for answered, reply in pull(message_ids, most_bytes=most_bytes):
+            yield answered, ProtocolError("too large") if answered == "message-1" else reply
+
+    rig.grid._pull = watched  # type: ignore[method-assign]
+    replies = rig.ask()
+    assert failure_reason(replies["north"]) == fixed_sentence(ProtocolError)
+    assert not any(replies[name].has_error() for name in ("south", "west"))
+    sizes = {sum(len(message.content["envelope"][key]) for key in ("text", "arrays")) for message in seen}
+    assert allowed == {REPLY_MULTIPLE * max(sizes) + REPLY_BYTES}

@@ -1,12 +1,18 @@
 """Sums over sites, and what is finished from them."""
 
+import os
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from client.evaluation_noise import merge, spread
-from server.evaluation import add_statistics, count_tested, evaluate
+from client.evaluation_noise import merge, noise_statistics, spread
+from server.evaluation import FEW, LEEWAY, add_statistics, check_statistics, count_tested, evaluate, planned_noise_std
+from shared.cohort import Cohort
+from shared.errors import ProtocolError
 from shared.metrics import BINARY_METRICS, NUM_BINS, SCORE_HISTOGRAM, Metric, auroc, bin_of_score, error_metrics, noise_interval
+from shared.privacy import SOLVE_MARGIN, evaluation_noise_multiplier
+from shared.study import Study
 from shared.task import Task
 
 
@@ -99,3 +105,80 @@ def test_noise_that_drowns_a_metric_is_the_whole_range() -> None:
     low, high = noise_interval(metric, total, std=500.0, draws=100, rng=np.random.default_rng(1)) or (0.5, 0.5)
     assert low == 0.0 and high == 1.0
     assert noise_interval(metric, -total, std=1.0, draws=100, rng=np.random.default_rng(1)) is None
+
+
+# What a site claims ---------------------------------------------------------------------------------------------------------------------
+
+ERRORS = error_metrics(0, 10)[0].statistic
+
+
+def error_sums(num_patients: int, seed: int = 1) -> np.ndarray:
+    """Of predictions and labels of which some are at the very ends of the range."""
+    rng = np.random.default_rng(seed)
+    predicted, label = (rng.choice([0.0, 10.0, rng.uniform(-5, 15)], num_patients) for _ in range(2))
+    patients = np.arange(num_patients)
+    cohort = Cohort(inputs=(label,), labels=label, patient_of_record=patients, patient_ids=tuple(map(str, patients)))
+    return ERRORS.summarise(predicted, cohort)
+
+
+@pytest.mark.parametrize("num_patients", [0, 1, 3, 60, 5000])
+def test_what_patients_add_up_to_is_believed(num_patients: int) -> None:
+    for seed in range(20):
+        assert SCORE_HISTOGRAM.could_be(histogram(seed, num_patients), patients=num_patients)
+        assert ERRORS.could_be(error_sums(num_patients, seed), patients=num_patients)
+
+
+LIES = {
+    "a thousandfold": lambda sums: sums * 1000,
+    "one patient too many": lambda sums: sums * (61 / 60),
+    "a negative part": lambda sums: sums - np.eye(*np.atleast_2d(sums).shape)[0].reshape(sums.shape[-1:]) * 61,
+    "not a number": lambda sums: np.where(np.arange(sums.size).reshape(sums.shape) == 1, np.nan, sums),
+    "infinite": lambda sums: np.where(np.arange(sums.size).reshape(sums.shape) == 1, np.inf, sums),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_no_patients_add_up_to_is_not_believed(lie: str) -> None:
+    assert not SCORE_HISTOGRAM.could_be(LIES[lie](histogram(1)), patients=60)
+    assert not ERRORS.could_be(LIES[lie](np.full(5, 60.0)), patients=60)
+
+
+@pytest.mark.parametrize(
+    "sums",
+    [[10, 11, 5, 5, 3], [10, 5, 6, 5, 3], [10, 5, 3, 11, 3], [10, 5, 3, 5, 6], [10, 5, 2, 5, 3], [10, 5, 3, 9, 7], [0, 1, 1, 0, 0]],
+    ids=["error above count", "square above error", "label above count", "square above label", "square too small", "label's too small", "of nobody"],
+)
+def test_parts_that_contradict_each_other_are_not_believed(sums: list[float]) -> None:
+    assert ERRORS.could_be(np.array([10, 5, 3, 5, 3.0]), patients=60)
+    assert not ERRORS.could_be(np.array(sums, dtype=np.float64), patients=60)
+
+
+def noised_study() -> Study:
+    return Study.from_table({
+        "name": "n", "task": "tiny", "seed": 1, "rounds": {"count": 1}, "training": {"learning_rate": 0.1, "batch_size": 8},
+        "privacy": {"epsilon": 2.0, "delta": 1e-3, "max_grad_norm": 1.0, "evaluation_epsilon": 1.0},
+    })  # fmt: skip
+
+
+def test_noise_of_the_plan_is_believed_and_a_claim_beyond_it_is_not(task: Task) -> None:
+    study = noised_study()
+    noise = planned_noise_std(study, task)
+    multiplier = evaluation_noise_multiplier(1.0 * SOLVE_MARGIN, 1e-3)
+    for _ in range(50):
+        drawn = noise_statistics(
+            {"score_histogram": np.zeros((2, NUM_BINS))}, {"score_histogram": SCORE_HISTOGRAM}, noise_multiplier=2 * multiplier, key=os.urandom(32)
+        )
+        check_statistics(task, drawn, declared=0, noise=noise)  # a site whose own limit asks for twice the noise: six standard deviations
+    reach = LEEWAY * 20 + FEW + 12 * noise["score_histogram"] * SCORE_HISTOGRAM.num_draws**0.5
+    boast = np.zeros((2, NUM_BINS))
+    boast[1, 400] = reach * 0.99
+    check_statistics(task, {"score_histogram": boast}, declared=20, noise=noise)
+    with pytest.raises(ProtocolError, match="20 declared"):
+        check_statistics(task, {"score_histogram": boast * 1.02}, declared=20, noise=noise)
+
+
+def test_a_declaration_in_round_numbers_leaves_room_and_not_more(task: Task) -> None:
+    check_statistics(task, {"score_histogram": histogram(1, LEEWAY * 50 + FEW)}, declared=50, noise={})
+    for declared, claimed in ((50, LEEWAY * 50 + FEW + 1), (0, FEW + 1), (-5, FEW + 1)):
+        with pytest.raises(ProtocolError, match=rf"score_histogram: expected a sum over at most .* \({declared} declared\)"):
+            check_statistics(task, {"score_histogram": histogram(1, claimed)}, declared=declared, noise={})

@@ -615,3 +615,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
     with pytest.raises(StorageError, match="could not make the folder of the audit log"):
         open_log(tmp_path / "state" / "audit.jsonl")
+
+
+def test_the_details_of_an_event_are_read_back(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl", owner="north", role="site", signer=Ed25519PrivateKey.generate())
+    for number in range(3):
+        log.append("task received", {"nonce": f"{number:x}"})
+        log.append("answer sent", {"reason": '"event":"task received"', "event": "task received"})
+    assert log.details_of("task received") == [{"nonce": f"{number:x}"} for number in range(3)]
+    assert log.details_of("nothing") == []
+    content = log.path.read_bytes()
+    log.path.write_bytes(content.replace(b'{"nonce":"1"}', b'{"nonce":"1"', 1))
+    with pytest.raises(AuditError, match="line 4"):
+        log.details_of("task received")

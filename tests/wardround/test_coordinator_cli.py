@@ -13,6 +13,8 @@ from starlette.routing import Route
 from server.page import page_routes
 from server.status import AuditHead, CoordinatorStatus, Failure, SiteStatus, StudyStatus
 from shared.errors import ConfigurationError, StorageError
+from shared.kit import STATE
+from shared.supervision import single_instance
 from tests.provisioned import federation, provisioned
 from tests.wardround.conftest import Command
 from tests.wardround.serving import serving
@@ -54,6 +56,30 @@ def test_a_sites_kit_is_refused_by_every_verb(command: Command, kit: Path) -> No
     for verb in ("start", "status", "stop"):
         outcome = command("coordinator", verb, site)
         assert outcome.code == 4 and "expected the coordinator's kit, got that of site north" in outcome.err
+        assert outcome.err.rstrip().endswith(f"what to do: give {kit}")
+
+
+def test_the_folder_of_all_kits_names_the_one_that_is_meant(command: Command, kit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for verb in ("start", "status", "stop"):
+        for wrong in (kit.parent, kit.parent / "sites"):
+            outcome = command("coordinator", verb, wrong)
+            assert outcome.code == 4 and outcome.err.rstrip().endswith(f"what to do: give {kit}")
+    assert command("study", "list", "--coordinator", kit.parent).code == 4
+    monkeypatch.chdir(kit.parent.parent)
+    assert "give kits/coordinator" in command("coordinator", "status", "kits").err
+    assert "give" not in command("coordinator", "status", kit.parent.parent / "elsewhere" / "deep" / "down").err
+
+
+def test_a_second_start_says_who_runs_and_nothing_else(command: Command, kit: Path) -> None:
+    with single_instance(kit / STATE):
+        outcome = command("coordinator", "start", kit)
+        assert outcome.code == 1 and "E110" in outcome.err and outcome.out == ""
+        assert command("coordinator", "start", kit, "--json").out.count("\n") == 1  # the error's envelope
+
+
+def test_one_site_is_no_sites(command: Command, kit: Path) -> None:
+    with serving(kit, page_routes(lambda: status(sites={"north": "online"}))):
+        assert "1 of 1 site online" in command("coordinator", "status", kit).out
 
 
 def test_status_is_what_the_running_one_says(command: Command, kit: Path) -> None:

@@ -1,6 +1,13 @@
 """`provision`, `renew`, `revoke` and `site init`, as two people would use them."""
 
+import dataclasses
 import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,10 +16,19 @@ import wardround.cli.federation
 from client.policy import SiteFile
 from shared.certificates import fingerprint_of, read_certificate
 from shared.kit import SiteRequest
+from shared.task import Task
+from shared.tasks.heart_disease import heart_disease, load_cohort
+from tests.site_under_check import NUM_PATIENTS, heart_rows
 from tests.wardround.conftest import Command
 
 FEDERATION = 'name = "two"\nsites = ["north", "south"]\n[coordinator]\nhosts = ["localhost"]\n'
 PASSPHRASE = "a passphrase for tests"
+COHORT = "processed.va.data"
+
+
+def takes_any_option() -> Task:
+    """The task heart-disease, but that its loader has options."""
+    return dataclasses.replace(heart_disease(), load_cohort=lambda path, options: load_cohort(path, {}))
 
 
 @pytest.fixture
@@ -35,19 +51,26 @@ def test_from_a_federation_file_to_an_approved_site_and_back(ready: Command, tmp
     assert made.code == 0 and made.data["generation"] == 1 and made.data["coordinator_kit"] == "kits/coordinator"
     assert statuses(made.data) == {"north": "kit written", "south": "kit written"}
     assert made.data["ca_fingerprint"] == fingerprint_of(read_certificate(Path("kits/ca/ca.crt")))
-    Path("cohort.csv").touch()
-    answers = ["--data", "cohort.csv", "--task", "heart-disease", "--declared-size", 80, "--declared-test-size", 40, "--epsilon", 3]
+    Path(COHORT).write_text(heart_rows(NUM_PATIENTS))
+    answers = ["--data", COHORT, "--task", f"{__name__}:takes_any_option", "--declared-size", 80, "--declared-test-size", 40, "--epsilon", 3]
     site = ready("site", "init", "kits/sites/north.zip", "--out", "hospital", *answers, "--option", "a=1", "--option", "b=x", "--json")
     assert site.code == 0 and site.data["ca_fingerprint"] == made.data["ca_fingerprint"] and site.data["site_file"] == "hospital/site.toml"
     assert SiteFile.load(tmp_path / "hospital" / "site.toml").cohort.options == {"a": 1, "b": "x"}
     shown = " ".join(site.err.split()).split("request ")[1][: 64 + 15]
-    refused = ready("provision", "federation.toml", "--out", "kits", "--approve", "hospital/request.json", "--fingerprint", "0" * 64)
-    assert refused.code == 4 and "E402" in refused.err and shown in " ".join(refused.err.split())
+    approving = ("provision", "federation.toml", "--out", "kits", "--approve", "hospital/request.json")
+    for read_out in (["0" * 64], ["0" * 64, shown]):
+        refused = ready(*approving, *(item for text in read_out for item in ("--fingerprint", text)))
+        assert refused.code == 4 and "E402" in refused.err
+        told = refused.err + refused.out
+        assert not any(group in told for group in shown.split()[:4]) and "".join(shown.split()) not in told  # nobody can copy it from here
+    assert "of north" in ready(*approving, "--fingerprint", "0" * 64).err
     approved = ready("provision", "federation.toml", "--out", "kits", "--approve", "hospital/request.json", "--fingerprint", shown, "--json")
     assert statuses(approved.data) == {"north": "approved", "south": "waiting for its request"} and approved.data["generation"] == 2
     assert approved.data["requests"] == [{"site": "north", "fingerprint": site.data["fingerprint"]}]
     renewed = ready("renew", "federation.toml", "--out", "kits", "--json")
     assert renewed.data["generation"] == 3
+    unknown = ready("revoke", "federation.toml", "nroth", "--out", "kits")
+    assert unknown.code == 3 and "site 'nroth': expected one that was approved: north (did you mean 'north'?)" in unknown.err
     revoked = ready("revoke", "federation.toml", "north", "--out", "kits", "--reason", "moved", "--json")
     assert statuses(revoked.data)["north"] == "revoked" and revoked.data["generation"] == 4
     again = ready("provision", "federation.toml", "--out", "kits", "--approve", "hospital/request.json", "--json")
@@ -67,12 +90,83 @@ def test_people_see_fingerprints_warnings_and_the_next_step(ready: Command, tmp_
 
 def test_the_wizard_asks_for_what_is_missing(ready: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     ready("provision", "federation.toml")
-    Path("cohort.csv").touch()
-    monkeypatch.setattr("sys.stdin", io.StringIO("cohort.csv\n80\n\n\n"))
+    Path(COHORT).write_text(heart_rows(NUM_PATIENTS))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{COHORT}\n80\n\n\n"))
     done = ready("site", "init", "kits/sites/north", "--task", "heart-disease", "--wizard", "--json")
     assert done.code == 0 and "Training patients" in done.err and "The task" not in done.err
     file = SiteFile.load(Path("kits/sites/north/site.toml"))
     assert (file.cohort.declared_size, file.cohort.declared_test_size, file.policy.max_epsilon) == (80, 0, 3.0)
+
+
+def on_terminal(arguments: list[str], typed: list[tuple[str, bytes]], *, seconds: float = 60) -> tuple[int, str]:
+    """Exit code and output of a command on a terminal, where each answer is typed when its question stands at the end of what is shown."""
+    here, there = pty.openpty()
+    own = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"  # so that Ctrl-C is a signal
+    command, environment = (
+        [sys.executable, "-c", own, sys.executable, "-m", "wardround", *arguments],
+        {**os.environ, "COLUMNS": "100", "TERM": "dumb"},
+    )
+    process = subprocess.Popen(command, stdin=there, stdout=there, stderr=there, start_new_session=True, env=environment)
+    os.close(there)
+    shown, asked, deadline, waiting = "", 0, time.monotonic() + seconds, list(typed)
+    while time.monotonic() < deadline:
+        if not select.select([here], [], [], 5)[0]:
+            if shown.endswith("^C"):
+                os.write(here, CTRL_C)  # the first came between question and reading, where Python only notes it until the next key
+            continue
+        try:
+            shown += os.read(here, 65536).decode()
+        except OSError:  # the other end is closed
+            break
+        if waiting and waiting[0][0] in shown[asked:] and shown.endswith(": "):
+            asked = len(shown)
+            os.write(here, waiting.pop(0)[1])
+    code = process.wait(timeout=30)
+    os.close(here)
+    assert not waiting, (waiting, shown)
+    return code, shown.replace("\r", "")
+
+
+CTRL_C = b"\x03"
+QUESTIONS = ("The cohort", "The task", "Training patients", "Test patients", "Privacy budget")
+
+
+@pytest.mark.slow
+def test_on_a_terminal_every_wrong_answer_is_asked_again(ready: Command) -> None:
+    ready("provision", "federation.toml")
+    Path(COHORT).write_text(heart_rows(NUM_PATIENTS))
+    Path("other.csv").write_text("a,b\n1,2\n")
+    data, task, size, test_size, budget = QUESTIONS
+    code, shown = on_terminal(
+        ["site", "init", "kits/sites/north", "--wizard"],
+        [
+            (data, b"nowhere.csv\n"), (data, b"other.csv\n"), (task, b"hart-disease\n"), (task, b"heart-disease\n"), (data, f"{COHORT}\n".encode()),
+            (task, b"heart-disease\n"), (size, b"many\n"), (size, b"1\n"), (size, b"112\n"), (test_size, b"-1\n"), (test_size, b"48\n"),
+            (budget, b"some\n"), (budget, b"nan\n"), (budget, b"0\n"), (budget, b"2.5\n"),
+        ],
+    )  # fmt: skip
+    assert code == 0, shown
+    for words in (
+        "nowhere.csv: expected data, found nothing", "did you mean 'heart-disease'", "expected processed.<hospital>.data", "at least 2, got 'many'",
+        "at least 2, got '1'", "at least 0, got '-1'", "above 0, got 'some'", "above 0, got 'nan'", "above 0, got '0'",
+    ):  # fmt: skip
+        assert words in shown, words
+    file = SiteFile.load(Path("kits/sites/north/site.toml"))
+    assert (file.cohort.declared_size, file.cohort.declared_test_size, file.policy.max_epsilon) == (112, 48, 2.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answered", range(5))
+def test_ctrl_c_ends_the_wizard_with_one_line_and_nothing_made(ready: Command, answered: int) -> None:
+    ready("provision", "federation.toml")
+    Path(COHORT).write_text(heart_rows(NUM_PATIENTS))
+    answers = [f"{COHORT}\n".encode(), b"heart-disease\n", b"112\n", b"48\n"]
+    typed = [*zip(QUESTIONS, answers[:answered], strict=False), (QUESTIONS[answered], CTRL_C)]
+    code, shown = on_terminal(["site", "init", "kits/sites/north", "--wizard"], typed)
+    assert code == 130
+    after = shown.split(QUESTIONS[answered])[1].splitlines()
+    assert [line for line in after[1:] if line] == ["error E130: interrupted"]
+    assert not Path("kits/sites/north/keys").exists() and not Path("kits/sites/north/site.toml").exists()
 
 
 def test_without_a_passphrase_a_new_ca_gets_one_and_an_old_one_is_refused(ready: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +210,7 @@ def test_on_a_terminal_it_is_asked_and_a_new_one_twice(ready: Command, monkeypat
     [
         (["provision", "none.toml"], 3, "none.toml: expected a TOML file"),
         (["provision", "federation.toml", "--approve", "none.json"], 4, "none.json: expected a file"),
-        (["provision", "federation.toml", "--fingerprint", "00"], 4, "no request"),
+        (["provision", "federation.toml", "--fingerprint", "00"], 4, "got 1 for 0 requests"),
         (["renew", "federation.toml"], 3, "run 'wardround provision' first"),
         (["revoke", "federation.toml", "north"], 3, "run 'wardround provision' first"),
         (["site", "init", "none"], 4, "none/ca.crt: expected a file"),

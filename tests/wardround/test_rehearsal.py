@@ -136,6 +136,9 @@ def test_a_hospitals_ledger_is_shown_computed_again_and_verified(command: Comman
     [run] = [path for path in (rehearsal / "runs").iterdir() if not path.name.startswith(".")]
     checks = command("privacy", "verify", run, "--json").data["checks"]
     assert [(check["name"], check["source"], check["agrees"]) for check in checks] == [("north", "claim", True), ("south", "claim", True)]  # type: ignore[index, union-attr, attr-defined]
+    for words in (("privacy", "spent"), ("privacy", "verify"), ("ledger", "verify"), ("ledger", "repair")):
+        by_file = command(*words, "sites/north/site.toml", "--json").data
+        assert command(*words, "sites/north", "--json").data == command(*words, "sites/north/state", "--json").data == by_file
     [ledger] = command("ledger", "verify", "sites/north/site.toml", "--json").data["ledgers"]  # type: ignore[misc]
     assert ledger["signed"] is True and ledger["rows"] > 5
 

@@ -45,8 +45,9 @@ STUDY = {
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SiteUnderCheck:
-    """A site that has taken up its kit; its coordinator is not there. Standard input is no terminal."""
+    """A site that has taken up its kit; its coordinator is not there. Standard input is no terminal, and the login has a name."""
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setenv("LOGNAME", "tester")
     return make_site(tmp_path, free_ports(1)[0])
 
 
@@ -86,7 +87,9 @@ def test_what_is_asked_is_shown_approved_signed_written_down_and_taken_back(site
     assert listed.code == 0 and "hearts" in listed.out and asked.study_hash[:12] in listed.out and "epsilon 2 for each patient" in listed.out
     shown = command("site", "approve", site.kit, "hearts")
     assert shown.code == 2 and "--yes" in shown.err and not is_approved(site, asked)
-    for text in ("a test", asked.study_hash, "heart-disease", asked.architecture, asked.code_hash, "the code installed here", "rounds       3",
+    for text in ("a test", f"hash         {asked.study_hash[:16]}: the coordinator sees the same", f"in full {asked.study_hash}", "heart-disease",
+                 asked.architecture, asked.code_hash, "the code installed here, nothing to compare", "rounds       3", "these are not sums",
+                 "max_epsilon = 10",
                  "epsilon 2 for each patient at delta 0.0001", "epsilon 1 for each test patient", "an update of the model", "training patients: room",
                  "test patients: room"):  # fmt: skip
         assert text in shown.out, text
@@ -192,6 +195,30 @@ def test_what_cannot_be_written_down_is_not_approved(site: SiteUnderCheck, comma
     assert refused.code == 1 and "E106" in refused.err and not is_approved(site, asked)
 
 
+def test_root_is_nobodys_name_and_who_stands_behind_sudo_is(site: SiteUnderCheck, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ask(site)
+    monkeypatch.setenv("LOGNAME", "root")
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    refused = command("site", "approve", site.kit, "hearts", "--yes")
+    assert refused.code == 2 and "give it with --by NAME" in refused.err and not is_approved(site, asked)
+    assert command("site", "approve", site.kit).code == 0  # to look needs no name
+    monkeypatch.setenv("SUDO_USER", "eva")
+    assert command("site", "approve", site.kit, "hearts", "--yes", "--json").data["by"] == "eva"
+    monkeypatch.delenv("SUDO_USER")
+    back = command("site", "approve", site.kit, "hearts", "--withdraw", "--json")
+    assert back.code == 0 and back.data["by"] == "root" and not is_approved(site, asked)
+
+
+@pytest.mark.slow
+def test_on_a_terminal_root_is_asked_who_decides(site: SiteUnderCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ask(site)
+    monkeypatch.setenv("LOGNAME", "root")
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    code, shown = on_terminal(["site", "approve", str(site.kit), "hearts"], "y", "Dr. Eva Muster")
+    assert code == 0 and is_approved(site, asked)
+    assert "who decides (your name; the login is root): " in shown and "approved by Dr. Eva Muster, until" in shown
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("answer", "approved"), [("y", True), ("n", False), ("", False)])
 def test_on_a_terminal_it_is_asked_and_silence_is_no(site: SiteUnderCheck, answer: str, approved: bool) -> None:
@@ -202,8 +229,8 @@ def test_on_a_terminal_it_is_asked_and_silence_is_no(site: SiteUnderCheck, answe
     assert max(len(line) for line in shown.replace("\r", "").splitlines()) <= 80
 
 
-def on_terminal(arguments: list[str], answer: str) -> tuple[int, str]:
-    """Exit code and output of a command on a terminal of 80 columns, where this is typed once it asks."""
+def on_terminal(arguments: list[str], answer: str, name: str = "") -> tuple[int, str]:
+    """Exit code and output of a command on a terminal of 80 columns, where this is typed once it asks, and the name at once after it."""
     here, there = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "TERM": "dumb"}
     process = subprocess.Popen([sys.executable, "-m", "wardround", *arguments], stdin=there, stdout=there, stderr=there, env=environment)
@@ -215,7 +242,7 @@ def on_terminal(arguments: list[str], answer: str) -> tuple[int, str]:
         except OSError:  # the other end is closed
             break
         if b"[y/N]" in shown and not answered:
-            os.write(here, answer.encode() + b"\n")
+            os.write(here, f"{answer}\n{name}\n".encode() if name else answer.encode() + b"\n")
             answered = True
     os.close(here)
     return process.wait(timeout=30), shown.decode()
@@ -241,8 +268,12 @@ def test_a_site_that_does_not_run_says_so_with_exit_code_4_and_stops_with_0(site
     stopped = command("site", "stop", site.kit, "--json")
     assert stopped.code == 0 and stopped.data["was_running"] is False
     for verb in ("status", "stop", "start", "approve"):
-        assert command("site", verb, site.coordinator).code == 3
+        for wrong, what in ((site.coordinator, "got the coordinator's"), (site.out, "got no kit"), (site.out / "sites", "got no kit")):
+            refused = command("site", verb, wrong)
+            assert refused.code == 3 and what in refused.err and refused.err.rstrip().endswith(f"give {site.kit}")
     assert command("site", "check", site.kit / "kit.json").code == 2
+    for whole in (command("site", "check", site.out), command("doctor", site.out)):
+        assert whole.code == 2 and f"give {site.coordinator}; or, for a site, give {site.kit}" in whole.err
 
 
 def test_status_shows_processes_connection_approvals_and_the_last_rows(site: SiteUnderCheck, command: Command) -> None:
@@ -378,7 +409,8 @@ def test_a_site_comes_from_its_kit_to_healthy_and_running_with_a_real_coordinato
         assert running.code == 0 and running.data["connected"] is True
         healthy = command("site", "check", site.kit)
         assert healthy.code == 0 and "the site runs" in healthy.out and healthy.out.splitlines()[-1].startswith("healthy")
-        assert command("site", "start", site.kit).code == 1  # already running
+        second = command("site", "start", site.kit)
+        assert second.code == 1 and "E110" in second.err and second.out == ""
         assert command("site", "status", site.kit).code == 0
         assert command("site", "stop", site.kit).out.strip() == "stopped"
         assert process.wait(timeout=20) == 0

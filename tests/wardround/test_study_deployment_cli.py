@@ -40,7 +40,7 @@ from tests.wardround.conftest import Command
 from tests.wardround.serving import serving
 from wardround.cli.submitted import by_reason, clock, round_line
 from wardround.deployed_runs import DeployedRun, choose_run, deployed_runs, download_run
-from wardround.deployment import TRIES, deployed_study, plan_deployment, submit
+from wardround.deployment import TRIES, deployed_study, gone, plan_deployment, submit
 from wardround.watching import CoordinatorSeen, Event, Noted, RoundDone, RunWatch, StateChanged, exit_code_of, watch
 
 TABLE = {
@@ -144,6 +144,20 @@ def test_no_study_goes_on_with_fewer_than_the_quorum(
         deployed = deployed_study(asked, roster, quorum=quorum)
         assert deployed.study.rounds.require == expected
         assert any("rounds.require" in note for note in deployed.notes) == (expected != asked.rounds.require)
+
+
+def test_a_quorum_that_a_revocation_broke_names_the_revoked(roster: tuple[RosterSite, ...]) -> None:
+    now = datetime.now(UTC)
+    north, south = roster
+    broken = Roster(federation="tests", generation=3, sites=(north, south.model_copy(update={"revoked": now})))
+    assert gone(broken, now) == ("south is revoked",)
+    with pytest.raises(ConfigurationError, match=r"that may take part, 1 \(south is revoked\), got 2"):
+        deployed_study(STUDY, broken.active(now), quorum=2, gone=gone(broken, now))
+    nobody = broken.model_copy(update={"sites": (north.model_copy(update={"expires": now}), broken.sites[1])})
+    with pytest.raises(ConfigurationError, match=r"north expired, south is revoked"):
+        deployed_study(STUDY, [], quorum=1, gone=gone(nobody, now))
+    back = broken.model_copy(update={"sites": (*broken.sites, south)})  # the name came back with other keys
+    assert gone(back, now) == ()
 
 
 def test_a_round_that_asks_fewer_sites_than_must_answer_is_refused(roster: tuple[RosterSite, ...]) -> None:
@@ -283,6 +297,7 @@ def test_list_and_show_read_files_and_say_that_nobody_runs(command: Command, kit
     assert "AUROC 0.70" in listed.err and "0.20/3" in listed.err and "no coordinator runs" in listed.err
     shown = command("study", "show", "tiny", "--coordinator", kit)
     assert shown.code == 0 and "0.700 [0.600, 0.800]" in shown.out and str(folder.path) in shown.out
+    assert f"hash       {STUDY.fingerprint()[:16]} " in shown.out
     assert "E800: too few sites" in command("study", "show", "old", "--coordinator", kit).out
     as_json = command("study", "show", "tiny", "--coordinator", kit, "--json").data
     assert as_json["run_dir"] == str(folder.path) and Study.from_table(as_json["study_table"]) == STUDY  # type: ignore[arg-type]  # a table
@@ -319,7 +334,7 @@ def test_a_downloaded_run_is_the_same_files_and_a_report_and_overwrites_no_other
     assert command("study", "download", "latest", "--coordinator", kit, "--out", "got").code == 0
     other = run_in(kit, "other", token="another-token")
     refused = command("study", "download", "other", "--coordinator", kit, "--out", "got", "--partial")
-    assert refused.code == 1 and finished.name in refused.err
+    assert refused.code == 1 and f"those of another run, {finished.name}" in " ".join(refused.err.split()) and other.path.name in refused.err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "report.html").write_text("my own")
     assert command("study", "download", "other", "--coordinator", kit, "--out", "mine", "--partial").code == 1
@@ -343,7 +358,7 @@ def test_watching_a_finished_run_tells_every_round_with_the_metrics_of_its_own_m
     assert end["event"] == "end" and end["metrics"] == result["metrics"]["federated"] and end["exit_code"] == 0
     assert end["epsilon"] == {name: site["epsilon"] for name, site in result["privacy"]["sites"].items()}
     text = command("study", "watch", "latest", "--coordinator", kit).out
-    assert "round 2/2  2 of 2 sites  AUROC 0." in text and "study download" in text
+    assert "round 2/2  2 of 2 sites  AUROC " in text and "study download" in text
 
 
 @given(cuts=st.lists(st.floats(0, 1), max_size=6), statuses=st.lists(st.sampled_from(["ok", "missing", "not asked"]), min_size=2, max_size=3))
@@ -449,6 +464,47 @@ def test_what_the_end_says_anyway_and_torn_lines_of_the_log_are_left_out(kit: Pa
     assert [(note.level, note.text) for note in notes] == [("info", "waiting for sites, 0 enrolled; a: E1 x"), ("warning", "site a: odd")]
 
 
+def test_what_went_wrong_before_a_resume_is_over(command: Command, kit: Path) -> None:
+    folder = run_in(kit, state="failed", error=Failure(code="E800", what="too few"))
+    late = "E801 A site's answer did not come before the deadline."
+
+    def line(text: str) -> bytes:
+        return json.dumps({"time": datetime.now(UTC).isoformat(), "level": "info", "logger": "server.coordinator", "message": text}).encode() + b"\n"
+
+    (folder.path / "log.jsonl").write_bytes(line("waiting for sites, 0 enrolled; a: E601 not approved") + line(f"2 sites enrolled; b: {late}"))
+    folder.keep_rounds([record(1, "ok")])
+    assert "not approved" in command("study", "watch", "latest", "--coordinator", kit).out
+    Submissions(kit / RUNS).resume(folder.path.name)
+    with open(folder.path / "log.jsonl", "ab") as log:
+        log.write(line(f"waiting for sites, 1 enrolled; c: {late}"))
+    Submissions(kit / RUNS).update(folder.path.name, state="stopped")
+    notes = [event.text for event in RunWatch(choose_run(kit, "latest")).poll() if isinstance(event, Noted)]
+    assert notes == [f"waiting for sites, 1 enrolled; c: {late}"]
+    out = command("study", "watch", "latest", "--coordinator", kit).out
+    assert "round 1/2  1 of 1 site" in out and "not approved" not in out
+    assert "  c: is waited for" in out and "E801" not in out
+
+
+def test_a_site_that_has_not_joined_is_waited_for_and_one_that_has_is_late(kit: Path) -> None:
+    late = "E801 A site's answer did not come before the deadline."
+    folder = run_in(kit)
+    sites = (
+        SiteRound(name="there", status="ok", num_test=4, epsilon=0.5), SiteRound(name="slow", status="missing", reason=late, num_test=4),
+        SiteRound(name="coming", status="missing", reason=late),
+    )  # fmt: skip
+    folder.keep_rounds([record(1).model_copy(update={"sites": sites}), record(2, "ok")])
+    [told, *_] = [event for event in RunWatch(choose_run(kit, "latest")).poll() if isinstance(event, RoundDone)]
+    reasons = {site.name: site.reason for site in told.sites}
+    assert reasons["there"] is None and reasons["slow"] == late and "is waited for" in str(reasons["coming"])
+    assert {fault.site: fault.reason for fault in choose_run(kit, "latest").status().faults} == {name: reasons[name] for name in ("slow", "coming")}
+
+
+def test_sites_that_say_the_same_share_a_line(command: Command, kit: Path) -> None:
+    run_in(kit, state="stopped").keep_rounds([record(1, "refused", "ok", "refused"), record(2, "refused", "refused", "refused")])
+    out = command("study", "watch", "latest", "--coordinator", kit).out
+    assert "  s0, s2: refused: E801 late" in out and "  s1: refused: E801 late" in out and out.count("E801 late") == 2
+
+
 def test_who_waits_for_the_same_shares_a_line() -> None:
     assert by_reason("a: E8 late; b: E6 no; or not; c: E8 late") == {"E8 late": ["a", "c"], "E6 no; or not": ["b"]}
     assert by_reason("") == {}
@@ -498,6 +554,7 @@ def test_a_study_that_nobody_answers_ends_with_exit_8_and_names_who_is_missing(c
     arguments = ("study", "submit", "study.toml", "--coordinator", kit)
     planned = command(*arguments, "--dry-run", "--rounds", 1, "--json")
     assert planned.code == 0 and planned.data["rounds"] == 1 and "nothing was submitted" in planned.err
+    assert f"hash           {planned.data['study_hash'][:16]} " in planned.err  # type: ignore[index]  # a text
     assert [site["state"] for site in planned.data["sites"]] == ["unknown", "unknown"]  # type: ignore[attr-defined]  # a list of tables
     assert deployed_runs(kit) == []
     started = [sys.executable, "-m", "wardround", "coordinator", "start", str(kit), "--json"]

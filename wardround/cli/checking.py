@@ -49,11 +49,15 @@ def doctor(kit: AnyKitArgument = None, as_json: JsonOption = False, debug: Debug
 
 def _folder(kit: Path) -> Path:
     from shared.errors import UsageError
+    from shared.kit import MANIFEST
+    from wardround.kits import coordinator_meant, site_meant
 
     if not kit.is_dir():
         raise UsageError(
             f"{kit}: expected the folder of a kit, got {'a file' if kit.exists() else 'nothing there'}", "unpack it: 'wardround site init'"
         )
+    if not (kit / MANIFEST).is_file() and coordinator_meant(kit):
+        raise UsageError(f"{kit}: expected the folder of a kit, found no kit", f"{coordinator_meant(kit)}; or, for a site, {site_meant(kit)}")
     return kit
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.plural import plural
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -41,7 +42,6 @@ def start(kit: KitArgument, as_json: JsonLinesOption = False, debug: DebugOption
     began, tell = time.monotonic(), _teller(as_json=as_json)
     folder = coordinator_folder(kit).resolve()
     file = FederationFile.load(folder / FEDERATION)
-    tell(Starting(federation=file.name, kit=str(kit)))
     with root_log_unchanged():
         from server.service import Service
     quiet_flower_log()
@@ -57,7 +57,7 @@ def start(kit: KitArgument, as_json: JsonLinesOption = False, debug: DebugOption
         attendant.start()
 
     try:
-        service.run(ready=ready)
+        service.run(begun=lambda: tell(Starting(federation=file.name, kit=str(kit))), ready=ready)
     finally:
         attendant.stop()
         log.removeHandler(processes)
@@ -145,7 +145,9 @@ def print_status(found: "CoordinatorStatus", terminal: "Console") -> None:
     from wardround.cli.output import table
 
     online = sum(site.state == "online" for site in found.sites)
-    terminal.print(f"{found.federation}: running since {_time(found.started)}, {online} of {len(found.sites)} sites online, quorum {found.quorum}")
+    terminal.print(
+        f"{found.federation}: running since {_time(found.started)}, {online} of {plural(len(found.sites), 'site')} online, quorum {found.quorum}"
+    )
     for warning in found.warnings:
         terminal.print(f"WARN {warning}", style="yellow", markup=False)
     rows = [[site.name, site.state, _time(site.last_contact), _text(site.declared_size), f"{site.expires:%Y-%m-%d}" if site.expires else "-"]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.plural import plural
 
 if TYPE_CHECKING:
     from server.federation_file import FederationFile
@@ -96,14 +97,21 @@ def revoke(
 
 
 def _check_fingerprints(requests: "list[SiteRequest]", given: list[str]) -> None:
-    """Raise unless what was read out is what the requests have."""
-    from shared.certificates import grouped
+    """Raise unless what was read out is what the requests have. What they have is not told: it would be copied, and no phone called."""
     from shared.errors import KitError
 
-    plain = sorted(text.replace(" ", "").replace(":", "").lower() for text in given)
-    if plain != sorted(request.fingerprint for request in requests):
-        found = "; ".join(f"{request.site}: {grouped(request.fingerprint)}" for request in requests) or "no request"
-        raise KitError(f"--fingerprint: expected what was read out, got {found}", "do not approve; ask the site to send its request in another way")
+    if len(given) != len(requests):
+        raise KitError(
+            f"--fingerprint: expected one for each --approve, got {len(given)} for {plural(len(requests), 'request')}", "give all of each, in quotes"
+        )
+    plain = [text.replace(" ", "").replace(":", "").lower() for text in given]
+    foreign = [request.site for request in requests if request.fingerprint not in plain]
+    if foreign:
+        raise KitError(
+            f"--fingerprint: what was read out is not the fingerprint of the request of {', '.join(foreign)}",
+            "do not approve: call the site at a number that you know, let it read out what 'wardround site init KIT' shows, and if that differs, "
+            "ask for its request in another way",
+        )
 
 
 def _passphrase(out: Path, file: Path | None, *, may_be_new: bool) -> str:

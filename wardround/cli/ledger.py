@@ -7,15 +7,16 @@ from typing import Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.cli.spent import PathArgument
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-SiteArgument = Annotated[Path, typer.Argument(metavar="SITE.TOML", help="A hospital's site file.", show_default=False)]
+SiteArgument = Annotated[Path, typer.Argument(metavar="KIT|SITE.TOML", help="A hospital's kit, or its site file.", show_default=False)]
 
 
 @app.command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="SITE.TOML|RUN", help="A hospital's site file, or a run's folder.", show_default=False)],
+    path: PathArgument,
     head: Annotated[str | None, typer.Option("--head", metavar="HASH", help="A row that the ledger must hold, as a coordinator saw it.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -24,9 +25,9 @@ def verify(
     from client.keys import check_ledger_key
     from client.ledger import reading
     from wardround.cli.output import console, print_envelope
-    from wardround.spending import ledgers_of
+    from wardround.spending import ledgers_of, site_file_of
 
-    found = []
+    path, found = site_file_of(path), []
     for file in ledgers_of(path):
         with reading(file) as ledger:
             if path.suffix == ".toml":
@@ -57,7 +58,9 @@ def repair(
     from client.repair import repair_ledger
     from shared.errors import ConfigurationError
     from wardround.cli.output import console, print_envelope
+    from wardround.spending import site_file_of
 
+    path = site_file_of(path)
     site = SiteFile.load(path)
     for text in head or []:
         if not re.fullmatch("[0-9a-f]{64}", text):
@@ -84,8 +87,9 @@ def close(
     from client.keys import open_ledger
     from shared.errors import ConfigurationError
     from wardround.cli.output import console, print_envelope
+    from wardround.spending import site_file_of
 
-    ledger = open_ledger(path)
+    ledger = open_ledger(site_file_of(path))
     try:
         plan = ledger.account.plans.get(run)
         if plan is None:

@@ -23,17 +23,18 @@ def print_envelope(data: object, *, status: str = "ok", exit_code: int = 0) -> N
     sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, "status": status, "exit_code": exit_code, "data": data}, allow_nan=False) + "\n")
 
 
-def report_error(error: WardroundError | None, *, as_json: bool) -> int:
-    """Print an error (None: interrupted) as the command line does, and give its exit code."""
-    if error is None:
-        code, what, remedy, exit_code = (
-            "E130",
-            "interrupted",
-            "if a run's folder was printed above, go on with 'wardround simulate --resume FOLDER', and --data as before",
-            INTERRUPTED_EXIT_CODE,
-        )
-    else:
-        code, what, remedy, exit_code = error.code, error.what, error.remedy, error.exit_code
+def report_error(error: WardroundError, *, as_json: bool) -> int:
+    """Print an error as the command line does, and give its exit code."""
+    return _report(error.code, error.what, error.remedy, error.exit_code, as_json=as_json)
+
+
+def report_interruption(verb: str, *, as_json: bool) -> int:
+    """Print that somebody ended the command `wardround VERB`, and how it goes on where it does; its exit code."""
+    remedy = "if a run's folder was printed above, go on with 'wardround simulate --resume FOLDER', and --data as before"
+    return _report("E130", "interrupted", remedy if verb == "simulate" else "", INTERRUPTED_EXIT_CODE, as_json=as_json)
+
+
+def _report(code: str, what: str, remedy: str, exit_code: int, *, as_json: bool) -> int:
     stderr = Console(stderr=True, highlight=False, soft_wrap=True)
     stderr.print(f"error {code}: {what}", style="bold red", markup=False)
     if remedy:

@@ -1,7 +1,8 @@
 """`wardround site`: init here, and the nouns of a hospital's daily life beside it."""
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -9,7 +10,11 @@ from wardround.cli import checking, site_approve, site_running
 from wardround.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from client.kit import Scalar, SiteAnswers, TakenUp
+
+T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -38,7 +43,7 @@ def init(
         data=data,
         task=task,
         declared_size=declared_size,
-        declared_test_size=declared_test_size or 0,
+        declared_test_size=declared_test_size,
         epsilon=epsilon,
         options=dict(map(_parse_option, option or [])),
     )
@@ -49,7 +54,7 @@ def init(
     elif out is not None:
         raise UsageError("--out: expected a zip to unpack there, got a folder", "leave --out away: a folder is used where it is")
     if wizard:
-        answers = _ask(answers, ask_test_size=declared_test_size is None)
+        answers = _ask(answers)
     taken = init_site(folder, answers)
     _print(taken, units=_write_units(taken), as_json=as_json)
 
@@ -83,22 +88,93 @@ def _parse_option(text: str) -> "tuple[str, Scalar]":
     return key, value
 
 
-def _ask(answers: "SiteAnswers", *, ask_test_size: bool) -> "SiteAnswers":
-    """The answers with those that are missing, from the terminal."""
+def _ask(answers: "SiteAnswers") -> "SiteAnswers":
+    """The answers with those that are missing, from the terminal; a wrong one is asked for again."""
     import dataclasses
 
+    data, task = _ask_cohort(answers)
+    size, test_size, epsilon = answers.declared_size, answers.declared_test_size, answers.epsilon
+    if size is None:
+        size = _prompt("Training patients, rounded (it becomes public)", lambda text: _count(text, least=2))
+    if test_size is None:
+        test_size = _prompt("Test patients, rounded", lambda text: _count(text, least=0), default="0")
+    if epsilon is None:
+        epsilon = _prompt("Privacy budget epsilon, over all studies together", _budget, default="3")
+    return dataclasses.replace(answers, data=data, task=task, declared_size=size, declared_test_size=test_size, epsilon=epsilon)
+
+
+def _ask_cohort(answers: "SiteAnswers") -> tuple[Path, str]:
+    """Data and task that fit each other, as far as this can be asked for: what was given as an option is taken as it is."""
+    from client.kit import check_cohort
+    from shared.errors import WardroundError
     from shared.task import task_names
 
-    data = answers.data or Path(typer.prompt("The cohort (a file or a folder)", err=True))
-    task = answers.task or typer.prompt(f"The task ({', '.join(task_names())}, or a schema .toml)", err=True)
-    size = answers.declared_size
-    if size is None:
-        size = typer.prompt("Training patients, rounded (it becomes public)", type=int, err=True)
-    test_size = typer.prompt("Test patients, rounded", default=0, type=int, err=True) if ask_test_size else answers.declared_test_size
-    epsilon = answers.epsilon
-    if epsilon is None:
-        epsilon = typer.prompt("Privacy budget epsilon, over all studies together", default=3.0, type=float, err=True)
-    return dataclasses.replace(answers, data=data, task=task, declared_size=size, declared_test_size=test_size, epsilon=epsilon)
+    while True:
+        data = answers.data or _prompt("The cohort (a file or a folder)", _existing)
+        task = answers.task or _prompt(f"The task ({', '.join(task_names())}, or a schema .toml)", _known_task)
+        try:
+            check_cohort(task, data, answers.options)
+            return data, task
+        except WardroundError as error:
+            if answers.data is not None and answers.task is not None:
+                raise
+            typer.echo(f"Error: {error}", err=True)
+
+
+def _prompt(text: str, parse: "Callable[[str], T]", *, default: str | None = None) -> "T":
+    """What was typed, once `parse` takes it."""
+    import click
+
+    from shared.errors import WardroundError
+
+    def parsed(typed: str) -> "T":
+        try:
+            return parse(typed)
+        except WardroundError as error:
+            raise click.UsageError(str(error)) from None  # which the prompt prints, and asks again
+
+    try:
+        answer: T = typer.prompt(text, default=default, value_proc=parsed, err=True)
+    except typer.Abort:
+        typer.echo(err=True)  # the question's line ends
+        raise
+    return answer
+
+
+def _existing(text: str) -> Path:
+    from shared.errors import DataMissingError
+
+    path = Path(text.strip()).expanduser()
+    if not text.strip() or not path.exists():
+        raise DataMissingError(f"{text}: expected data, found nothing", "give the path of a file or folder")
+    return path
+
+
+def _known_task(text: str) -> str:
+    from shared.task import resolve_task
+
+    resolve_task(text.strip())
+    return text.strip()
+
+
+def _count(text: str, *, least: int) -> int:
+    from shared.errors import UsageError
+
+    if not text.strip().isdecimal() or int(text) < least:
+        raise UsageError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def _budget(text: str) -> float:
+    from shared.errors import UsageError
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def _print(taken: "TakenUp", *, units: str, as_json: bool) -> None:

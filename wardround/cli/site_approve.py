@@ -33,7 +33,7 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="Approve without a question.")] = False,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take an approval back, from the next task on.")] = False,
     expires: Annotated[str, typer.Option("--expires", metavar="TIME", help="How long, as 180d, or the last day, as 2027-06-30.")] = "180d",
-    by: Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who says yes; default: the login name.")] = None,
+    by: Annotated[str | None, typer.Option("--by", metavar="NAME", help="Who says yes; default: the login name, but root's.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -50,7 +50,7 @@ def approve(
 
         site_folder(kit)
         hospital = Hospital.open(kit)
-    approvals, terminal, moment, who = Approvals(hospital.state, hospital.signer), console(as_json=as_json), parse_expiry(expires), by or login_name()
+    approvals, terminal, moment = Approvals(hospital.state, hospital.signer), console(as_json=as_json), parse_expiry(expires)
     if study is None:
         if withdraw or yes:
             raise UsageError(
@@ -58,17 +58,40 @@ def approve(
             )
         _list(hospital, approvals, terminal, as_json=as_json)
         return
-    if not 0 < len(who) <= 100 or not who.isprintable():
-        raise UsageError("--by: expected a name of at most 100 printable characters, got another text", "give a shorter name")
+    if by is not None:
+        _checked_name(by)
     question = find_question(hospital, study, asked=approvals.pending(), given=approvals.given())
     if withdraw:
-        _withdraw(hospital, question, who, terminal, as_json=as_json)
+        _withdraw(hospital, question, by or login_name() or "root", terminal, as_json=as_json)  # a no needs no name
     else:
-        _decide(hospital, question, terminal, yes=yes, expires=moment, by=who, as_json=as_json)
+        _decide(hospital, question, terminal, yes=yes, expires=moment, by=by, as_json=as_json)
+
+
+def _who_decides(by: str | None) -> str:
+    """The name that stands in approval and audit log: as given, the login's, or asked for where that is root.
+
+    Raises:
+        UsageError: it is no name, or there is none and no terminal to ask for it.
+    """
+    from shared.errors import UsageError
+    from wardround.approving import login_name
+
+    name = by if by is not None else login_name()
+    if name is None and not sys.stdin.isatty():
+        raise UsageError("--by: expected the name of whoever decides, got none: the login is root, which is nobody's name", "give it with --by NAME")
+    return _checked_name(typer.prompt("who decides (your name; the login is root)", err=True).strip() if name is None else name)
+
+
+def _checked_name(name: str) -> str:
+    from shared.errors import UsageError
+
+    if not 0 < len(name) <= 100 or not name.isprintable():
+        raise UsageError("--by: expected a name of at most 100 printable characters, got another text", "give a shorter name")
+    return name
 
 
 def _list(hospital: "Hospital", approvals: "Approvals", terminal: "Console", *, as_json: bool) -> None:
-    from wardround.approving import SHORT_HASH
+    from shared.study import SHORT_HASH
     from wardround.cli.output import print_envelope, table
 
     pending, given = approvals.pending(), approvals.given()
@@ -110,7 +133,9 @@ def _withdraw(hospital: "Hospital", question: "Question", by: str, terminal: "Co
         print_envelope({"study": asked.study, "study_hash": asked.study_hash, "withdrawn": there, "by": by})
 
 
-def _decide(hospital: "Hospital", question: "Question", terminal: "Console", *, yes: bool, expires: "datetime", by: str, as_json: bool) -> None:
+def _decide(
+    hospital: "Hospital", question: "Question", terminal: "Console", *, yes: bool, expires: "datetime", by: str | None, as_json: bool
+) -> None:
     import dataclasses
 
     from shared.errors import UsageError
@@ -118,13 +143,14 @@ def _decide(hospital: "Hospital", question: "Question", terminal: "Console", *, 
     from wardround.cli.output import print_envelope
 
     asked, budget = question.asked, costs(hospital, question.asked)
-    print_question(question, budget, terminal, expires=expires)
+    print_question(question, budget, terminal, expires=expires, limit=hospital.file.policy.max_epsilon)
     if not yes and not sys.stdin.isatty():
         raise UsageError("expected an answer on a terminal, got no terminal", "read what is asked, then give --yes")
     agreed = yes or typer.confirm("approve?", default=False, err=True)
-    if agreed:
-        approve(hospital, asked, by=by, expires=expires)
-    terminal.print(f"approved by {by}, until {expires:%Y-%m-%d}" if agreed else "not approved: it stays undecided", style="bold", markup=False)
+    who = _who_decides(by) if agreed else None
+    if who is not None:
+        approve(hospital, asked, by=who, expires=expires)
+    terminal.print(f"approved by {who}, until {expires:%Y-%m-%d}" if agreed else "not approved: it stays undecided", style="bold", markup=False)
     if as_json:
         print_envelope(
             {
@@ -132,36 +158,39 @@ def _decide(hospital: "Hospital", question: "Question", terminal: "Console", *, 
                 "budget": [dataclasses.asdict(cost) for cost in budget],
                 "remarks": list(question.remarks),
                 "approved": agreed,
-                "by": by if agreed else None,
+                "by": who,
                 "expires": expires.isoformat() if agreed else None,
             }
         )
 
 
-def print_question(question: "Question", budget: "list[Cost]", terminal: "Console", *, expires: "datetime") -> None:
+def print_question(question: "Question", budget: "list[Cost]", terminal: "Console", *, expires: "datetime", limit: float) -> None:
     """What is asked, line by line, as whoever decides should read it."""
     asked = question.asked
     terminal.print(f"study {asked.study}", style="bold", markup=False)
-    for label, text in _lines(question, budget, expires):
+    for label, text in _lines(question, budget, expires, limit):
         _print_line(label, text, terminal)
     if asked.unit == "none":
         terminal.print("WITHOUT PRIVACY: what leaves can tell of single patients", style="bold red")
 
 
-def _lines(question: "Question", budget: "list[Cost]", expires: "datetime") -> list[tuple[str, str]]:
+def _lines(question: "Question", budget: "list[Cost]", expires: "datetime", limit: float) -> list[tuple[str, str]]:
     from client.approvals import installed_code_hash
+    from shared.study import SHORT_HASH
+    from wardround.plural import plural
 
     asked = question.asked
     code = (
-        "the code installed here"
+        "the code installed here, nothing to compare"
         if asked.code_hash == installed_code_hash()
         else "NOT the code installed here: start the site anew, and let it be asked again"
     )
     lines = [
         ("purpose", asked.purpose or "none is given"),
-        ("hash", asked.study_hash),
+        ("hash", f"{asked.study_hash[:SHORT_HASH]}: the coordinator sees the same in 'study show' and 'study submit --dry-run'; ask by phone"),
+        ("", f"in full {asked.study_hash}"),
         ("task", asked.task),
-        ("model", f"{asked.num_parameters:,} parameters, architecture {asked.architecture}"),
+        ("model", f"{plural(asked.num_parameters, 'parameter')}; built from the task installed here, its architecture is {asked.architecture}"),
         ("code", f"{code}, {asked.code_hash}"),
         ("rounds", str(asked.rounds)),
         ("budget", asked.promise),
@@ -172,11 +201,18 @@ def _lines(question: "Question", budget: "list[Cost]", expires: "datetime") -> l
         ),
         *(("leaves" if not number else "", f"- {line}") for number, line in enumerate(asked.leaves)),
         *(("your cohort" if not number else "", _cost_text(cost)) for number, cost in enumerate(budget)),
+        *([("", _FILTER.format(limit=limit))] if budget else []),
         *(("note" if not number else "", remark) for number, remark in enumerate(question.remarks)),
     ]
     if question.approval is not None:
         lines.append(("approved", f"by {question.approval.by}, until {_until(question.approval)}; a new approval takes its place"))
     return [*lines, ("expires", f"{expires:%Y-%m-%d %H:%M} UTC, when you approve it now")]
+
+
+_FILTER = (
+    "these are not sums: your ledger holds a bound on all studies together (a Renyi filter), which is above a study's own epsilon, against "
+    "max_epsilon = {limit:g}; room is the epsilon of the one further study that it would still let in"
+)
 
 
 def _cost_text(cost: "Cost") -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.plural import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,9 +44,11 @@ def start(kit: SiteKitArgument, as_json: JsonLinesOption = False, debug: DebugOp
         hospital = Hospital.open(kit.resolve())
     quiet_flower_log()
     coordinator, stop = Coordinator.of(hospital.manifest, hospital.kit), threading.Event()
-    for warning in preflight(coordinator, hospital.manifest):
-        tell("warning", {"text": warning})
-    tell("starting", {"site": hospital.name, "coordinator": coordinator.address})
+
+    def begun() -> None:
+        tell("starting", {"site": hospital.name, "coordinator": coordinator.address})
+        for warning in preflight(coordinator, hospital.manifest):
+            tell("warning", {"text": warning})
 
     def observe(event: str, process: str, facts: Mapping[str, object]) -> None:
         tell(event, {"process": process, **facts})
@@ -55,7 +58,7 @@ def start(kit: SiteKitArgument, as_json: JsonLinesOption = False, debug: DebugOp
 
     before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run_station(hospital.kit, stop, observe=observe)
+        run_station(hospital.kit, stop, begun=begun, observe=observe)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -80,15 +83,14 @@ def status(kit: SiteKitArgument, as_json: JsonOption = False, debug: DebugOption
 
 def stop(kit: SiteKitArgument, as_json: JsonOption = False, debug: DebugOption = False) -> None:
     """Stop the running site; what it has agreed to and spent stays, and a study goes on when it is started again."""
-    from client.policy import SiteFile
-    from shared.errors import ConfigurationError
-    from shared.kit import SITE_FILE
+    from shared.root_log import root_log_unchanged
     from shared.supervision import stop_instance
     from wardround.cli.output import console, print_envelope
 
-    if not (kit / SITE_FILE).is_file():
-        raise ConfigurationError(f"{kit}: expected the folder of a site's kit that was taken up, got another", "correct the path")
-    was_running = stop_instance(kit / SiteFile.load(kit / SITE_FILE).state)
+    with root_log_unchanged():
+        from wardround.site_state import site_folder
+    _, state = site_folder(kit)
+    was_running = stop_instance(state)
     console(as_json=as_json).print("stopped" if was_running else "the site was not running", markup=False)
     if as_json:
         print_envelope({"kit": str(kit), "was_running": was_running})
@@ -141,6 +143,10 @@ def line_of(event: str, facts: Mapping[str, object], *, again: bool) -> tuple[st
             return f"WARN {_problem(str(facts['problem']))}", "yellow"
         case "reachable":
             return "the coordinator answers again", "green"
+        case "unwritable":
+            return f"WARN {facts['problem']}; until then this site answers no study", "yellow"
+        case "writable":
+            return "the state folder can be written to again", "green"
         case "answered":
             return _answered(facts)
         case "exited":
@@ -157,8 +163,8 @@ def _answered(facts: Mapping[str, object]) -> tuple[str, str | None]:
     match facts.get("kind"):
         case "refused" if "approval.missing" in reason:
             return f"{run} waits for this hospital's decision: wardround site approve KIT", "bold yellow"
-        case "refused":
-            return f"{run}: refused: {reason}", "yellow"
+        case "refused":  # what is this site's own fault, its log explains; nobody else may read that
+            return f"{run}: refused: {reason}{' state/daemon.log says what to do' if reason.startswith(('E1', 'E5')) else ''}", "yellow"
         case "enrolled":
             return f"{run}: this site takes part", "green"
         case "trained":
@@ -194,6 +200,7 @@ def _how(status: object) -> str:
 
 
 def _print_state(found: "SiteState", kit: Path, terminal: "Console") -> None:
+    from shared.study import SHORT_HASH
     from wardround.cli.output import table
 
     for line in _heading(found, kit):
@@ -203,12 +210,13 @@ def _print_state(found: "SiteState", kit: Path, terminal: "Console") -> None:
         terminal.print(table("", ["process", "state", "pid", "restarts"], rows))
     if found.approved:
         rows = [
-            [item.study, item.study_hash[:12], f"{item.expires:%Y-%m-%d}" if item.holds else f"expired {item.expires:%Y-%m-%d}", item.by]
+            [item.study, item.study_hash[:SHORT_HASH], f"{item.expires:%Y-%m-%d}" if item.holds else f"expired {item.expires:%Y-%m-%d}", item.by]
             for item in found.approved
         ]
         terminal.print(table("\napproved", ["study", "hash", "until", "by"], rows))
     if found.num_pending:
-        terminal.print(f"\n{_studies(found.num_pending)} to be decided: wardround site approve {kit}", style="yellow", markup=False, soft_wrap=True)
+        waiting = f"{plural(found.num_pending, 'study')} {'waits' if found.num_pending == 1 else 'wait'} to be decided"
+        terminal.print(f"\n{waiting}: wardround site approve {kit}", style="yellow", markup=False, soft_wrap=True)
     terminal.print()
     for line in _budget(found.spendings):
         terminal.print(line, markup=False)
@@ -216,10 +224,6 @@ def _print_state(found: "SiteState", kit: Path, terminal: "Console") -> None:
         terminal.print("\nlast rows of the audit log", style="bold")
     for row in found.last_rows:
         terminal.print(f"  {row.time[:19].replace('T', ' ')}  {row.event}{_details(row)}"[: terminal.width], markup=False)
-
-
-def _studies(number: int) -> str:
-    return "1 study waits" if number == 1 else f"{number} studies wait"
 
 
 def _heading(found: "SiteState", kit: Path) -> list[str]:

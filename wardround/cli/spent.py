@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.plural import plural
 
 if TYPE_CHECKING:
     from wardround.spending import Spending
 
-PathArgument = Annotated[Path, typer.Argument(metavar="SITE.TOML|RUN", help="A hospital's site file, or a run's folder.", show_default=False)]
+PathArgument = Annotated[
+    Path, typer.Argument(metavar="KIT|SITE.TOML|RUN", help="A hospital's kit or its site file, or a run's folder.", show_default=False)
+]
 
 
 def spent(
@@ -21,9 +24,9 @@ def spent(
 ) -> None:
     """Show what was spent on a cohort, by study, and what remains of a site's limit."""
     from wardround.cli.output import console, number, print_envelope, table
-    from wardround.spending import spending_of
+    from wardround.spending import site_file_of, spending_of
 
-    ledgers = spending_of(path, delta=delta)
+    ledgers = spending_of(site_file_of(path), delta=delta)
     terminal = console(as_json=as_json)
     columns = ["study", "run", "plan", "rounds", "steps", "epsilon alone", "of the whole plan"]
     for ledger in ledgers:
@@ -66,13 +69,13 @@ def _remarks(ledger: "Spending") -> list[str]:
         lines.append(f"room is left for one more study of about epsilon {ledger.remains:.2f}" if ledger.remains > 0.01 else "no room is left")
     standing = sum(study.standing for study in ledger.studies)
     if standing:
-        lines.append(f"charged in full and never finished: {standing} rounds")
+        lines.append(f"charged in full and never finished: {plural(standing, 'round')}")
     if any(study.state == "open" for study in ledger.studies) and ledger.limit is not None:
-        lines.append("an open plan that will not go on can be ended: wardround ledger close SITE.TOML RUN")
+        lines.append("an open plan that will not go on can be ended: wardround ledger close KIT RUN")
     if ledger.refused:
-        lines.append(f"turned away for want of room: {ledger.refused} studies")
+        lines.append(f"turned away for want of room: {plural(ledger.refused, 'study')}")
     if ledger.repairs:
-        lines.append(f"repaired {ledger.repairs} times; see 'wardround ledger verify'")
+        lines.append(f"repaired {plural(ledger.repairs, 'time')}; see 'wardround ledger verify'")
     return lines
 
 
@@ -80,9 +83,10 @@ def verify(path: PathArgument, as_json: JsonOption = False, debug: DebugOption =
     """Compute every epsilon again, from the ledgers' rows, by both accountants; exit code 1 where a claim says less."""
     from shared.errors import ClaimError
     from wardround.cli.output import console, number, print_envelope, table
+    from wardround.spending import site_file_of
     from wardround.verification import verify_path
 
-    checks = verify_path(path)
+    checks = verify_path(site_file_of(path))
     rows = [
         [
             check.name,

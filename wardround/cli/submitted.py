@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from server.status import LATE, NOT_THERE
+from shared.study import SHORT_HASH
 from wardround.cli.output import number, report_error, table
+from wardround.plural import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from rich.console import Console
 
@@ -22,11 +25,12 @@ def print_plan(plan: "DeploymentPlan", terminal: "Console") -> None:
     privacy = study.privacy
     budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise multiplier {privacy.noise_multiplier}"
     promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if study.private else "NO PRIVACY: every update is sent as it is"
-    required = "all sites" if study.rounds.require == "all" else f"at least {study.rounds.require} sites"
+    required = "all sites" if study.rounds.require == "all" else f"at least {plural(study.rounds.require, 'site')}"
     up, down = plan.up_bytes, plan.down_bytes
     facts = [
+        ["hash", f"{study.fingerprint()[:SHORT_HASH]}   hospitals see the same when they approve it"],
         ["task", plan.task],
-        ["model", f"{plan.num_parameters:,} parameters"],
+        ["model", plural(plan.num_parameters, "parameter")],
         ["strategy", study.strategy.name],
         ["rounds", f"{study.rounds.count}" + (f" in each of {study.evaluation.folds} folds" if study.evaluation.folds > 1 else "")],
         ["a round needs", f"{required} within {study.rounds.deadline}; for missing ones: {study.rounds.on_missing}"],
@@ -74,6 +78,7 @@ def print_run(run: "DeployedRun", status: "StudyStatus", terminal: "Console") ->
     terminal.print(f"{run.name}: {status.state}", style="bold", markup=False)
     for name, text in (
         ("study", f"{status.study}, task {status.task}"),
+        ("hash", f"{run.study.fingerprint()[:SHORT_HASH]}   hospitals see the same when they approve it"),
         ("submitted", f"{status.submitted.astimezone():%Y-%m-%d %H:%M}"),
         ("rounds", f"{status.round} of {status.rounds}" + (f", fold {status.fold} of {status.folds}" if status.folds > 1 else "")),
         ("metric", metric),
@@ -111,7 +116,7 @@ class WatchLines:
                 self._print_note(event)
             case RoundDone():
                 self._terminal.print(round_line(event), markup=False)
-                self._print_reasons(f"{site.name}: {site.status}: {site.reason}" for site in event.sites if site.reason)
+                self._print_reasons({site.name: f"{site.status}: {site.reason}" for site in event.sites if site.reason})
             case CoordinatorSeen():
                 text = "the coordinator runs again" if event.running else "WARN no coordinator runs: nothing goes on until it is started"
                 self._terminal.print(text, style="yellow", markup=False)
@@ -120,18 +125,22 @@ class WatchLines:
 
     def _print_note(self, event: "Noted") -> None:
         if event.level == "warning":
-            self._print_reasons([event.text])
+            if event.text not in self._told:
+                self._told.add(event.text)
+                self._terminal.print(f"  {event.text}", style="yellow", markup=False)
             return
         head, _, rest = event.text.partition("; ")
         self._terminal.print(head, style="dim", markup=False)
-        for reason, sites in by_reason(rest).items():
+        for reason, sites in by_reason(rest.replace(LATE, NOT_THERE)).items():  # nobody was late for a study that has not begun
             self._terminal.print(f"  {', '.join(sites)}: {reason}", style="yellow", markup=False)
 
-    def _print_reasons(self, reasons: "Iterable[str]") -> None:
-        for reason in reasons:
-            if reason not in self._told:
-                self._told.add(reason)
-                self._terminal.print(f"  {reason}", style="yellow", markup=False)
+    def _print_reasons(self, reasons: "Mapping[str, str]") -> None:
+        """What is new of a site, with all sites of which the same is new in one line."""
+        new = {name: reason for name, reason in reasons.items() if f"{name}: {reason}" not in self._told}
+        self._told |= {f"{name}: {reason}" for name, reason in new.items()}
+        for reason in dict.fromkeys(new.values()):
+            sites = ", ".join(name for name in new if new[name] == reason)
+            self._terminal.print(f"  {sites}: {reason}", style="yellow", markup=False)
 
     def _print_end(self, event: "StudyEnded") -> None:
         from wardround.watching import outcome_error
@@ -140,7 +149,7 @@ class WatchLines:
         if error is None:
             final = "" if event.value is None or event.metric is None else f": {_metric(event.metric, event.value, event.ci95)}"
             spent = f", epsilon {max(event.epsilon.values()):.2f} at most" if event.epsilon else ""
-            self._terminal.print(f"completed, {event.rounds_completed} rounds{final}{spent}", style="bold green", markup=False)
+            self._terminal.print(f"completed, {plural(event.rounds_completed, 'round')}{final}{spent}", style="bold green", markup=False)
         else:
             report_error(error, as_json=False)
 
@@ -148,7 +157,7 @@ class WatchLines:
 def round_line(event: "RoundDone") -> str:
     """`round 7/30  4 of 5 sites  AUROC 0.81 [0.78, 0.84]  epsilon 1.92/3  0:42`."""
     parts = [f"fold {event.fold}/{event.folds}"] if event.folds > 1 else []
-    parts += [f"round {event.round}/{event.rounds}", f"{event.usable} of {event.asked} sites"]
+    parts += [f"round {event.round}/{event.rounds}", f"{event.usable} of {plural(event.asked, 'site')}"]
     if event.metric is not None and event.value is not None:
         parts.append(_metric(event.metric, event.value, event.ci95))
     if event.epsilon is not None:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.results import Interval
+from wardround.plural import plural
 from wardround.report.history import fold_curves
 from wardround.report.run_files import RunFiles
 from wardround.report.wording import (
@@ -21,7 +22,6 @@ from wardround.report.wording import (
     metric_title,
     noise_sentence,
     number,
-    plural,
     upper_bound,
 )
 

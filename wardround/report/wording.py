@@ -133,13 +133,6 @@ def count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
 
 
-def plural(value: int, noun: str) -> str:
-    """ "1 site", "2 sites"; y becomes ies."""
-    if value == 1:
-        return f"1 {noun}"
-    return f"{value:,} {noun[:-1]}ies" if noun.endswith("y") else f"{value:,} {noun}s"
-
-
 def duration(seconds: float) -> str:
     """0.4 s, 42 s, 3 min 4 s, 2 h 5 min."""
     if not math.isfinite(seconds) or seconds < 0:
