@@ -2,13 +2,14 @@
 
 python benchmarks/deployment.py --data DIR --out DIR [--json]
 
-DIR holds processed.<hospital>.data of heart disease. Ten rounds of the shipped study at epsilon 3; then, in the same federation, five rounds of
-a model of 100,000 parameters on the same patients, to see what a round costs beyond training. `accuracy` is over the hospitals' own test
+DIR holds processed.<hospital>.data of heart disease. Ten rounds of the shipped study at epsilon 3; then, in the same federation, six rounds of
+a model of 100,000 parameters on the same patients (`large_heart_disease.py`), to see what a round costs beyond training. `accuracy` is over the hospitals' own test
 patients, who are drawn by each hospital's secret key: it differs from one federation to the next.
 """
 
 import argparse
 import json
+import os
 import signal
 import socket
 import statistics
@@ -25,33 +26,7 @@ from measuring import ROOT, Study, finish
 SITES = {"cleveland": ("cleveland", 199, 104), "hungary": ("hungarian", 172, 89), "switzerland": ("switzerland", 30, 16), "va": ("va", 85, 45)}
 PASSPHRASE = "a passphrase for this benchmark"
 COMMAND = (sys.executable, "-m", "wardround")
-LARGE = """name = "heart-disease-large"
-[label]
-name = "num"
-type = "binary"
-[[columns]]
-name = "age"
-type = "number"
-low = 0
-high = 120
-[[columns]]
-name = "trestbps"
-type = "number"
-low = 60
-high = 260
-[[columns]]
-name = "thalach"
-type = "number"
-low = 40
-high = 230
-[[columns]]
-name = "oldpeak"
-type = "number"
-low = -5
-high = 10
-[model]
-hidden = [310, 310]
-"""
+LARGE, LARGE_ROUNDS = "large_heart_disease", 6
 
 
 def wardround(*arguments: object) -> dict[str, object]:
@@ -111,6 +86,7 @@ def provision(data: Path, out: Path) -> Path:
         wardround("site", "init", kit, "--data", data / f"processed.{file}.data", "--task", "heart-disease", "--declared-size", size,
                   "--declared-test-size", test_size, "--epsilon", 20)  # fmt: skip
         site = (kit / "site.toml").read_text()
+        site = site.replace('allowed_tasks = ["heart-disease"]', 'allowed_tasks = ["heart-disease", "heart-disease-large"]')
         site = site.replace("exact_metrics = false", "exact_metrics = true").replace("min_metric_patients = 20", "min_metric_patients = 10")
         (kit / "site.toml").write_text(site)
     wardround(*shared, *(item for name in SITES for item in ("--approve", kits / "sites" / name / "request.json")))
@@ -159,6 +135,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])  # where the large task is
     study = Study.load(ROOT / "studies" / "heart-disease.toml").replace(rounds={"count": 10, "require": len(SITES)}, privacy={"noise_source": "os"})
     started = time.monotonic()
     kits = provision(arguments.data.resolve(), out)
@@ -181,9 +158,12 @@ def main() -> None:
             "coordinator_ready_seconds": ready - provisioned,
         }
         data["seconds_beyond_training"] = statistics.median(beyond_training(kits, result))
-    targets = {"total_seconds": 120, "coordinator_ready_seconds": 8, "seconds_beyond_training": 4}
+        changes = {"name": "heart-disease-large", "task": f"{LARGE}:task", "rounds": {"count": LARGE_ROUNDS}}
+        large = run_study(kits, study.replace(federation={"sites": 1, "partition": "iid"}, **changes), out)
+        data["large_seconds_beyond_training"] = statistics.median(beyond_training(kits, large))
+    targets = {"total_seconds": 120, "coordinator_ready_seconds": 8, "seconds_beyond_training": 4, "large_seconds_beyond_training": 4}
     for name, value in data.items():
-        print(f"{name:28} {value:8.3f}" + (f"  to reach: under {targets[name]}" if name in targets else ""), file=sys.stderr)
+        print(f"{name:32} {value:8.3f}" + (f"  to reach: under {targets[name]}" if name in targets else ""), file=sys.stderr)
     finish(data, as_json=arguments.json)
 
 

@@ -44,7 +44,12 @@ class Ask:
 
     def key(self, seed: int | None) -> bytes:
         """The key of all its randomness: fresh from the operating system, or drawn from a simulation's seed."""
-        return os.urandom(KEY_BYTES) if seed is None else derive_key(seed, self.account, self.site, self.fold, self.round)
+        return os.urandom(KEY_BYTES) if seed is None else release_key(seed, self.account, self.site, self.fold, self.round)
+
+
+def release_key(seed: int, account: AccountName, site: str, fold: int, round_number: int) -> bytes:
+    """The key of all a release's randomness in a simulation."""
+    return derive_key(seed, account, site, fold, round_number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

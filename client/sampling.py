@@ -38,11 +38,11 @@ def poisson_sample(num_units: int, sample_rate: float, stream: KeyedStream) -> I
     return np.flatnonzero(stream.uniforms(num_units) <= sample_rate)
 
 
-def poisson_batches(num_units: int, sample_rate: float, steps: int, stream: KeyedStream) -> list[IntArray]:
-    """What as many calls of `poisson_sample`, one after another, give."""
+def poisson_batches(num_units: int, sample_rate: float, steps: int, stream: KeyedStream) -> tuple[IntArray, IntArray]:
+    """What as many calls of `poisson_sample`, one after another, give: the step and the index of every unit, in order."""
     included = stream.uniforms(num_units * steps).reshape(steps, num_units) <= sample_rate
     step, unit = np.nonzero(included)
-    return np.split(unit, np.searchsorted(step, np.arange(1, steps)))
+    return step, unit
 
 
 def whole_patients(patients: Sequence[IntArray], most_records: int) -> Iterator[list[IntArray]]:

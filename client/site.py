@@ -113,12 +113,11 @@ class Admission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BegunRound:
-    """A round of training that a virtual site has agreed to and charged, with the key of all its randomness."""
+    """A round of training that a virtual site has agreed to and charged."""
 
     task: TrainTask
     admission: Admission
     charge: int | None  # None: nothing is promised
-    key: bytes = field(repr=False)
 
 
 class Site:
@@ -264,11 +263,12 @@ class Site:
             ProtocolError, BudgetExhaustedError: as `train`.
         """
         admission = self._admitted(task)
-        seed = self._seed(admission)
-        assert self.settings.virtual and seed is not None  # such noise is drawn again where a round is repeated, so no update need be kept
+        assert (
+            self.settings.virtual and self._seed(admission) is not None
+        )  # such noise is drawn again where a round is repeated, so no update need be kept
         ask = self._ask(task, admission)
         charge = self._charging(admission).reserve(ask, ask.request_on(digest)) if admission.plan.private else None
-        return BegunRound(task=task, admission=admission, charge=charge, key=ask.key(seed))
+        return BegunRound(task=task, admission=admission, charge=charge)
 
     def end_round(self, begun: BegunRound, update: Arrays, *, steps: int) -> Trained:
         """The second half: the charge is lowered to the steps really taken."""
@@ -505,7 +505,7 @@ def burn_down(plan: SitePlan, steps: int) -> SitePrivacy:
     """What `steps` steps of this plan cost, for the middle of a simulation: an upper bound that follows from that of the round before."""
     assert plan.noise_multiplier is not None and plan.delta is not None
     rounds, rest = divmod(steps, plan.steps_per_round)
-    if rest:
+    if rest or rounds >= plan.rounds:  # the whole of it, to the last digit as the plan says
         return site_privacy(plan, steps, cross_check=False)
     return SitePrivacy(
         epsilon=epsilon_after_rounds(plan.round_event(), rounds, plan.delta), delta=plan.delta, noise_multiplier=plan.noise_multiplier,

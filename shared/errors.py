@@ -98,6 +98,12 @@ class SiteFileError(WardroundError):
     code = "E112"
 
 
+class WorkerFailedError(WardroundError):
+    """A worker process of a simulation ended, or failed."""
+
+    code = "E113"
+
+
 class UsageError(WardroundError):
     """The command line was used wrongly."""
 

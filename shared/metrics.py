@@ -36,6 +36,8 @@ class Statistic:
         is_counts: True when every entry counts patients, so that resampling the entries is a bootstrap over patients.
         noised_widths: numbers of neighbouring entries along the last axis that share one draw where noise is added, and so are told apart no
             more; powers of two that sum to the axis; empty: a draw each. One patient's `sensitivity` holds for their sums too.
+        cells: for a sum to which a record adds its weight in one entry: (predictions, labels) -> `(N,)`, that entry's flat index. With it,
+            the sums of many sites are made at once; it must say what `summarise` does.
         agrees: whether the entries of an exact sum agree with each other, as those of a sum over patients do; None: any that are not negative.
     """
 
@@ -46,6 +48,7 @@ class Statistic:
     is_counts: bool = True
     noised_widths: tuple[int, ...] = ()
     agrees: Callable[[FloatArray], bool] | None = None
+    cells: Callable[[FloatArray, NDArray[np.generic]], NDArray[np.int64]] | None = None
 
     def __post_init__(self) -> None:
         fits = not self.noised_widths or (sum(self.noised_widths) == self.shape[-1] and all(w > 0 and w & (w - 1) == 0 for w in self.noised_widths))
@@ -160,10 +163,13 @@ def score_histogram(scores: FloatArray, cohort: Cohort) -> FloatArray:
     Args:
         scores: `(N,)` probabilities of the positive class.
     """
-    histogram = np.zeros((2, NUM_BINS))
-    positive = cohort.labels.astype(np.int64).reshape(-1)
-    np.add.at(histogram, (positive, bin_of_score(scores)), cohort.record_weights())
-    return histogram
+    counts = np.bincount(score_cells(scores, cohort.labels), weights=cohort.record_weights(), minlength=2 * NUM_BINS)
+    return np.asarray(counts, dtype=np.float64).reshape(2, NUM_BINS)
+
+
+def score_cells(scores: FloatArray, labels: NDArray[np.generic]) -> NDArray[np.int64]:
+    """`(N,)`: the entry of each record in the flattened histogram."""
+    return labels.astype(np.int64).reshape(-1) * NUM_BINS + bin_of_score(scores)
 
 
 def bin_of_score(scores: FloatArray) -> NDArray[np.int64]:
@@ -244,7 +250,7 @@ def calibration_error(histogram: FloatArray) -> float | None:
     return sum(abs(score - rate) * count for score, rate, count in points) / total if total > 0 else None
 
 
-SCORE_HISTOGRAM = Statistic(name="score_histogram", shape=(2, NUM_BINS), summarise=score_histogram, noised_widths=NOISED_WIDTHS)
+SCORE_HISTOGRAM = Statistic(name="score_histogram", shape=(2, NUM_BINS), summarise=score_histogram, noised_widths=NOISED_WIDTHS, cells=score_cells)
 BINARY_METRICS = (
     Metric(name="auroc", statistic=SCORE_HISTOGRAM, finish=auroc, low=0, high=1),
     Metric(name="accuracy", statistic=SCORE_HISTOGRAM, finish=binary_accuracy, low=0, high=1),
@@ -261,12 +267,14 @@ def confusion_metrics(num_classes: int) -> tuple[Metric, ...]:
     """Accuracy and macro F1 over K classes, from a `(K, K)` confusion matrix (row: true class, column: highest score)."""
 
     def summarise(scores: FloatArray, cohort: Cohort) -> FloatArray:
-        matrix = np.zeros((num_classes, num_classes))
-        predicted = np.nan_to_num(scores, nan=0.0).argmax(axis=1)
-        np.add.at(matrix, (cohort.labels.astype(np.int64).reshape(-1), predicted), cohort.record_weights())
-        return matrix
+        counts = np.bincount(cells(scores, cohort.labels), weights=cohort.record_weights(), minlength=num_classes**2)
+        return np.asarray(counts, dtype=np.float64).reshape(num_classes, num_classes)
 
-    statistic = Statistic(name="confusion", shape=(num_classes, num_classes), summarise=summarise)
+    def cells(scores: FloatArray, labels: NDArray[np.generic]) -> NDArray[np.int64]:
+        predicted = np.nan_to_num(scores, nan=0.0).argmax(axis=1)
+        return np.asarray(labels.astype(np.int64).reshape(-1) * num_classes + predicted)
+
+    statistic = Statistic(name="confusion", shape=(num_classes, num_classes), summarise=summarise, cells=cells)
     return (
         Metric(name="accuracy", statistic=statistic, finish=confusion_accuracy, low=0, high=1),
         Metric(name="macro_f1", statistic=statistic, finish=macro_f1, low=0, high=1),

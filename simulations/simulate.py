@@ -115,13 +115,14 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
 
 def execute(
     setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None,
-    execution: Execution = "auto", memory: int = DEFAULT_MEMORY,
+    execution: Execution = "auto", memory: int = DEFAULT_MEMORY, processes: int | None = None,
 ) -> None:  # fmt: skip
     """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
 
     Args:
         execution: many virtual sites at once ("blocks"), one after another ("sequential"), or the first where it can be ("auto").
         memory: bytes that training in blocks may take.
+        processes: that train blocks; None: one for each core where there is enough to do, else this one.
 
     Raises:
         WardroundError: what stopped the study; the folder's outcome is then "failed".
@@ -130,7 +131,7 @@ def execute(
     if baselines:
         check_baselines(setting)
     started = time.monotonic()
-    choice = choose(setting, execution, memory)
+    choice = choose(setting, execution, memory, processes)
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
@@ -173,10 +174,13 @@ def describe(setting: Setting) -> str:
 def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting, choice: Choice) -> None:
     app = client_app(lambda context: sites[str(context.node_config["site"])])
     ordered = {name: sites[name] for name in sorted(sites)}
-    grid = (
-        BlockEngine(app, ordered, setting.task, setting.study, block_size=choice.block_size) if choice.blocks else InProcessGrid(app, ordered)
-    )  # fmt: skip
-    server_app(coordinator)(grid, Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={}))
+    context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
+    if not choice.blocks:
+        server_app(coordinator)(InProcessGrid(app, ordered), context)
+        return
+    engine = BlockEngine(app, ordered, setting.task, setting.study, block_size=choice.block_size, num_workers=choice.num_workers)
+    with contextlib.closing(engine):
+        server_app(coordinator)(engine, context)
 
 
 def _federation(setting: Setting) -> VirtualFederation:

@@ -108,6 +108,7 @@ def simulate(
     baselines: bool | None = None,
     resume: str | Path | None = None,
     execution: Literal["auto", "blocks", "sequential"] = "auto",
+    processes: int | None = None,
     memory: int = 2_000_000_000,
     observe: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Run:
@@ -121,7 +122,8 @@ def simulate(
         resume: an earlier run's folder, to go on from its last complete round; one that is complete is given back as it is.
         execution: train many virtual sites at once ("blocks"), one after another ("sequential"), or the first where the study allows it ("auto");
             the results agree but for the rounding of float32.
-        memory: bytes that training may take at most.
+        processes: that train blocks; None: one for each core where there is enough to do. They make no difference to the result.
+        memory: bytes that training in blocks may take at most.
         observe: called with every round's record.
 
     Raises:
@@ -148,7 +150,7 @@ def simulate(
             return Run(folder.path)
     run = Run(folder.path)
     try:
-        execute(setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory)
+        execute(setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory, processes=processes)
     except BaseException:
         with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none
             run.report()

@@ -1,5 +1,7 @@
 """Many sites at once, or one after another: a function of task, study, sites and memory alone, so that a run repeated chooses alike."""
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +20,8 @@ Execution = Literal["auto", "blocks", "sequential"]
 DEFAULT_MEMORY = 2_000_000_000  # bytes
 CACHE_BYTES = 24_000_000  # of a block: what one core keeps near; larger blocks gain nothing
 MOST_SITES = 256
+LEAST_BLOCKS = 4  # a round, so that several processes have something to do
+MANY_SITE_ROUNDS = 10_000  # from there on several processes are worth their start
 NUM_PROBE_PATIENTS = 6
 TOLERANCE = 1e-4
 COPIES = 12  # of a site's parameters while it trains: itself, gradient, noise, optimizer, temporaries
@@ -28,6 +32,7 @@ class Choice:
     """How the sites of a simulation are trained. `block_size` is 1 where one after another; then `reason` says why."""
 
     block_size: int
+    num_workers: int = 0  # processes beside this one; 0: this one trains
     reason: str = ""
 
     @property
@@ -39,8 +44,8 @@ class Choice:
         return f"in blocks of up to {self.block_size} sites" if self.blocks else f"one site after another ({self.reason})"
 
 
-def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY) -> Choice:
-    """How to run this setting.
+def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY, processes: int | None = None) -> Choice:
+    """How to run this setting. The number of processes has no effect on the result.
 
     Raises:
         ConfigurationError: blocks were asked for and cannot be.
@@ -48,7 +53,7 @@ def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY)
     if execution == "sequential":
         return Choice(block_size=1, reason="as asked")
     try:
-        choice = Choice(block_size=_block_size(setting, memory))
+        choice = Choice(block_size=_block_size(setting, memory), num_workers=_num_workers(setting, processes))
     except NotStackableError as error:
         choice = Choice(block_size=1, reason=str(error))
     if execution == "blocks" and not choice.blocks:
@@ -76,7 +81,16 @@ def _block_size(setting: Setting, memory: int) -> int:
     most = memory // site_bytes
     if most < 2:
         raise NotStackableError(f"two sites at once need {2 * site_bytes / 1e9:.1f} GB of memory")
-    return int(min(len(sizes), MOST_SITES, most, max(2, CACHE_BYTES // site_bytes)))
+    return int(max(2, min(math.ceil(len(sizes) / LEAST_BLOCKS), MOST_SITES, most, CACHE_BYTES // site_bytes)))
+
+
+def _num_workers(setting: Setting, processes: int | None) -> int:
+    """One for each core where training takes far longer than their start; none where one process is enough."""
+    if processes is not None:
+        return processes if processes > 1 else 0
+    rounds = setting.study.rounds.count * setting.study.evaluation.folds
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores > 1 and len(setting.site_names) * rounds >= MANY_SITE_ROUNDS else 0
 
 
 def _rows_of(study: Study, num_patients: int) -> int:

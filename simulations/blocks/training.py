@@ -8,7 +8,7 @@ For simulations only: sums and noise are in the model's own type, float32 as a r
 S: sites of the block, those with most steps first. B: rows of a site in a step. N: records of all sites.
 """
 
-import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,7 @@ class Records:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Batches:
-    """The batches of all sites and steps: `records[starts[t, s] : ends]`, counted by `counts`, `(steps, S)`."""
+    """The batches of all sites: how many records each has in each step, `(steps, S)`, and which."""
 
     counts: IntArray
     records: list[IntArray]  # a step: the records of all sites, site after site
@@ -81,8 +81,8 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     flat, gradients = nn.Parameter(stacked.flat[: len(sites)], requires_grad=False), stacked.gradients[: len(sites)]
     for name, (span, _) in stacked.spans.items():
         flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
-    batches = _draw(sites, local)
-    steps = np.array([site.plan.steps_per_round if private else _num_steps(batches, row) for row, site in enumerate(sites)])
+    steps = np.array([steps_of(local.study, site.part.num_records, site.plan.declared_size) for site in sites])
+    batches = _draw(sites, local, int(steps.max(initial=0)))
     optimizer = local_optimizer(local.study, [flat], local.round_number)
     proximal = ProximalTerm(local.study, [flat])
     noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
@@ -146,46 +146,46 @@ class _BlockNoise:
         totals.div_(self._grid.spacing).round_().add_(noise).mul_(self._scales[:active].to(totals.dtype))
 
 
-def _draw(sites: list[SiteWork], local: LocalRound) -> _Batches:
+def _draw(sites: list[SiteWork], local: LocalRound, num_steps: int) -> _Batches:
     """Every site's batches, as it draws them alone."""
-    drawn = [_batches_of(site, local) for site in sites]
-    counts = np.array([[len(batch) for batch in batches] for batches in itertools.zip_longest(*drawn, fillvalue=EMPTY)], dtype=np.int64)
-    records = [
-        np.concatenate([batch + site.start for site, batch in zip(sites, batches, strict=True)])
-        for batches in itertools.zip_longest(*drawn, fillvalue=EMPTY)
-    ]
-    return _Batches(counts=counts.reshape(len(records), len(sites)), records=records)
+    drawn = [_records_by_step(site, local) for site in sites]
+    steps = np.concatenate([steps for steps, _ in drawn])
+    records = np.concatenate([records + site.start for site, (_, records) in zip(sites, drawn, strict=True)])
+    counts = np.stack([np.bincount(steps, minlength=num_steps) for steps, _ in drawn], axis=1)
+    order = np.argsort(steps, kind="stable")  # by step, and within it site after site
+    return _Batches(counts=counts, records=np.split(records[order], np.cumsum(counts.sum(axis=1))[:-1]))
 
 
-EMPTY = np.empty(0, dtype=np.int64)
-
-
-def _batches_of(site: SiteWork, local: LocalRound) -> list[IntArray]:
-    if not local.study.private:
-        return round_batches(site.part.num_records, local.study, generator_of(site.key))
-    stream = KeyedStream(subkey(site.key, b"sampling"))
+def _records_by_step(site: SiteWork, local: LocalRound) -> tuple[IntArray, IntArray]:
+    """Which records of the site are in which step, in the order of the steps, `(n,)` each."""
     plan = site.plan
+    if not local.study.private:
+        return _joined(round_batches(site.part.num_records, local.study, generator_of(site.key)))
+    stream = KeyedStream(subkey(site.key, b"sampling"))
     if plan.unit == "record":
         return poisson_batches(site.part.num_records, plan.sample_rate, plan.steps_per_round, stream)
     if not site.index.several_records:
-        return [
-            site.index.one_record_each(who, stream) for who in poisson_batches(site.part.num_patients, plan.sample_rate, plan.steps_per_round, stream)
-        ]
+        steps, patients = poisson_batches(site.part.num_patients, plan.sample_rate, plan.steps_per_round, stream)
+        return steps, site.index.one_record_each(patients, stream)
     batches = []
     for _ in range(plan.steps_per_round):
         units = sample_units(site.part, site.index, local, plan, stream)
         assert isinstance(units, np.ndarray)  # several records of a patient, clipped as one, are not for blocks
         batches.append(units)
-    return batches
+    return _joined(batches)
 
 
-def _num_steps(batches: _Batches, row: int) -> int:
-    return int((batches.counts[:, row] > 0).sum())
+def _joined(batches: list[IntArray]) -> tuple[IntArray, IntArray]:
+    steps = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
+    return steps, np.concatenate([*batches, np.empty(0, dtype=np.int64)])
 
 
 def steps_of(study: Study, num_records: int, declared_size: int) -> int:
     """How many steps a site takes in a round, whatever it draws; those of a block should end together."""
-    return shape_site(study, declared_size).steps_per_round if study.private else len(round_batches(num_records, study, generator_of(bytes(32))))
+    if study.private:
+        return shape_site(study, declared_size).steps_per_round
+    training = study.training
+    return training.local_steps if training.local_steps and num_records else training.local_epochs * math.ceil(num_records / training.batch_size)
 
 
 def flat_updates(stacked: StackedModel, received: Parameters, num_sites: int) -> NDArray[np.floating]:

@@ -11,6 +11,7 @@ import pytest
 from server.run_folder import RunFolder
 from shared.results import PrivacyClaim, Result, RoundRecord
 from shared.study import Study
+from simulations.blocks.choice import Execution
 from simulations.simulate import execute, prepare, resume_run, start_run
 
 STUDY = {
@@ -97,10 +98,12 @@ class Runner:
         baselines: bool = False,
         resume: Path | None = None,
         observe: Callable[[RoundRecord], None] = lambda record: None,
+        execution: Execution = "auto",
+        processes: int | None = None,
     ) -> Finished:
         setting = prepare(study, data)
         folder = start_run(setting, self.out) if resume is None else resume_run(setting, resume)
-        execute(setting, folder, baselines=baselines, observe=observe)
+        execute(setting, folder, baselines=baselines, observe=observe, execution=execution, processes=processes)
         return Finished(folder=folder)
 
     def latest(self) -> Finished:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import client.site
+import simulations.blocks.trainer
 from client.ledger import reading
 from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
@@ -19,6 +20,7 @@ from shared.privacy import epsilon_of
 from shared.results import RoundRecord
 from shared.task import Task, architecture_hash, resolve_task
 from simulations.baselines import pool
+from simulations.blocks.choice import Execution
 from simulations.federation import virtual_federation
 from simulations.simulate import execute, prepare, resume_run, start_run
 
@@ -211,7 +213,7 @@ def test_an_interrupt_in_the_middle_of_training_leaves_the_reservation(runner, m
     with monkeypatch.context() as patch:
         patch.setattr(client.site, "train_round_private", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.run(runner.study())
+            runner.run(runner.study(), execution="sequential")
     run = runner.latest()
     assert run.result.outcome == "interrupted"
     states = {}
@@ -219,19 +221,21 @@ def test_an_interrupt_in_the_middle_of_training_leaves_the_reservation(runner, m
         with reading(run.folder.path / "ledgers" / f"{name}.sqlite") as ledger:
             states[name] = [charge.committed for charge in ledger.charges()]
     assert states == {"site-1": [True, True], "site-2": [True, False], "site-3": [True]}
-    whole = runner.run(runner.study())
-    resumed = runner.run(run.folder.study, resume=run.folder.path)
+    whole = runner.run(runner.study(), execution="sequential")
+    resumed = runner.run(run.folder.study, resume=run.folder.path, execution="sequential")
     assert resumed.model() == whole.model()
     assert resumed.comparable == whole.comparable
 
 
-def test_a_failure_is_told_in_the_result(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("execution", ["sequential", "blocks"])
+def test_a_failure_is_told_in_the_result(runner, monkeypatch: pytest.MonkeyPatch, execution: Execution) -> None:
     def broken(*arguments: object, **named: object) -> int:
         raise RuntimeError("patient 17 has HIV")
 
     monkeypatch.setattr(client.site, "train_round_private", broken)
+    monkeypatch.setattr(simulations.blocks.trainer, "train_block", broken)
     with pytest.raises(QuorumLostError, match="E101"):
-        runner.run(runner.study())
+        runner.run(runner.study(), execution=execution)
     run = runner.latest()
     assert run.result.outcome == "failed"
     assert "HIV" not in (run.folder.path / "result.json").read_text() + (run.folder.path / "privacy.json").read_text()

@@ -1,5 +1,6 @@
 """`coordinator start|status|stop`: what is told of a running one, and what is said where none runs."""
 
+import itertools
 import json
 import logging
 import threading
@@ -127,7 +128,8 @@ def test_every_change_is_told_once_and_studies_in_the_order_of_submission() -> N
 
 def test_the_attendant_tells_a_lasting_error_once_and_what_happens_after_it() -> None:
     told: list[Happening] = []
-    looks = iter([ConfigurationError("damaged"), ConfigurationError("damaged"), StorageError("full"), status(sites={"north": "online"})])
+    damaged, well = ConfigurationError("damaged"), status(sites={"north": "online"})
+    looks = itertools.chain([damaged, damaged, StorageError("full")], itertools.repeat(well))  # it goes on looking until it is stopped
     done = threading.Event()
 
     def look() -> CoordinatorStatus:

@@ -55,6 +55,10 @@ def simulate(
         Literal["auto", "blocks", "sequential"],
         typer.Option("--execution", help="Train many sites at once, or one after another; auto: at once where the study allows it."),
     ] = "auto",
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", metavar="N", min=1, help="That train; default: one a core where there is enough to do.", show_default=False),
+    ] = None,
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What training may take at most, for example 4G or 500M.")] = "2G",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -65,7 +69,7 @@ def simulate(
     chosen = resumed_study(resume, study, changes) if resume is not None else read_study(study, task, changes)
     if baselines is None and resume is None:
         baselines = study is None and task is None
-    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, execution=execution, memory=num_bytes, as_json=as_json)
+    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, execution=execution, processes=processes, memory=num_bytes, as_json=as_json)
 
 
 def parse_memory(text: str) -> int:
@@ -112,7 +116,7 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
 
 def _run(
     study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None,
-    execution: Literal["auto", "blocks", "sequential"], memory: int, as_json: bool,
+    execution: Literal["auto", "blocks", "sequential"], processes: int | None, memory: int, as_json: bool,
 ) -> None:  # fmt: skip
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
@@ -124,7 +128,7 @@ def _run(
     lines = RoundLines(study, terminal)
     with lines:
         run = run_simulation(
-            study, data=data, out=out, baselines=baselines, resume=resume, execution=execution, memory=memory, observe=lines.observe
+            study, data=data, out=out, baselines=baselines, resume=resume, execution=execution, processes=processes, memory=memory, observe=lines.observe
         )  # fmt: skip
         result = run.result
         lines.finish(result)

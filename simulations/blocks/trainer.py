@@ -1,0 +1,106 @@
+"""A block of sites trained and evaluated: the part of a round that needs patients, in this process or in a worker's.
+
+S: sites of the block. D: entries of a model's state.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from client.charging import release_key
+from client.local_training import LocalRound
+from client.sampling import PatientIndex
+from client.site import predictions_of
+from shared.cohort import Cohort, IntArray
+from shared.metrics import Statistic
+from shared.models import Parameters, set_parameters
+from shared.study import Study
+from shared.task import Task
+from simulations.blocks.patients import Part, Patients
+from simulations.blocks.stacked import StackedModel
+from simulations.blocks.training import Records, SiteWork, flat_updates, train_block
+
+Sums = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a block came to: steps taken `(S,)`, updates `(S, D)`, and each statistic `(S, *shape)` of the parameters received; none with noise."""
+
+    steps: IntArray
+    updates: NDArray[np.floating]
+    sums: Sums
+
+
+class BlockTrainer:
+    """Trains blocks of at most `block_size` sites of one fold."""
+
+    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int) -> None:
+        self._task = task
+        self._study = study
+        self._patients = patients
+        self._model = task.model()
+        self._stacked = StackedModel(self._model, block_size)
+        self._indices: dict[int, PatientIndex] = {}
+        training = patients.training
+        self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
+
+    def train(self, round_number: int, fold: int, sites: list[int], received: Parameters) -> Outcome:
+        """The block of these sites, those with most steps first, from the parameters received."""
+        sums = {} if self._study.noised_statistics else self._evaluate(sites, received)
+        local = LocalRound(study=self._study, task=self._task, round_number=round_number)
+        works = [self._work(site, fold, round_number) for site in sites]
+        steps = train_block(self._stacked, received, works, self._records, local)
+        return Outcome(steps=steps, updates=flat_updates(self._stacked, received, len(sites)), sums=sums)
+
+    def _work(self, site: int, fold: int, round_number: int) -> SiteWork:
+        patients = self._patients
+        part = patients.training.cohort(site)
+        if site not in self._indices:
+            self._indices[site] = PatientIndex(part)
+        key = release_key(self._study.seed, "training", patients.names[site], fold, round_number)
+        return SiteWork(
+            name=patients.names[site], plan=patients.plans[site], part=part, index=self._indices[site], start=int(patients.training.starts[site]), key=key
+        )  # fmt: skip
+
+    def _evaluate(self, sites: list[int], received: Parameters) -> Sums:
+        """Every site's statistics: one pass over the test records of all of them."""
+        declared = {metric.statistic.name: metric.statistic for metric in self._task.metrics}
+        part = self._patients.test
+        tested = _select(part, sites)
+        if not len(tested.labels):
+            return {name: np.zeros((len(sites), *statistic.shape)) for name, statistic in declared.items()}
+        set_parameters(self._model, received)
+        together = Cohort(inputs=tested.inputs, labels=tested.labels, patient_of_record=tested.patient_of_record, patient_ids=("",))
+        predictions = predictions_of(self._task, self._model, together)
+        return {name: _sums_by_site(statistic, predictions, tested) for name, statistic in declared.items()}
+
+
+def _select(part: Part, sites: list[int]) -> Part:
+    """These sites' records, one site after another."""
+    spans = [slice(int(part.starts[site]), int(part.starts[site + 1])) for site in sites]
+    return Part(
+        inputs=tuple(np.concatenate([values[span] for span in spans]) for values in part.inputs),
+        labels=np.concatenate([part.labels[span] for span in spans]),
+        patient_of_record=np.concatenate([part.patient_of_record[span] for span in spans]),
+        starts=np.cumsum([0, *[span.stop - span.start for span in spans]]),
+        num_patients=part.num_patients[sites],
+    )
+
+
+def _sums_by_site(statistic: Statistic, predictions: NDArray[np.float64], part: Part) -> NDArray[np.float64]:
+    """`(S, *shape)`: the statistic of each site's records."""
+    cohorts = [part.cohort(site) for site in range(len(part.num_patients))]
+    if statistic.cells is not None:
+        size = int(np.prod(statistic.shape))
+        offsets = np.repeat(np.arange(len(cohorts)) * size, np.diff(part.starts))
+        weights = np.concatenate([cohort.record_weights() for cohort in cohorts])
+        counts = np.bincount(offsets + statistic.cells(predictions, part.labels), weights=weights, minlength=len(cohorts) * size)
+        return np.asarray(counts, dtype=np.float64).reshape(len(cohorts), *statistic.shape)
+    sums = [
+        statistic.summarise(predictions[part.starts[site] : part.starts[site + 1]], cohort) if cohort.num_records else np.zeros(statistic.shape)
+        for site, cohort in enumerate(cohorts)
+    ]
+    return np.asarray(sums, dtype=np.float64)
