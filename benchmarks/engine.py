@@ -20,8 +20,10 @@ import client.site
 import shared.task
 from shared.models import mlp
 from shared.tasks.breast_cancer import breast_cancer
+from simulations.blocks import trainer
 
 T = TypeVar("T")
+ONE_BY_ONE = ("train_round", "train_round_private", "evaluate_parameters")
 
 HIDDEN = (96, 64)  # 30 x 96 + 96 + 96 x 64 + 64 + 64 + 1 = 9,249 parameters
 ROUNDS = 11  # the first is left out
@@ -53,13 +55,13 @@ def ten_thousand_parameters() -> shared.task.Task:
     return dataclasses.replace(breast_cancer(), model=lambda: mlp(30, 1, hidden=HIDDEN))
 
 
-def own_cost(private: bool, sites: int) -> float:
+def own_cost(private: bool, sites: int, *, blocks: bool) -> float:
     """Median milliseconds a site and round, training and evaluation taken off."""
     watch = Stopwatch()
-    names = ("train_round", "train_round_private", "evaluate_parameters")
-    originals = {name: getattr(client.site, name) for name in names}
-    for name, function in originals.items():
-        setattr(client.site, name, watch.around(function))
+    places = [(trainer, "train_block"), (trainer.BlockTrainer, "_evaluate")] if blocks else [(client.site, name) for name in ONE_BY_ONE]
+    originals = [getattr(place, name) for place, name in places]
+    for (place, name), function in zip(places, originals, strict=True):
+        setattr(place, name, watch.around(function))
     privacy = {"epsilon": 3.0, "delta": 1e-4} if private else {"unit": "none"}
     study = Study.from_table(
         {
@@ -77,10 +79,13 @@ def own_cost(private: bool, sites: int) -> float:
     from wardround import simulate
 
     try:
-        simulate(study, out=tempfile.mkdtemp(prefix="wardround-benchmark-"), observe=lambda record: ends.append((time.perf_counter(), watch.seconds)))
+        simulate(
+            study, out=tempfile.mkdtemp(prefix="wardround-benchmark-"), execution="blocks" if blocks else "sequential", processes=1,
+            observe=lambda record: ends.append((time.perf_counter(), watch.seconds)),
+        )  # fmt: skip
     finally:
-        for name, function in originals.items():
-            setattr(client.site, name, function)
+        for (place, name), function in zip(places, originals, strict=True):
+            setattr(place, name, function)
     spans = [(b[0] - a[0]) - (b[1] - a[1]) for a, b in itertools.pairwise(ends)]
     return statistics.median(spans) / sites * 1000
 
@@ -91,9 +96,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     data: dict[str, object] = {"sites": arguments.sites}
-    for name, private in (("no privacy", False), ("private, ledger and accounting included", True)):
-        data[name] = own_cost(private, arguments.sites)
-        print(f"{name}: {data[name]:.3f} ms a site and round  to reach: under 1 ms", file=sys.stderr)
+    for blocks in (True, False):
+        for name, private in (("no privacy", False), ("private, ledger and accounting included", True)):
+            key = f"{name}, {'in blocks' if blocks else 'site by site'}"
+            data[key] = own_cost(private, arguments.sites, blocks=blocks)
+            print(f"{key}: {data[key]:.3f} ms a site and round  to reach: under 1 ms", file=sys.stderr)
     finish(data, as_json=arguments.json)
 
 

@@ -22,8 +22,11 @@ COMPOSITION = (
     "both are upper bounds and the tighter one is the claim. Over several studies a hospital's limit is held by a Renyi filter"
 )
 ACCOUNTANTS = ["dp-accounting PLD (add/remove one)", "Opacus PRV (add/remove one)"]
+NOISE = {
+    False: "ChaCha20 is taken for random, and the evaluation of the Box-Muller transform in float64 for exact",
+    True: "the noise of this simulation follows from its seed (Philox, Box-Muller in float32), and protects nobody; a site's own is ChaCha20, in float64",
+}
 ASSUMED = [
-    "ChaCha20 is taken for random, and the evaluation of the Box-Muller transform in float64 for exact",
     "a gradient has the same bits wherever its record stands in a batch of one public shape (kernels are tested for it, not proved)",
     "every site runs this code unchanged, on all records of its patients; nobody checks that from outside",
     "in the model a patient's gradient depends on that patient's records and the parameters alone (real sites probe for it before they train)",
@@ -51,6 +54,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str
         )  # fmt: skip
     unit = study.privacy.unit
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
+    assumed = [NOISE[privacy.seeded_noise], *ASSUMED]
     return PrivacyClaim(
         unit=unit,
         neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more: up to twice epsilon)",
@@ -61,9 +65,9 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str
         protects=not privacy.seeded_noise,
         covered=_covered(study) if privacy.sites else [],
         not_covered=_not_covered(study, privacy),
-        assumed=ASSUMED
+        assumed=assumed
         if federation is None or study.privacy.patients_overlap
-        else [*ASSUMED, "no patient is known to two sites (the study declares it)"],
+        else [*assumed, "no patient is known to two sites (the study declares it)"],
         accountants=ACCOUNTANTS,
         sites={name: _site_claim(spent, declared_sizes[name], seeded=privacy.seeded_noise) for name, spent in privacy.sites.items()},
         federation=federation,

@@ -76,6 +76,31 @@ class Cohort:
             notes={},
         )
 
+    def divide(self, parts: Mapping[str, IntArray]) -> "dict[str, Cohort]":
+        """As `select` of each part, which share no patient, but in one pass over all records."""
+        owner = np.full(self.num_patients, -1, dtype=np.int64)
+        for number, chosen in enumerate(parts.values()):
+            owner[chosen] = number
+        owner_of_record = owner[self.patient_of_record]
+        order = np.argsort(owner_of_record, kind="stable")
+        ends = np.searchsorted(owner_of_record[order], np.arange(-1, len(parts)), side="right")
+        place = np.empty(self.num_patients, dtype=np.int64)  # of a patient among its part's
+        cohorts = {}
+        for number, (name, chosen) in enumerate(parts.items()):
+            patients, records = np.sort(chosen), order[ends[number] : ends[number + 1]]
+            place[patients] = np.arange(len(patients))
+            cohorts[name] = replace(
+                self,
+                inputs=tuple(values[records] for values in self.inputs),
+                labels=self.labels[records],
+                patient_of_record=place[self.patient_of_record[records]],
+                patient_ids=tuple(self.patient_ids[index] for index in patients.tolist()),
+                attributes={key: values[patients] for key, values in self.attributes.items()},
+                published_test=None if self.published_test is None else self.published_test[patients],
+                notes={},
+            )
+        return cohorts
+
     def label_of_patient(self) -> NDArray[np.generic]:
         """The label of each patient's first record, `(P, ...)`."""
         first = np.full(self.num_patients, -1, dtype=np.int64)

@@ -64,7 +64,7 @@ def virtual_federation(task: Task, study: Study, data: Path | None) -> VirtualFe
     if cohort.num_patients == 0:
         raise DataMissingError("expected patients, got none", "check the data given with --data")
     partition = partition_cohort(cohort, study.federation, seed=study.seed)
-    cohorts = {name: cohort.select(patients) for name, patients in partition.items()}
+    cohorts = cohort.divide(partition)
     for name, part in cohorts.items():
         _check_training_patients(name, part, study)
     return VirtualFederation(cohorts=cohorts, synthetic=cohort.synthetic, notes=cohort.notes)

@@ -270,7 +270,7 @@ def _synthetic_column(column: Column, count: int, rng: np.random.Generator) -> N
     low, high = (np.log(column.low), np.log(column.high)) if column.scale == "log" else (column.low, column.high)
     values = low + scaled * (high - low)
     values = np.exp(values) if column.scale == "log" else values
-    return np.asarray([repr(float(np.clip(value, column.low, column.high))) for value in values])
+    return np.asarray([repr(value) for value in np.clip(values, column.low, column.high).tolist()])
 
 
 def _synthetic_score(frame: pd.DataFrame, schema: TableSchema) -> NDArray[np.float64]:
@@ -285,6 +285,6 @@ def _synthetic_label(label: Column, score: NDArray[np.float64], rng: np.random.G
     noisy = score + rng.logistic(size=len(score))
     if label.type == "number":
         assert label.low is not None and label.high is not None
-        return np.asarray([repr(float(value)) for value in label.low + (label.high - label.low) / (1 + np.exp(-noisy / 2))])
+        return np.asarray([repr(value) for value in (label.low + (label.high - label.low) / (1 + np.exp(-noisy / 2))).tolist()])
     edges = np.quantile(noisy, np.linspace(0, 1, len(label.values) + 1)[1:-1])
     return np.asarray(label.values)[np.searchsorted(edges, noisy)]

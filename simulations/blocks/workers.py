@@ -86,7 +86,7 @@ class Pool:
         command = [sys.executable, "-m", "simulations.blocks.workers", str(self._folder), str(number), str(writing)]
         with open(self._folder / LOG, "ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing,), env={**os.environ, **ONE_THREAD}
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing,), env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             )  # fmt: skip
         os.close(writing)
         self._processes.append(process)

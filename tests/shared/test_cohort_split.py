@@ -100,3 +100,26 @@ def test_a_published_split_is_taken_where_there_is_one_fold() -> None:
 def test_patient_hashes_are_keyed() -> None:
     assert patient_hash(KEY, "a") == patient_hash(KEY, "a") and len(patient_hash(KEY, "a")) == 32
     assert len({patient_hash(KEY, "a"), patient_hash(KEY, "b"), patient_hash(b"", "a")}) == 3
+
+
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=60), st.integers(0, 1000))
+def test_dividing_a_cohort_is_selecting_each_part(owner: list[int], seed: int) -> None:
+    """Parts share no patient, may be empty, and need not hold everybody; patients may have several records or none."""
+    rng = np.random.default_rng(seed)
+    cohort = Cohort(
+        inputs=(rng.normal(size=(len(owner), 3)),),
+        labels=rng.integers(0, 2, len(owner)),
+        patient_of_record=np.array(owner),
+        patient_ids=tuple(f"p{index}" for index in range(12)),
+        attributes={"ward": np.array([f"w{index % 3}" for index in range(12)])},
+        published_test=rng.random(12) < 0.5,
+    )
+    order = rng.permutation(12)
+    parts = {"a": order[:4], "b": order[4:4], "c": order[4:10]}
+    for name, part in cohort.divide(parts).items():
+        expected = cohort.select(parts[name])
+        assert part.patient_ids == expected.patient_ids
+        assert np.array_equal(part.patient_of_record, expected.patient_of_record)
+        assert np.array_equal(part.inputs[0], expected.inputs[0]) and np.array_equal(part.labels, expected.labels)
+        assert np.array_equal(part.attributes["ward"], expected.attributes["ward"])
+        assert np.array_equal(part.published_test, expected.published_test)
