@@ -246,7 +246,7 @@ def _differences(folder: Path, file: SiteFile, answers: SiteAnswers) -> list[str
     ]
     if answers.data is not None and (folder / cohort.path).resolve() != answers.data.resolve():
         found.insert(0, f"path is {cohort.path} there, {answers.data} was given")
-    if answers.task is not None and resolve_task(answers.task).name not in policy.allowed_tasks:
+    if answers.task is not None and not {resolve_task(answers.task).name, _as_studies_say(answers.task)} & set(policy.allowed_tasks):
         found.append(f"allowed_tasks is {', '.join(policy.allowed_tasks)} there, {answers.task} was given")
     return found
 
@@ -276,10 +276,15 @@ def _site_text(folder: Path, name: str, answers: SiteAnswers) -> str:
     data, root = answers.data.resolve(), folder.resolve()
     cohort = str(data.relative_to(root)) if data.is_relative_to(root) else str(data)
     task = resolve_task(answers.task)
-    text = _render(name, answers, cohort=cohort, metrics=tuple(metric.name for metric in task.metrics), task=task.name)
+    text = _render(name, answers, cohort=cohort, metrics=tuple(metric.name for metric in task.metrics), task=_as_studies_say(answers.task))
     validate(SiteFile, tomllib.loads(text), "what was given for site.toml")
     check_cohort(answers.task, answers.data, answers.options)
     return text
+
+
+def _as_studies_say(task: str) -> str:
+    """A task as a study names it, which is what a site compares before it imports anything: a schema file by its full path."""
+    return str(Path(task).resolve()) if task.endswith(".toml") else task
 
 
 def _render(name: str, answers: SiteAnswers, *, cohort: str, metrics: tuple[str, ...], task: str | None = None) -> str:

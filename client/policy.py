@@ -70,7 +70,7 @@ class Policy(Settings):
             _at_most("max_epsilon", self.max_epsilon, plan.epsilon, "lower [privacy] epsilon, or raise noise_multiplier")
 
     def _check_kind(self, study: Study, task: "Task") -> None:
-        if task.name not in self.allowed_tasks:
+        if not {task.name, study.task} & set(self.allowed_tasks):
             raise _refusal("allowed_tasks", f"one of {', '.join(self.allowed_tasks)}", repr(task.name), "ask the hospital")
         if not study.private and not self.allow_no_privacy:
             raise _refusal("allow_no_privacy", "a study with differential privacy", "unit = 'none'", "set [privacy] epsilon")
