@@ -83,7 +83,7 @@ def write_large_task(data: Path, out: Path) -> Path:
                 writer.writerow([*(row[column] for column in RANGES), int(float(row["num"]) > 0)])
     columns = "".join(f'[[columns]]\nname = "{name}"\ntype = "number"\nlow = {low}\nhigh = {high}\n' for name, (low, high) in RANGES.items())
     path = out / "heart-disease-large.toml"
-    path.write_text(f'name = "heart-disease-large"\n[label]\nname = "ill"\ntype = "binary"\n{columns}[model]\nhidden = [310, 312]\n')
+    path.write_text(f'name = "heart-disease-large"\n[label]\nname = "ill"\ntype = "binary"\n{columns}[model]\nhidden = [310, 316]\n')
     return path
 
 

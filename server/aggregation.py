@@ -108,29 +108,40 @@ class ExactMean:
         if self._largest_sum + largest >= MAX_SUM:
             raise ProtocolError("update: expected a sum that cannot overflow, got too many large updates")
         if self._since_carry >= MAX_UPDATES:
-            self._carry()
+            self._carry(self._coarse)
         self._largest_sum += largest
         self._weight += weight
         self._since_carry += 1
 
     def mean(self) -> FloatArrays:
         """The weighted mean of all that was added; at least one update must have been."""
-        assert self._weight > 0
-        self._carry()
-        mean, start = {}, 0
-        for name, shape in self._shapes.items():
-            mean[name] = np.empty(shape)
-            flat, coarse, fine = mean[name].reshape(-1), self._coarse[start : start + mean[name].size], self._fine[start : start + mean[name].size]
-            start += flat.size
-            for block in blocks(flat.size):
-                flat[block] = (coarse[block] / COARSE + fine[block] / FINE) / self._weight
+        return self._mean_in(np.empty(self._coarse.size))
+
+    def take_mean(self) -> FloatArrays:
+        """As `mean`, in the memory of the sum, which is gone with it: a large model's takes more than anything else of a round."""
+        coarse, self._coarse = self._coarse, np.zeros(0, np.int64)
+        mean = self._mean_in(coarse.view(np.float64), coarse)
+        self._fine = np.zeros(0, np.int64)
         return mean
 
-    def _carry(self) -> None:
+    def _mean_in(self, flat: NDArray[np.float64], coarse: NDArray[np.int64] | None = None) -> FloatArrays:
+        """The mean, written to `flat`, which may be the memory of the coarse sum."""
+        assert self._weight > 0
+        coarse = self._coarse if coarse is None else coarse
+        self._carry(coarse)
+        for block in blocks(flat.size):
+            flat[block] = (coarse[block] / COARSE + self._fine[block] / FINE) / self._weight
+        mean, start = {}, 0
+        for name, shape in self._shapes.items():
+            end = start + math.prod(shape)
+            mean[name], start = flat[start:end].reshape(shape), end
+        return mean
+
+    def _carry(self, coarse: NDArray[np.int64]) -> None:
         """Move whole coarse units out of the fine part; the represented sum stays the same."""
         for block in blocks(self._fine.size):
             units = self._fine[block] // FINE_PER_COARSE
-            self._coarse[block] += units
+            coarse[block] += units
             self._fine[block] -= units * FINE_PER_COARSE
         self._since_carry = 0
 

@@ -224,7 +224,7 @@ class FederatedStrategy(Strategy):
         current = self._current()
         if current.mean.total_weight == 0:
             return None, None
-        mean, current.mean = current.mean.mean(), ExactMean()  # the sum is not needed any more, and larger than the model
+        mean, current.mean = current.mean.take_mean(), ExactMean()  # the sum is not needed any more, and larger than the model
         self.state, parameters = self._apply(mean, current.parameters)
         return to_array_record(parameters), None
 

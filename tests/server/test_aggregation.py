@@ -176,3 +176,12 @@ def test_a_row_that_cannot_be_added_costs_nobody_else_anything() -> None:
     refusals = mean.add_rows({"w": (2,)}, rows, [1, 1, 1, 5, 1, 0])
     assert [refusal is None for refusal in refusals] == [True, False, False, False, True, False]
     assert mean.mean()["w"].tolist() == [2.0, 3.0]
+
+
+@given(updates=updates_of(3))
+def test_a_mean_in_the_memory_of_its_sum_is_the_same(updates: list[tuple[list[float], int]]) -> None:
+    one, other = ExactMean(), ExactMean()
+    for values, weight in updates:
+        for mean in (one, other):
+            mean.add({"w": np.float32(values)}, weight)
+    assert one.mean()["w"].tobytes() == other.take_mean()["w"].tobytes()
