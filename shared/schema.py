@@ -9,16 +9,19 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from shared.config import Settings, nearest
 from shared.errors import DataMissingError, SchemaError
 from shared.study import NAME_PATTERN, Real
+
+if TYPE_CHECKING:
+    import pandas as pd  # tens of megabytes that a coordinator has no use for
+
 
 MISSING_MARKS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", ".")
 OUT_OF_RANGE_TOLERANCE = 0.05  # share of a column's values that may be clipped before the column is refused
@@ -132,7 +135,7 @@ class EncodedTable:
     notes: dict[str, int]
 
 
-def encode_table(frame: pd.DataFrame, schema: TableSchema, *, source: str) -> EncodedTable:
+def encode_table(frame: "pd.DataFrame", schema: TableSchema, *, source: str) -> EncodedTable:
     """The table as features and labels by the schema's rules. Rows without a label are dropped.
 
     Args:
@@ -235,6 +238,8 @@ def numbers_in(text: "pd.Series[str]", missing: NDArray[np.bool_], *, name: str,
     Raises:
         SchemaError: some value that is not missing is not a finite number.
     """
+    import pandas as pd
+
     numbers = np.array(pd.to_numeric(text.where(~missing), errors="coerce"), dtype=np.float64)
     bad = ~missing & ~np.isfinite(numbers)
     if bad.any():

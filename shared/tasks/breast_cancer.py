@@ -5,8 +5,7 @@ Data: Wolberg, Street, Mangasarian 1995, UCI ML Repository, as bundled with scik
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from shared.cohort import Cohort
 from shared.schema import Column, TableSchema
@@ -50,6 +49,9 @@ SCHEMA = TableSchema(
     label=Column(name="diagnosis", type="binary", categories=("benign", "malignant")),
     columns=_columns(),
 )
+
+if TYPE_CHECKING:
+    import pandas as pd  # tens of megabytes that a coordinator has no use for
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:

@@ -9,9 +9,9 @@ Switzerland) means "not measured", as its own column says.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from shared.cohort import Cohort
@@ -45,6 +45,9 @@ SCHEMA = TableSchema(
     ),
 )
 
+if TYPE_CHECKING:
+    import pandas as pd  # tens of megabytes that a coordinator has no use for
+
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     """One hospital's file, or a folder of `processed.<hospital>.data`. No options.
@@ -52,6 +55,8 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     Raises:
         DataMissingError, DataAccessError, SchemaError: a file is missing, unreadable or not as declared.
     """
+    import pandas as pd
+
     reject_options(options, SCHEMA.name)
     if path is None:
         raise DataMissingError(
@@ -98,7 +103,9 @@ def hospital_files(path: Path) -> dict[str, Path]:
     return found
 
 
-def _read_hospital(file: Path, name: str) -> pd.DataFrame:
+def _read_hospital(file: Path, name: str) -> "pd.DataFrame":
+    import pandas as pd
+
     _check_num_columns(file)
     raw = read_csv(file, names=FILE_COLUMNS).astype(str)
     kept = raw.drop(columns=LEFT_OUT)

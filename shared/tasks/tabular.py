@@ -5,9 +5,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
@@ -22,6 +22,10 @@ from shared.schema import MISSING_MARKS, Column, TableSchema, encode_table
 from shared.seeding import generator
 from shared.study import Real
 from shared.task import LoadCohort, Task
+
+if TYPE_CHECKING:
+    import pandas as pd  # tens of megabytes that a coordinator has no use for
+
 
 SYNTHETIC_MISSING_RATE = 0.03
 SYNTHETIC_SIGNAL = 2.5  # standard deviation of the logit that the features carry
@@ -155,7 +159,7 @@ def only_csv(path: Path) -> Path:
     return files[0]
 
 
-def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
+def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
     """A CSV file as text columns, empty where a field is empty. Commas, tabs, or semicolons (then decimal commas too), as in the first line.
 
     Args:
@@ -166,6 +170,8 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         DataAccessError: it may not be read.
         SchemaError: it is not UTF-8 text or not a regular CSV.
     """
+    import pandas as pd
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -184,7 +190,9 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> pd.DataFrame:
         raise DataError(f"{path}: could not be read ({type(error).__name__})", "check the file system") from None
 
 
-def _read_separated(path: Path, names: list[str] | None) -> pd.DataFrame:
+def _read_separated(path: Path, names: list[str] | None) -> "pd.DataFrame":
+    import pandas as pd
+
     with open(path, encoding="utf-8-sig") as file:
         separator = max(",;\t", key=file.readline().count)
     frame = pd.read_csv(
@@ -201,8 +209,10 @@ def _read_separated(path: Path, names: list[str] | None) -> pd.DataFrame:
     return frame.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True) if separator == ";" else frame
 
 
-def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, synthetic: bool = False) -> Cohort:
+def cohort_from_frame(frame: "pd.DataFrame", schema: TableSchema, *, source: str, synthetic: bool = False) -> Cohort:
     """The cohort of a table; rows of one patient are its records, and every other column is an attribute by which to partition."""
+    import pandas as pd
+
     encoded = encode_table(frame, schema, source=source)
     kept = frame[encoded.kept].reset_index(drop=True)
     ids = kept[schema.patient].astype(str).str.strip() if schema.patient else pd.Series(row_identifiers(kept))
@@ -232,7 +242,7 @@ def cohort_from_frame(frame: pd.DataFrame, schema: TableSchema, *, source: str, 
     )
 
 
-def row_identifiers(frame: pd.DataFrame) -> list[str]:
+def row_identifiers(frame: "pd.DataFrame") -> list[str]:
     """An identifier for each row from its content, so that renaming a file or adding rows makes nobody a new patient."""
     digests = [hashlib.blake2b("\x1f".join(row).encode(), digest_size=16).hexdigest() for row in frame.astype(str).itertuples(index=False)]
     seen: dict[str, int] = {}
@@ -248,6 +258,8 @@ def synthetic_cohort(schema: TableSchema, num_patients: int, seed: int) -> Cohor
 
     They pass through the same encoding as real ones. The dependence is a linear score, drawn once for the schema's name.
     """
+    import pandas as pd
+
     rng = generator(seed, "synthetic", schema.name)
     frame = pd.DataFrame({column.name: _synthetic_column(column, num_patients, rng) for column in schema.columns})
     if schema.patient:
@@ -273,7 +285,7 @@ def _synthetic_column(column: Column, count: int, rng: np.random.Generator) -> N
     return np.asarray([repr(value) for value in np.clip(values, column.low, column.high).tolist()])
 
 
-def _synthetic_score(frame: pd.DataFrame, schema: TableSchema) -> NDArray[np.float64]:
+def _synthetic_score(frame: "pd.DataFrame", schema: TableSchema) -> NDArray[np.float64]:
     labelled = frame.assign(**{schema.label.name: schema.label.values[0] if schema.label.type != "number" else str(schema.label.low)})
     features = encode_table(labelled, schema, source="synthetic").features.astype(np.float64)
     weights = generator(0, "truth", schema.name).normal(size=features.shape[1])
