@@ -6,6 +6,7 @@ A worker is a process of its own and no fork: it has threads, BLAS and torch of 
 
 import contextlib
 import json
+import logging
 import os
 import selectors
 import shutil
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +29,8 @@ from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import BlockTrainer, Outcome, Sums
+
+logger = logging.getLogger(__name__)
 
 MEMORY_FILES = Path("/dev/shm")
 SLOTS = 2  # blocks that a worker holds: one that it trains, and one that is read or waits
@@ -145,10 +147,9 @@ class Pool:
             self._lines += [(worker, line) for line in lines]
 
     def _failed(self, worker: int) -> WorkerFailedError:
-        said = (self._folder / LOG).read_text(errors="replace").strip().splitlines()
-        last = said[-1] if said else f"exit status {self._processes[worker].poll()}"
+        status = self._processes[worker].poll()  # and nothing of what it said: an exception's own text may hold a patient's value
         return WorkerFailedError(
-            f"worker {worker}: expected a trained block, got none: {last}", "resume the run; with --processes 1 there are no workers"
+            f"worker {worker}: expected a trained block, got none (exit status {status})", "resume the run; with --processes 1 there are no workers"
         )
 
     def close(self) -> None:
@@ -200,8 +201,8 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
             into["updates"][: len(steps)] = outcome.updates
             for name, value in outcome.sums.items():
                 into[name][: len(steps)] = value
-        except Exception:
-            traceback.print_exc()  # to the log of the workers; the sites of this block are trained one after another
+        except Exception as error:  # the sites of this block are trained one after another
+            logger.warning("a block could not be trained: %s", type(error).__name__)
         replies.write(json.dumps({"slot": job["slot"], "steps": steps}).encode() + b"\n")
         replies.flush()
 
