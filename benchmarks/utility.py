@@ -21,7 +21,7 @@ from opacus import PrivacyEngine
 from opacus.accountants.utils import get_noise_multiplier
 from torch.utils.data import DataLoader, TensorDataset
 
-from client.site import evaluate_parameters
+from client.evaluation import evaluate_parameters
 from server.evaluation import add_statistics
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.metrics import finish_metrics

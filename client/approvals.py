@@ -10,6 +10,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,9 +22,10 @@ from client.policy import AdvanceApproval, SiteFile
 from shared.config import Model, Settings
 from shared.errors import NotApprovedError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
-from shared.models import get_parameters
 from shared.study import Study
-from shared.task import Task, architecture_hash
+
+if TYPE_CHECKING:  # who reads what was approved need not wait for torch
+    from shared.task import Task
 
 APPROVALS, ASKED = "approvals", "asked"  # folders in a site's state
 MAX_ASKED = 100  # studies that wait to be decided at once
@@ -72,8 +74,11 @@ class Approval(Settings):
         return b"wardround approval\n" + json.dumps(self.model_dump(mode="json", exclude={"signature"}), sort_keys=True).encode()
 
 
-def what_is_asked(study: Study, task: Task, file: SiteFile) -> Asked:
+def what_is_asked(study: Study, task: "Task", file: SiteFile) -> Asked:
     """What this study would do at the site of this site file."""
+    from shared.models import get_parameters
+    from shared.task import architecture_hash
+
     model = task.model()
     parameters = get_parameters(model)
     privacy = study.privacy
@@ -96,7 +101,7 @@ def what_is_asked(study: Study, task: Task, file: SiteFile) -> Asked:
     )
 
 
-def _leaves(study: Study, task: Task, file: SiteFile, *, num_bytes: int) -> list[str]:
+def _leaves(study: Study, task: "Task", file: SiteFile, *, num_bytes: int) -> list[str]:
     noise = "with noise (differential privacy)" if study.private else "WITHOUT NOISE"
     lines = [
         "once: the declared numbers of training and test patients in site.toml",

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterable
 
 import numpy as np
-from opacus.accountants import PRVAccountant
 
 from shared.privacy import PrivacyEvent, epsilon_of, merge_events
+from shared.root_log import root_log_unchanged
 
 EPSILON_ERROR = 1e-3  # relative above epsilon 1; added to make PRV's number an upper bound; a smaller one costs time, and memory as epsilon grows
 
@@ -22,6 +22,9 @@ def epsilon_prv(events: Iterable[PrivacyEvent], delta: float) -> float | None:
 def _epsilon_prv(events: tuple[PrivacyEvent, ...], delta: float) -> float | None:
     if not events:
         return 0.0
+    with root_log_unchanged():
+        from opacus.accountants import PRVAccountant  # a second of imports that only the end of a study needs
+
     accountant = PRVAccountant()
     accountant.history = [(event.noise_multiplier, event.sample_rate, event.steps) for event in events]
     try:

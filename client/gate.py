@@ -25,7 +25,8 @@ from client.app import answer_record, refusal
 from client.approvals import Approvals, Asked, what_is_asked
 from client.bench import AskedAgainError, Bench, Place
 from client.door import NO_ANSWER
-from client.hospital import AUDIT, Hospital, open_site
+from client.hospital import AUDIT, Hospital
+from client.real_site import open_site
 from client.site import Site
 from shared.audit import AuditLog, Value
 from shared.cohort import Cohort

@@ -1,22 +1,15 @@
-"""A real hospital, as its site.toml describes it: its cohort, its policy, its durable ledger and its secret key; and its kit in a deployment."""
+"""A hospital as a member of a federation: its kit, its site.toml and its key. Its supervisor reads no more than this, so nothing here needs torch."""
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from client.keys import signing_key, site_key
 from client.policy import SiteFile
-from client.site import Site, SiteSettings
-from shared.cohort import Cohort, held_out_patients
-from shared.errors import ConfigurationError, DataMissingError, KitError
+from shared.errors import ConfigurationError, KitError
 from shared.kit import SIGNING_KEY, SITE_FILE, KitManifest, load_signing_key, verify_kit
-from shared.task import Task
 
-RELEASES, AUDIT = "releases", "audit.jsonl"  # in a site's state
-logger = logging.getLogger(__name__)
+AUDIT = "audit.jsonl"  # in a site's state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,57 +58,3 @@ class Hospital:
     def coordinator_key(self) -> Ed25519PublicKey:
         """What tasks are signed with."""
         return Ed25519PublicKey.from_public_bytes(bytes.fromhex(self.manifest.coordinator.signing_key))
-
-
-def open_site(
-    path: Path,
-    file: SiteFile,
-    task: Task,
-    *,
-    opened: dict[str, Cohort] | None = None,
-    still_wanted: Callable[[], None] = lambda: None,
-    noise_seed: int | None = None,
-) -> Site:
-    """A hospital as its site file describes it. Its cohort is opened only when a study has passed policy and ledger.
-
-    Args:
-        opened: cohorts by task, kept from study to study.
-        still_wanted: called before every training step; raises where the work is stale.
-        noise_seed: for tests alone, see `SiteSettings`.
-    """
-    folder = path.parent
-    state = folder / file.state
-    cohort_path = folder / file.cohort.path
-    declared = file.cohort
-    key = site_key(state)
-    settings = SiteSettings(
-        name=file.name,
-        declared_size=declared.declared_size,
-        declared_num_patients=declared.declared_size + declared.declared_test_size,
-        declared_num_test=declared.declared_test_size,
-        ledger_path=file.ledger_path(path),
-        releases_path=state / RELEASES / file.name,
-        split_key=key,
-        signer=signing_key(key),
-        policy=file.policy,
-        cohort_id=file.name,
-        noise_seed=noise_seed,
-    )
-
-    def open_cohort() -> Cohort:
-        if opened is not None and task.name in opened:
-            return opened[task.name]
-        try:
-            cohort = task.load_cohort(cohort_path, dict(declared.options))
-        except DataMissingError as error:
-            raise DataMissingError(error.what, f"correct [cohort] path in {path}") from None
-        training = int((~held_out_patients(cohort, key, published=False)).sum())
-        if not 0.75 * training <= declared.declared_size <= 1.25 * training:
-            logger.warning(
-                "%s: cohort.declared_size = %d is more than a quarter off the training patients in %s", path, declared.declared_size, cohort_path
-            )
-        if opened is not None:
-            opened[task.name] = cohort
-        return cohort
-
-    return Site(settings, task, open_cohort, still_wanted=still_wanted)

@@ -10,6 +10,7 @@ noise is rounded to the same grid, and the two add without error, as whole numbe
 rounding of (rounded sum + noise), hence post-processing of a Gaussian mechanism on the rounded sum, whose sensitivity `NoiseGrid` states.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,11 @@ KEY_BYTES = 32
 ROUNDING_SHARE = 2.0**-12
 ARITHMETIC_SHARE = 2.0**-12
 _ZEROS = bytes(65_536)
+
+
+def subkey(key: bytes, purpose: bytes) -> bytes:
+    """A key of its own for each purpose: keyed BLAKE2b."""
+    return hashlib.blake2b(purpose, key=key, digest_size=32).digest()
 
 
 class KeyedStream:

@@ -38,7 +38,6 @@ a parameter, ends the round with a refusal.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 from dataclasses import dataclass
@@ -49,10 +48,10 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.local_training import LocalRound, record_losses
-from client.noise import GaussianNoise, KeyedStream, Noise, NoiseGrid, SimulatedNoise
+from client.noise import GaussianNoise, KeyedStream, Noise, NoiseGrid, SimulatedNoise, subkey
 from client.optimizers import ProximalTerm, local_optimizer
 from client.record_gradients import RecordGradients, record_gradients
-from client.sampling import PatientIndex, poisson_sample, whole_patients
+from client.sampling import PatientIndex, sample_units, whole_patients
 from shared.cohort import Cohort, IntArray
 from shared.errors import ModelRefusedError
 from shared.plan import SitePlan
@@ -78,11 +77,6 @@ class Randomness:
     def simulated(cls, key: bytes) -> "Randomness":
         """The same for a simulation, with its faster noise; `key` comes from a seed."""
         return cls(sampling=KeyedStream(subkey(key, b"sampling")), noise=SimulatedNoise(subkey(key, b"noise")))
-
-
-def subkey(key: bytes, purpose: bytes) -> bytes:
-    """A key of its own for each purpose: keyed BLAKE2b."""
-    return hashlib.blake2b(purpose, key=key, digest_size=32).digest()
 
 
 class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
@@ -179,7 +173,8 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
         for _ in range(plan.steps_per_round):
             local.still_wanted()
             optimizer.clear()
-            sum_clipped_gradients(optimizer, gradients, cohort, sample_units(cohort, index, local, plan, randomness.sampling), local)
+            units = sample_units(cohort, index, plan, local.study.privacy.records_per_patient, randomness.sampling)
+            sum_clipped_gradients(optimizer, gradients, cohort, units, local)
             optimizer.add_noise()
             proximal.add_to_gradients()
             inner.step()
@@ -187,16 +182,6 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
     if optimizer.num_without_gradient:
         logger.warning("%d gradients were not finite and were counted as zero", optimizer.num_without_gradient)
     return plan.steps_per_round
-
-
-def sample_units(cohort: Cohort, index: PatientIndex, local: LocalRound, plan: SitePlan, stream: KeyedStream) -> IntArray | list[IntArray]:
-    """A Poisson batch over the plan's unit: one record a unit, or all the records of each patient."""
-    if plan.unit == "record":
-        return poisson_sample(cohort.num_records, plan.sample_rate, stream)
-    patients = poisson_sample(index.num_patients, plan.sample_rate, stream)
-    if local.study.privacy.records_per_patient == "all":
-        return index.all_records(patients)
-    return index.one_record_each(patients, stream)
 
 
 def sum_clipped_gradients(

@@ -6,6 +6,7 @@ import numpy as np
 
 from client.noise import KeyedStream
 from shared.cohort import Cohort, IntArray
+from shared.plan import SitePlan
 
 
 class PatientIndex:
@@ -43,6 +44,14 @@ def poisson_batches(num_units: int, sample_rate: float, steps: int, stream: Keye
     included = stream.uniforms(num_units * steps).reshape(steps, num_units) <= sample_rate
     step, unit = np.nonzero(included)
     return step, unit
+
+
+def sample_units(cohort: Cohort, index: PatientIndex, plan: SitePlan, per_patient: str, stream: KeyedStream) -> IntArray | list[IntArray]:
+    """A Poisson batch over the plan's unit: one record a unit, or all the records of each patient (`per_patient`: "one" or "all")."""
+    if plan.unit == "record":
+        return poisson_sample(cohort.num_records, plan.sample_rate, stream)
+    patients = poisson_sample(index.num_patients, plan.sample_rate, stream)
+    return index.all_records(patients) if per_patient == "all" else index.one_record_each(patients, stream)
 
 
 def whole_patients(patients: Sequence[IntArray], most_records: int) -> Iterator[list[IntArray]]:

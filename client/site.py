@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from numpy.typing import NDArray
 from torch import nn
 
 from client.charging import KIND, Ask, Charging
-from client.cross_check import epsilon_prv
-from client.evaluation_noise import bounded_statistics, merge, noise_statistics, spread
+from client.evaluation import evaluate_parameters, predictions_of, rounded
+from client.evaluation_noise import bounded_statistics, noise_statistics
 from client.exact_answers import ExactAnswers
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.memory_chain import Journal
+from client.noise import subkey
 from client.policy import Policy
 from client.private_probe import probe_model
-from client.private_training import Randomness, subkey, train_round_private
+from client.private_training import Randomness, train_round_private
 from client.releases import Arrays, Releases, arrays_digest
+from client.spending import burn_down, site_privacy
 from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import (
@@ -40,16 +41,18 @@ from shared.messages import (
     WitnessedHead,
     head_statement,
 )
-from shared.metrics import Statistic
-from shared.models import Parameters, Template, get_parameters, predict_in_batches, set_parameters, template_of
+from shared.models import Parameters, Template, get_parameters, set_parameters, template_of
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
-from shared.privacy import SOLVE_MARGIN, PrivacyEvent, epsilon_after_rounds, epsilon_of, evaluation_noise_multiplier
+from shared.privacy import SOLVE_MARGIN, PrivacyEvent, evaluation_noise_multiplier
 from shared.results import SitePrivacy
 from shared.seeding import generator_of
 from shared.study import Study
 from shared.task import Task
 
 logger = logging.getLogger(__name__)
+
+
+NOTHING = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -476,68 +479,3 @@ class Site:
         if self.settings.virtual and not cross_check:
             return burn_down(admission.plan, steps)
         return site_privacy(admission.plan, steps, cross_check=cross_check)
-
-
-NOTHING = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=0)
-
-
-def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivacy:
-    """What `steps` steps of this plan cost: the tighter of two upper bounds where `cross_check`, both by other methods and other code."""
-    assert plan.noise_multiplier is not None and plan.delta is not None
-    event = PrivacyEvent(noise_multiplier=plan.noise_multiplier, sample_rate=plan.sample_rate, steps=steps)
-    pld = epsilon_of([event], plan.delta)
-    prv = epsilon_prv([event], plan.delta) if cross_check else None
-    prv_is_tighter = prv is not None and prv < pld
-    return SitePrivacy(
-        epsilon=prv if prv is not None and prv_is_tighter else pld,
-        delta=plan.delta,
-        noise_multiplier=plan.noise_multiplier,
-        sample_rate=plan.sample_rate,
-        steps=steps,
-        accountant="prv" if prv_is_tighter else "pld",
-        epsilon_cross_check=pld if prv_is_tighter else prv,
-        cross_check_accountant="pld" if prv_is_tighter else "prv",
-        epsilon_planned=plan.epsilon,
-    )
-
-
-def burn_down(plan: SitePlan, steps: int) -> SitePrivacy:
-    """What `steps` steps of this plan cost, for the middle of a simulation: an upper bound that follows from that of the round before."""
-    assert plan.noise_multiplier is not None and plan.delta is not None
-    rounds, rest = divmod(steps, plan.steps_per_round)
-    if rest or rounds >= plan.rounds:  # the whole of it, to the last digit as the plan says
-        return site_privacy(plan, steps, cross_check=False)
-    return SitePrivacy(
-        epsilon=epsilon_after_rounds(plan.round_event(), rounds, plan.delta), delta=plan.delta, noise_multiplier=plan.noise_multiplier,
-        sample_rate=plan.sample_rate, steps=steps, accountant="pld", epsilon_cross_check=None, cross_check_accountant="prv",
-        epsilon_planned=plan.epsilon,
-    )  # fmt: skip
-
-
-def rounded(counts: NDArray[np.float64], statistic: Statistic, step: int) -> NDArray[np.float64]:
-    """Counts rounded to multiples of `step`, in the few cells that noise would be added to; what counts nobody is left as it is."""
-    if step == 1 or not statistic.is_counts:
-        return counts
-    merged = merge(counts, statistic.noised_widths)
-    return spread(np.round(merged / step) * step, statistic.noised_widths)
-
-
-def evaluate_parameters(task: Task, test_part: Cohort, parameters: Parameters, *, model: nn.Module) -> Statistics:
-    """Every statistic of the task on `test_part` for `model`, once these parameters are in it; zeros where nobody is tested."""
-    statistics = {metric.statistic.name: metric.statistic for metric in task.metrics}
-    if test_part.num_records == 0:
-        return {name: np.zeros(statistic.shape) for name, statistic in statistics.items()}
-    set_parameters(model, parameters)
-    predictions = predictions_of(task, model, test_part)
-    summed = {name: np.asarray(statistic.summarise(predictions, test_part), dtype=np.float64) for name, statistic in statistics.items()}
-    for name, value in summed.items():
-        if value.shape != statistics[name].shape or not np.isfinite(value).all():
-            raise ConfigurationError(
-                f"task {task.name}: statistic {name}: expected finite values of shape {statistics[name].shape}, got others", "correct summarise"
-            )
-    return summed
-
-
-def predictions_of(task: Task, model: nn.Module, cohort: Cohort) -> NDArray[np.float64]:
-    """What the task's metrics look at, `(N, ...)`."""
-    return np.asarray(task.predict(predict_in_batches(model, cohort.inputs)).numpy(), dtype=np.float64)

@@ -19,7 +19,7 @@ from server.outcome import RunOutcome, write_outcome
 from server.run_folder import RunFolder
 from server.sealed_grid import SealedGrid
 from server.status import Failure
-from server.submissions import ENDED, STOP, Ended
+from server.submissions import AUDIT, COORDINATOR, ENDED, STOP, Ended
 from server.witness import Witness
 from shared.audit import AuditLog
 from shared.errors import StorageError, StudyStoppedError, WardroundError
@@ -30,8 +30,7 @@ from shared.results import Outcome, SiteSummary
 from shared.supervision import die_with_parent
 from shared.task import resolve_task
 
-COORDINATOR = "WARDROUND_COORDINATOR"  # environment of the ServerApp's process: the coordinator's kit
-AUDIT, WITNESS, RUN_LOCK = "audit.jsonl", "witness", ".lock"
+WITNESS, RUN_LOCK = "witness", ".lock"
 ENGINE = "flower"
 STOP_SECONDS = 3.0
 

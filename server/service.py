@@ -26,13 +26,12 @@ import uvicorn
 from starlette.applications import Starlette
 
 from server.control import CONTROL_KEY, control_routes
-from server.deployed_run import AUDIT, COORDINATOR
 from server.federation_file import FederationFile
 from server.front_door import door_server, front_door, listening_socket
 from server.live_roster import LiveRoster
 from server.page import page_routes
 from server.status import AuditHead, CoordinatorStatus, Failure, SiteState, SiteStatus, StudyState, study_status
-from server.submissions import UNFINISHED, Submission, Submissions
+from server.submissions import AUDIT, COORDINATOR, UNFINISHED, Submission, Submissions
 from server.superlink import Node, SuperLink
 from shared.audit import AuditLog
 from shared.certificates import node_key_pem, parse_node_key, read_certificate, replace_secret

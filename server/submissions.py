@@ -17,6 +17,8 @@ from shared.errors import ConfigurationError, StorageError
 from shared.files import json_text, write_atomic
 from shared.study import Study
 
+COORDINATOR = "WARDROUND_COORDINATOR"  # environment of a study's process: the coordinator's kit
+AUDIT = "audit.jsonl"  # in the coordinator's state
 SUBMISSION, ENDED, STOP = "submission.json", "ended.json", "stop"  # in a run's folder
 UNFINISHED: tuple[StudyState, ...] = ("queued", "waiting for sites", "running")
 MAX_RUN = 100  # characters of a run's name

@@ -5,9 +5,9 @@ They train with the sites' own code, for as many rounds, from the same initial p
 
 import numpy as np
 
+from client.evaluation import evaluate_parameters
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.private_training import Randomness, train_round_private
-from client.site import evaluate_parameters
 from server.evaluation import add_statistics
 from server.outcome import Baseline
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from client.hospital import open_site
 from client.memory_chain import Journal
 from client.policy import SiteFile
+from client.real_site import open_site
 from client.site import Site, SiteSettings
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError

@@ -8,15 +8,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.site import Site
 from shared.cohort import Cohort, IntArray
 from shared.plan import SitePlan, plan_site
 from shared.study import Study
+
+if TYPE_CHECKING:  # a worker has no sites, and imports no Opacus
+    from client.site import Site
 
 SITES = "sites.json"
 
@@ -96,7 +98,7 @@ class Patients:
     test: Part
 
     @classmethod
-    def of(cls, sites: Mapping[str, Site], study: Study, fold: int) -> Self:
+    def of(cls, sites: "Mapping[str, Site]", study: Study, fold: int) -> Self:
         """The patients of these sites; the study's delta is set."""
         parts = [site.parts(study, fold) for site in sites.values()]
         return cls(

@@ -11,13 +11,12 @@ along its middle axes.
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
 from torch import nn
-
-from client.record_gradients import RECURRENT
 
 MULTIPLIED_OUT = 2**22  # entries of records' gradients at once, where a norm needs them written out
 
@@ -275,13 +274,19 @@ def _check_modules(module: nn.Module) -> None:
             raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) draws its mask site by site")
 
 
+def _recurrent() -> tuple[type[nn.Module], ...]:
+    """Opacus' recurrent layers; who has a model with any has imported them, and nobody else need wait for that."""
+    layers = sys.modules.get("opacus.layers")
+    return () if layers is None else (layers.DPRNN, layers.DPGRU, layers.DPLSTM)
+
+
 def _stacked_layers(module: nn.Module) -> dict[nn.Module, StackedLayer]:
     """For each layer with trainable parameters the one that takes its place."""
     replaced: dict[nn.Module, StackedLayer] = {}
     owners: dict[int, str] = {}
     for name, layer in list(module.named_modules()):
         own = dict(layer.named_parameters(recurse=False))
-        if isinstance(layer, RECURRENT) or not any(parameter.requires_grad for parameter in own.values()):
+        if isinstance(layer, _recurrent()) or not any(parameter.requires_grad for parameter in own.values()):
             continue  # a recurrent layer only lists the parameters of the linear layers it is made of
         if not all(parameter.requires_grad for parameter in own.values()):
             raise NotStackableError(f"layer {name!r} is frozen in part")

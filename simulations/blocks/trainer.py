@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from client.charging import release_key
+from client.evaluation import predictions_of
 from client.local_training import LocalRound
 from client.sampling import PatientIndex
-from client.site import predictions_of
 from shared.cohort import Cohort, IntArray
 from shared.metrics import Statistic
 from shared.models import Parameters, set_parameters

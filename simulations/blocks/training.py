@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.local_training import LocalRound, round_batches
-from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normals
+from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normals, subkey
 from client.optimizers import ProximalTerm, local_optimizer
-from client.private_training import sample_units, subkey
-from client.sampling import PatientIndex, poisson_batches
+from client.sampling import PatientIndex, poisson_batches, sample_units
 from shared.cohort import Cohort, IntArray
 from shared.models import Parameters
 from shared.plan import SitePlan, shape_site
@@ -169,7 +168,7 @@ def _records_by_step(site: SiteWork, local: LocalRound) -> tuple[IntArray, IntAr
         return steps, site.index.one_record_each(patients, stream)
     batches = []
     for _ in range(plan.steps_per_round):
-        units = sample_units(site.part, site.index, local, plan, stream)
+        units = sample_units(site.part, site.index, plan, local.study.privacy.records_per_patient, stream)
         assert isinstance(units, np.ndarray)  # several records of a patient, clipped as one, are not for blocks
         batches.append(units)
     return _joined(batches)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from client.account import Charge
-from client.hospital import open_site
 from client.ledger import reading
 from client.local_training import LocalRound
 from client.policy import SiteFile
+from client.real_site import open_site
 from client.site import Site
 from shared.cohort import Cohort
 from shared.messages import EnrolTask, TrainTask

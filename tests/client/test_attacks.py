@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from client.cross_check import epsilon_prv
-from client.hospital import open_site
 from client.ledger import Ledger, PlannedStudy
 from client.local_training import LocalRound
 from client.policy import SiteFile
@@ -24,6 +23,7 @@ from client.private_training import (
     sum_clipped_gradients,
     train_round_private,
 )
+from client.real_site import open_site
 from client.record_gradients import record_gradients
 from shared.cohort import Cohort
 from shared.errors import BudgetExhaustedError, ModelRefusedError

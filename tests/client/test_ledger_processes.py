@@ -64,7 +64,7 @@ KILLER = """
 import dataclasses, json, multiprocessing, os, random, signal, sys
 from pathlib import Path
 import torch
-from client.hospital import open_site
+from client.real_site import open_site
 from client.policy import SiteFile
 from shared.messages import EnrolTask, TrainTask
 from shared.models import initial_parameters
@@ -155,8 +155,7 @@ def test_processes_that_begin_one_ledger_at_once_wait_for_each_other(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_twelve_kills_at_random_moments(make_hospital: Callable[..., Any], make_study: Callable[..., Study], seed: int) -> None:
+def test_twelve_kills_at_random_moments(make_hospital: Callable[..., Any], make_study: Callable[..., Study]) -> None:
     """Charged minus performed is between 0 and one round's reservation a kill. Every patient is in every batch, so each step takes a gradient."""
     hospital = make_hospital(max_epsilon=4.0)
     hospital.site.close()
@@ -169,7 +168,7 @@ def test_twelve_kills_at_random_moments(make_hospital: Callable[..., Any], make_
     hospital.folder.joinpath("site.toml").write_text(
         hospital.folder.joinpath("site.toml").read_text().replace("max_steps = 1000", "max_steps = 100000")
     )
-    answer = json.loads(run(KILLER, str(hospital.folder), json.dumps(study.to_table()), str(seed)))
+    answer = json.loads(run(KILLER, str(hospital.folder), json.dumps(study.to_table()), "1"))
     charges = hospital.charges()  # and the ledger verifies
     charged = sum(charge.event.steps for charge in charges)
     assert answer["reached"] > 12  # rounds were finished between the kills

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from client.local_training import LocalRound, round_batches
+from client.local_training import round_batches
 from client.noise import KeyedStream
-from client.private_training import sample_units
-from client.sampling import PatientIndex, poisson_sample, shuffled_batches, whole_patients
+from client.sampling import PatientIndex, poisson_sample, sample_units, shuffled_batches, whole_patients
 from shared.cohort import Cohort
 from shared.plan import SitePlan
 from shared.study import Study
@@ -117,13 +116,13 @@ def test_every_record_of_a_patient_is_as_likely() -> None:
 
 @pytest.mark.parametrize(("unit", "per_patient"), [("patient", "one"), ("patient", "all"), ("record", "one")])
 def test_a_batch_follows_the_plans_unit_and_rate(
-    unit: str, per_patient: str, make_plan: Callable[..., SitePlan], make_round: Callable[..., LocalRound], make_patients: Callable[..., Cohort]
+    unit: str, per_patient: str, make_plan: Callable[..., SitePlan], make_patients: Callable[..., Cohort]
 ) -> None:
     """Mean number of units over 4,000 batches within five standard errors of rate x units, whatever the declared size says."""
-    cohort, local = make_patients(25, most_records=4), make_round(privacy={"unit": unit, "records_per_patient": per_patient})
+    cohort = make_patients(25, most_records=4)
     plan, index, draws = make_plan(unit=unit, sample_rate=0.3, declared_size=1000), PatientIndex(cohort), stream(6)
     units = cohort.num_patients if unit == "patient" else cohort.num_records
-    batches = [sample_units(cohort, index, local, plan, draws) for _ in range(4000)]
+    batches = [sample_units(cohort, index, plan, per_patient, draws) for _ in range(4000)]
     assert np.mean([len(batch) for batch in batches]) == pytest.approx(0.3 * units, abs=5 * np.sqrt(units * 0.21 / 4000))
     records = [np.concatenate([*batch, []]).astype(int) if isinstance(batch, list) else batch for batch in batches]
     assert all(len(np.unique(batch)) == len(batch) for batch in records)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from client.app import client_app
-from client.hospital import Hospital, open_site
+from client.hospital import Hospital
+from client.real_site import open_site
 from server.coordinator import Coordinator
 from server.run_folder import RunFolder
 from shared.task import resolve_task

@@ -16,7 +16,7 @@ from torch import nn
 import server.coordinator
 import simulations.in_process
 from client.local_training import LocalRound, torch_keyed, train_round
-from client.private_training import subkey
+from client.noise import subkey
 from server.evaluation import add_statistics
 from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients

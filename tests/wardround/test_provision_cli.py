@@ -156,7 +156,7 @@ def test_on_a_terminal_every_wrong_answer_is_asked_again(ready: Command) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answered", range(5))
+@pytest.mark.parametrize("answered", [0, 2, 4])
 def test_ctrl_c_ends_the_wizard_with_one_line_and_nothing_made(ready: Command, answered: int) -> None:
     ready("provision", "federation.toml")
     Path(COHORT).write_text(heart_rows(NUM_PATIENTS))
