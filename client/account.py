@@ -174,8 +174,9 @@ class Plan:
         """
         if charge.committed or entry.steps > charge.event.steps:
             raise ValueError("a commit that raises a charge, or a second one")
-        self._steps[charge.entry.account] -= charge.event.steps - entry.steps
-        charge.event = replace(charge.event, steps=entry.steps)
+        if entry.steps < charge.event.steps:
+            self._steps[charge.entry.account] -= charge.event.steps - entry.steps
+            charge.event = replace(charge.event, steps=entry.steps)
         charge.committed, charge.update = True, entry.update
 
     def find(self, entry: Reserve) -> Charge | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel
 
 from shared.errors import LedgerError, StorageError
 
@@ -166,6 +167,10 @@ class Chain:
         row = Row(sequence=sequence, kind=kind, time=moment, body=text, previous=previous, hash=digest, signature=signature)
         self._insert(row)
         return row
+
+    def append_entry(self, kind: str, entry: BaseModel) -> Row:
+        """As `append`, of a body that was checked."""
+        return self.append(kind, entry.model_dump(mode="json"))
 
     def restore(self, rows: list[Row]) -> None:
         """Write `rows` of an earlier file as they were; call it inside `transaction`, on an empty chain."""

@@ -410,7 +410,7 @@ class Ledger:
 
     def _append(self, entry: Entry) -> int:
         kind, account = GENESIS if isinstance(entry, Genesis) else type(entry).__name__.lower(), self.account
-        row = self._chain.append(kind, entry.model_dump(mode="json"))
+        row = self._chain.append_entry(kind, entry)
         account.take(row, entry)
         return row.sequence
 

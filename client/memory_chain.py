@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.chain import FIRST_PREVIOUS, Body, Chain, Row
+from pydantic import BaseModel
+
+from client.chain import FIRST_PREVIOUS, Chain, Row
 from shared.errors import LedgerError
 from shared.files import storage_errors
 
@@ -30,6 +32,7 @@ class Journal:
         self.path = folder / JOURNAL
         self._known: dict[str, list[Row]] = {}
         self._held = False
+        self._moment = ""  # of all rows that are held together
         self._waiting: list[str] = []
         with storage_errors(self.path, "open the ledgers' journal"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,9 +57,13 @@ class Journal:
         """What an earlier, interrupted execution wrote for this site."""
         return self._known.pop(site, [])
 
-    def write(self, site: str, kind: str, moment: str, body: str) -> None:
-        """Add a row; it is in the file when `flush` returns."""
-        self._waiting.append(f'[{json.dumps(site)}, "{kind}", "{moment}", {body}]\n')
+    def now(self) -> str:
+        """The time of a row."""
+        return self._moment if self._held else datetime.now(UTC).isoformat(timespec="seconds")
+
+    def write(self, site: str, row: Row) -> None:
+        """Add a row of the site, whose name is JSON; it is in the file when `flush` returns."""
+        self._waiting.append(f'[{site}, "{row.kind}", "{row.time}", {row.body}]\n')
 
     def flush(self) -> None:
         """Hand all rows to the system, unless held."""
@@ -68,7 +75,7 @@ class Journal:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Hand the rows of the whole block over together, at its end: before anything that they charge for is trained."""
-        self._held = True
+        self._moment, self._held = self.now(), True
         try:
             yield
         finally:
@@ -87,6 +94,7 @@ class MemoryChain(Chain):
     def __init__(self, path: Path, journal: Journal) -> None:
         self.path = path
         self._journal = journal
+        self._name = json.dumps(path.stem)
         self.rows: list[Row] = journal.rows_of(path.stem)
 
     @property
@@ -105,11 +113,10 @@ class MemoryChain(Chain):
             raise
         self._journal.flush()
 
-    def append(self, kind: str, body: Body, *, moment: str | None = None) -> Row:
+    def append_entry(self, kind: str, entry: BaseModel) -> Row:
         """A new row at the end; call it inside `transaction`."""
-        moment = moment or datetime.now(UTC).isoformat(timespec="seconds")
-        row = _row(len(self.rows) + 1, kind, moment, json.dumps(body, allow_nan=False))
-        self._journal.write(self.path.stem, kind, moment, row.body)
+        row = _row(len(self.rows) + 1, kind, self._journal.now(), entry.model_dump_json())
+        self._journal.write(self._name, row)
         self.rows.append(row)
         return row
 

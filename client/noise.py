@@ -1,8 +1,8 @@
 """Gaussian noise that holds in floating point: ChaCha20 keystream, 53-bit uniforms, Box-Muller in float64, and one grid for sum and noise.
 
 In a deployment the key comes from the operating system and is forgotten, and the stream is ChaCha20. A simulation derives the key from (seed,
-round, site, fold), its result says so, and the stream is Philox in float32 (`SimulatedNoise`), a fourth of the cost: noise from a seed
-protects nobody, whatever draws it. One key is one stream: two steps never share noise, and two keys never do. torch's own CPU generator has
+round, site, fold), its result says so, and draws are made in float32 of 32 bits each (`SimulatedNoise`), a fourth of the cost: noise from a
+seed protects nobody, whatever draws it. One key is one stream: two steps never share noise, and two keys never do. torch's own CPU generator has
 32-bit seeds and is not used.
 
 Added in floating point, the low bits of a noised sum tell what was in it (Mironov 2012). So the sum is rounded to a public grid first, the
@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 KEY_BYTES = 32
 ROUNDING_SHARE = 2.0**-12
 ARITHMETIC_SHARE = 2.0**-12
-_ZEROS = bytes(65_536)
+_ZEROS = memoryview(bytes(65_536))  # a slice of bytes would be a copy
 
 
 def subkey(key: bytes, purpose: bytes) -> bytes:
@@ -49,11 +49,15 @@ class KeyedStream:
     def words(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
         """`(count,)` independent 64-bit words."""
         words = np.empty(count, dtype="<u8")
+        self.fill(words)
+        return words
+
+    def fill(self, words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
+        """The next words of the stream, in place of those in a contiguous array."""
         into = memoryview(words.view(np.uint8))  # type: ignore[arg-type]  # a buffer, though numpy's types do not say so
-        for start in range(0, 8 * count, len(_ZEROS)):
+        for start in range(0, len(into), len(_ZEROS)):
             part = into[start : start + len(_ZEROS)]
             self._keystream.update_into(_ZEROS[: len(part)], part)
-        return words
 
 
 class Noise(Protocol):
@@ -86,21 +90,22 @@ class GaussianNoise:
 class SimulatedNoise:
     """A stream of independent N(0, 1) draws in float32, determined by a key: for simulations, whose noise protects nobody.
 
-    Philox4x64-10 (Salmon et al. 2011) in counter mode, 32 bits a draw, Box-Muller in float32: draws beyond 6.66 do not occur.
+    32 bits of the keystream a draw, Box-Muller in float32: draws beyond 6.66 do not occur.
     """
 
     def __init__(self, key: bytes) -> None:
-        self._philox = np.random.Philox(key=int.from_bytes(key[:16], "little"))
+        self._stream = KeyedStream(key)
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> torch.Tensor:
         """A float64 tensor of `shape` with independent N(0, std^2) entries."""
         count = math.prod(shape)
-        bits = torch.from_numpy(self.bits(count).view(np.int32))[None]
+        words = self._stream.words((count + 1) // 2)
+        bits = torch.from_numpy(words.view(np.int32))[None]
         return standard_normals(bits, torch.empty(1, len(bits[0])))[0, :count].to(torch.float64).mul_(std).reshape(shape)
 
-    def bits(self, count: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+    def fill(self, words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
         """The next ceil(count / 2) words of the stream, of which `standard_normals` makes `count` draws."""
-        return self._philox.random_raw((count + 1) // 2)
+        self._stream.fill(words)
 
 
 def standard_normals(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ def arrays_digest(arrays: Mapping[str, NDArray[np.floating]]) -> str:
     digest = hashlib.sha256()
     for name, value in arrays.items():
         digest.update(f"{name}\n{value.dtype.str}{value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from client.noise import KeyedStream
-from shared.cohort import Cohort, IntArray
+from shared.cohort import BoolArray, Cohort, IntArray
 from shared.plan import SitePlan
 
 
@@ -18,6 +18,7 @@ class PatientIndex:
         self._counts = np.bincount(cohort.patient_of_record, minlength=cohort.num_patients)
         self._starts = np.cumsum(self._counts) - self._counts
         self.several_records = bool(self._counts.max(initial=0) > 1)  # else nothing is drawn to choose among a patient's
+        self.first_records = np.where(self._counts > 0, np.append(self._order, -1)[self._starts], -1)  # `(P,)`; -1 of a patient without
 
     def one_record_each(self, patients: IntArray, stream: KeyedStream) -> IntArray:
         """A record of each patient, uniformly among its own, `(len(patients),)`; none of a patient without records, never another's."""
@@ -35,15 +36,35 @@ class PatientIndex:
 
 
 def poisson_sample(num_units: int, sample_rate: float, stream: KeyedStream) -> IntArray:
-    """Indices of the units in a batch: each independently with probability `sample_rate` (to 2**-54); often more, fewer or none."""
-    return np.flatnonzero(stream.uniforms(num_units) <= sample_rate)
+    """Indices of the units in a batch: each independently with probability `sample_rate` (or less, by 2**-64); often more, fewer or none."""
+    return np.flatnonzero(_below(stream.words(num_units), sample_rate))
 
 
-def poisson_batches(num_units: int, sample_rate: float, steps: int, stream: KeyedStream) -> tuple[IntArray, IntArray]:
-    """What as many calls of `poisson_sample`, one after another, give: the step and the index of every unit, in order."""
-    included = stream.uniforms(num_units * steps).reshape(steps, num_units) <= sample_rate
-    step, unit = np.nonzero(included)
-    return step, unit
+def poisson_batches(
+    num_units: IntArray, sample_rates: Sequence[float], steps: IntArray, streams: Sequence[KeyedStream]
+) -> tuple[IntArray, IntArray, IntArray]:
+    """What `poisson_sample` gives each of S sites in each of its steps: step, site and index of every unit, in this order.
+
+    Args:
+        num_units, sample_rates, steps, streams: of each site.
+    """
+    ends = np.cumsum(num_units * steps)
+    words, chosen = np.empty(ends[-1], dtype=np.uint64), np.empty(ends[-1], dtype=np.bool_)
+    for start, end, sample_rate, stream in zip((ends - num_units * steps).tolist(), ends.tolist(), sample_rates, streams, strict=True):
+        stream.fill(words[start:end])
+        chosen[start:end] = _below(words[start:end], sample_rate)
+    places = np.flatnonzero(chosen)
+    counts = np.diff(np.searchsorted(places, ends), prepend=0)
+    site = np.repeat(np.arange(len(ends)), counts)
+    step, unit = np.divmod(places - (ends - num_units * steps)[site], np.maximum(num_units, 1)[site])
+    rank = step * len(ends) + site
+    order = np.argsort(rank.astype(np.min_scalar_type(int(steps.max()) * len(ends))), kind="stable")  # of 16 bits, as a rule: much sooner sorted
+    return step[order], site[order], unit[order]
+
+
+def _below(words: "np.ndarray[tuple[int], np.dtype[np.uint64]]", probability: float) -> BoolArray:
+    most = int(probability * 2.0**64)
+    return words < np.uint64(most) if most < 2**64 else np.ones(len(words), dtype=np.bool_)
 
 
 def sample_units(cohort: Cohort, index: PatientIndex, plan: SitePlan, per_patient: str, stream: KeyedStream) -> IntArray | list[IntArray]:

@@ -26,7 +26,7 @@ from client.noise import subkey
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.private_training import Randomness, train_round_private
-from client.releases import Arrays, Releases, arrays_digest
+from client.releases import Arrays, Releases
 from client.spending import burn_down, site_privacy
 from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
@@ -273,11 +273,11 @@ class Site:
         charge = self._charging(admission).reserve(ask, ask.request_on(digest)) if admission.plan.private else None
         return BegunRound(task=task, admission=admission, charge=charge)
 
-    def end_round(self, begun: BegunRound, update: Arrays, *, steps: int) -> Trained:
-        """The second half: the charge is lowered to the steps really taken."""
+    def end_round(self, begun: BegunRound, *, steps: int, update: str) -> Trained:
+        """The second half: the charge is lowered to the steps really taken for the update with this `arrays_digest`."""
         admission = begun.admission
         if begun.charge is not None:
-            self.ledger_for(admission.plan).commit(begun.charge, steps=steps, update=arrays_digest(update))
+            self.ledger_for(admission.plan).commit(begun.charge, steps=steps, update=update)
         return self._trained(begun.task, admission, None)
 
     def evaluate(self, task: EvaluateTask, parameters: Parameters) -> tuple[Evaluated, Statistics | None]:

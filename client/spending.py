@@ -1,5 +1,7 @@
 """What a coordinator is told that a site has spent on a study."""
 
+import functools
+
 from client.cross_check import epsilon_prv
 from shared.plan import SitePlan
 from shared.privacy import PrivacyEvent, epsilon_after_rounds, epsilon_of
@@ -26,6 +28,7 @@ def site_privacy(plan: SitePlan, steps: int, *, cross_check: bool) -> SitePrivac
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def burn_down(plan: SitePlan, steps: int) -> SitePrivacy:
     """What `steps` steps of this plan cost, for the middle of a simulation: an upper bound that follows from that of the round before."""
     assert plan.noise_multiplier is not None and plan.delta is not None

@@ -283,15 +283,17 @@ def confusion_metrics(num_classes: int) -> tuple[Metric, ...]:
 
 def confusion_accuracy(matrix: FloatArray) -> float | None:
     """Share on the diagonal."""
-    return float(np.trace(matrix) / matrix.sum()) if matrix.sum() > 0 else None
+    counted = matrix.sum()
+    return float(matrix.trace() / counted) if counted > 0 else None
 
 
 def macro_f1(matrix: FloatArray) -> float | None:
     """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
-    occurring = matrix.sum(axis=1) > 0
+    of_class, given = matrix.sum(axis=1), matrix.sum(axis=0)
+    occurring = of_class > 0
     if not occurring.any():
         return None
-    f1 = np.clip(2 * np.diag(matrix) / np.maximum(matrix.sum(axis=0) + matrix.sum(axis=1), 1e-12), 0, 1)
+    f1 = np.clip(2 * matrix.diagonal() / np.maximum(given + of_class, 1e-12), 0, 1)
     return float(f1[occurring].mean())
 
 

@@ -57,6 +57,7 @@ class Task:
     sites: tuple[str, ...] = ()
     bundled: bool = False
     default_study: str | None = None
+    _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: hundreds of sites ask
 
     def __post_init__(self) -> None:
         names = [metric.name for metric in self.metrics]
@@ -70,8 +71,10 @@ class Task:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over name, schema, metrics and architecture: two sides with equal fingerprints speak of the same task."""
-        parts = [self.name, schema_fingerprint(self.schema), ",".join(m.name for m in self.metrics), architecture_hash(self.model())]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        if not self._fingerprints:
+            parts = [self.name, schema_fingerprint(self.schema), ",".join(m.name for m in self.metrics), architecture_hash(self.model())]
+            self._fingerprints.append(hashlib.sha256("\n".join(parts).encode()).hexdigest())
+        return self._fingerprints[0]
 
 
 def architecture_hash(model: nn.Module) -> str:

@@ -154,7 +154,9 @@ def _by_attribute(cohort: Cohort, federation: Federation) -> Partition:
             "choose another partition, for example 'iid', or another column",
         )
     values = cohort.attributes[name]
-    parts = {str(value): np.flatnonzero(values == value) for value in dict.fromkeys(values.tolist())}
+    kinds, first, kind = np.unique(values, return_index=True, return_inverse=True)
+    of_kind = np.split(np.argsort(kind, kind="stable"), np.cumsum(np.bincount(kind))[:-1])
+    parts = {str(kinds[number]): of_kind[number] for number in np.argsort(first)}  # in the order in which they first occur
     if len(parts) * federation.min_patients > cohort.num_patients:
         raise PartitionError(
             f"federation.partition {federation.partition!r}: expected at least {federation.min_patients} patients at every site, got {len(parts)} sites for {cohort.num_patients} patients",

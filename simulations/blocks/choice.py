@@ -13,14 +13,15 @@ from shared.models import initial_parameters, set_parameters
 from shared.plan import shape_site
 from shared.study import Study
 from shared.task import Task
-from simulations.blocks.stacked import NotStackableError, StackedModel
+from simulations.blocks.layers import NotStackableError
+from simulations.blocks.stacked import StackedModel
 from simulations.setting import Setting
 
 Execution = Literal["auto", "blocks", "sequential"]
 DEFAULT_MEMORY = 2_000_000_000  # bytes
 CACHE_BYTES = 24_000_000  # of a block: what one core keeps near; larger blocks gain nothing
 MOST_SITES = 256
-LEAST_BLOCKS = 4  # a round, so that several processes have something to do
+LEAST_BLOCKS = 2  # a round, so that two processes have something to do
 MANY_SITE_ROUNDS = 10_000  # from there on several processes are worth their start
 NUM_PROBE_PATIENTS = 6
 TOLERANCE = 1e-4
@@ -124,9 +125,11 @@ def check_alike(task: Task) -> int:
     try:
         outputs = stacked(*(torch.cat([values, values]) for values in inputs))
         task.loss(outputs, torch.from_numpy(np.concatenate([cohort.labels, cohort.labels])))
+    except NotStackableError:
+        raise
     except Exception as error:  # whatever a forward pass may raise that was written for one site's rows
         raise NotStackableError(f"its forward pass fails on the rows of many sites ({type(error).__name__})") from error
     if outputs.shape[0] != 2 * len(inputs[0]) or not torch.allclose(outputs, torch.cat(expected), rtol=TOLERANCE, atol=TOLERANCE):
         raise NotStackableError("its forward pass gives other outputs on the rows of many sites")
-    entries = sum(taken.numel() + 2 * given.numel() for layer in stacked.layers for taken, given in layer.calls)
+    entries = sum(layer.num_entries() for layer in stacked.layers)
     return 2 * 4 * entries // outputs.shape[0]

@@ -24,7 +24,7 @@ from shared.task import Task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import BlockTrainer, Outcome
 from simulations.blocks.training import steps_of
-from simulations.blocks.workers import Pool, Slot, named
+from simulations.blocks.workers import Pool, Slot
 from simulations.in_process import FIRST_SITE_NODE_ID, InProcessGrid
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,8 @@ class BlockEngine(InProcessGrid):
         """What the coordinator is told: the charges are lowered to the steps taken first."""
         with self._journal_held():
             trained = [
-                self._sites[name].end_round(round_, named(row, received), steps=int(steps))
-                for (name, round_), row, steps in zip(begun.items(), outcome.updates, outcome.steps, strict=True)
+                self._sites[name].end_round(round_, steps=steps, update=digest)
+                for (name, round_), steps, digest in zip(begun.items(), outcome.steps.tolist(), outcome.digests, strict=True)
             ]
         sums = [{name: value[row] for name, value in outcome.sums.items()} or None for row in range(len(begun))]
         replies: list[Trained | Refused] = [*trained, *refused.values()]

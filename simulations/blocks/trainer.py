@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from client.charging import release_key
 from client.evaluation import predictions_of
 from client.local_training import LocalRound
+from client.releases import arrays_digest
 from client.sampling import PatientIndex
 from shared.cohort import Cohort, IntArray
 from shared.metrics import Statistic
@@ -20,17 +21,25 @@ from shared.study import Study
 from shared.task import Task
 from simulations.blocks.patients import Part, Patients
 from simulations.blocks.stacked import StackedModel
-from simulations.blocks.training import Records, SiteWork, flat_updates, train_block
+from simulations.blocks.training import Records, SiteWork, flat_updates, named, train_block
 
 Sums = dict[str, NDArray[np.float64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a block came to: steps taken `(S,)`, updates `(S, D)`, and each statistic `(S, *shape)` of the parameters received; none with noise."""
+    """What a block came to.
+
+    Attributes:
+        steps: `(S,)`, how many each site took.
+        updates: `(S, D)`.
+        digests: `arrays_digest` of each update.
+        sums: each statistic of the parameters received, `(S, *shape)`; none where they would carry noise.
+    """
 
     steps: IntArray
     updates: NDArray[np.floating]
+    digests: tuple[str, ...]
     sums: Sums
 
 
@@ -43,7 +52,7 @@ class BlockTrainer:
         self._patients = patients
         self._model = task.model()
         self._stacked = StackedModel(self._model, block_size)
-        self._indices: dict[int, PatientIndex] = {}
+        self._known: dict[int, tuple[Cohort, PatientIndex]] = {}
         training = patients.training
         self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
 
@@ -53,16 +62,19 @@ class BlockTrainer:
         local = LocalRound(study=self._study, task=self._task, round_number=round_number)
         works = [self._work(site, fold, round_number) for site in sites]
         steps = train_block(self._stacked, received, works, self._records, local)
-        return Outcome(steps=steps, updates=flat_updates(self._stacked, received, len(sites)), sums=sums)
+        updates = flat_updates(self._stacked, received, len(sites))
+        digests = tuple(arrays_digest(named(row, received)) for row in updates)
+        return Outcome(steps=steps, updates=updates, digests=digests, sums=sums)
 
     def _work(self, site: int, fold: int, round_number: int) -> SiteWork:
         patients = self._patients
-        part = patients.training.cohort(site)
-        if site not in self._indices:
-            self._indices[site] = PatientIndex(part)
+        if site not in self._known:
+            part = patients.training.cohort(site)
+            self._known[site] = part, PatientIndex(part)
+        part, index = self._known[site]
         key = release_key(self._study.seed, "training", patients.names[site], fold, round_number)
         return SiteWork(
-            name=patients.names[site], plan=patients.plans[site], part=part, index=self._indices[site], start=int(patients.training.starts[site]), key=key
+            name=patients.names[site], plan=patients.plans[site], part=part, index=index, start=int(patients.training.starts[site]), key=key
         )  # fmt: skip
 
     def _evaluate(self, sites: list[int], received: Parameters) -> Sums:

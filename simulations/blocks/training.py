@@ -81,7 +81,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     for name, (span, _) in stacked.spans.items():
         flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
     steps = np.array([steps_of(local.study, site.part.num_records, site.plan.declared_size) for site in sites])
-    batches = _draw(sites, local, int(steps.max(initial=0)))
+    batches = _draw(sites, local, steps)
     optimizer = local_optimizer(local.study, [flat], local.round_number)
     proximal = ProximalTerm(local.study, [flat])
     noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
@@ -107,8 +107,8 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
 
 def _sum_gradients(stacked: StackedModel, records: Records, rows: torch.Tensor, mask: torch.Tensor, local: LocalRound) -> None:
     """The sum of every site's gradients: each clipped to C with privacy, else their mean."""
-    outputs = stacked(*(values[rows] for values in records.inputs))
-    losses = local.task.loss(outputs, records.labels[rows])
+    outputs = stacked(*(values.index_select(0, rows) for values in records.inputs))
+    losses = local.task.loss(outputs, records.labels.index_select(0, rows))
     stacked.backward(losses)
     if not local.study.private:
         own = mask.to(losses.dtype)
@@ -128,7 +128,7 @@ class _BlockNoise:
     def __init__(self, sites: list[SiteWork], size: int, local: LocalRound) -> None:
         self._streams = [SimulatedNoise(subkey(site.key, b"noise")) for site in sites]
         self._grid = NoiseGrid.of(local.study.privacy.max_grad_norm, size)
-        self._bits = np.empty((len(sites), (size + 1) // 2), dtype=np.uint64)
+        self._words = np.empty((len(sites), (size + 1) // 2), dtype=np.uint64)
         self._normals = torch.empty(len(sites), 2 * ((size + 1) // 2))
         self._size = size
         multipliers = torch.tensor([[site.plan.noise_multiplier or 0.0] for site in sites], dtype=torch.float64)
@@ -138,37 +138,51 @@ class _BlockNoise:
     def release(self, totals: torch.Tensor) -> None:
         """In place: `totals`, `(S, d)`, rounded to the grid, plus noise rounded to it, over each site's expected batch size."""
         active = len(totals)
-        for row in range(active):
-            self._bits[row] = self._streams[row].bits(self._size)
-        normals = standard_normals(torch.from_numpy(self._bits[:active].view(np.int32)), self._normals[:active])[:, : self._size]
+        for words, stream in zip(self._words[:active], self._streams, strict=False):
+            stream.fill(words)
+        normals = standard_normals(torch.from_numpy(self._words[:active].view(np.int32)), self._normals[:active])[:, : self._size]
         noise = normals.to(totals.dtype).mul_(self._stds[:active].to(totals.dtype)).round_()
         totals.div_(self._grid.spacing).round_().add_(noise).mul_(self._scales[:active].to(totals.dtype))
 
 
-def _draw(sites: list[SiteWork], local: LocalRound, num_steps: int) -> _Batches:
+def _draw(sites: list[SiteWork], local: LocalRound, steps: IntArray) -> _Batches:
     """Every site's batches, as it draws them alone."""
+    several = local.study.privacy.unit == "patient" and any(site.index.several_records for site in sites)
+    step, site, records = _draw_one_by_one(sites, local) if several or not local.study.private else _draw_at_once(sites, steps)
+    num_steps = int(steps.max(initial=0))
+    counts = np.bincount(step * len(sites) + site, minlength=num_steps * len(sites)).reshape(num_steps, len(sites))
+    return _Batches(counts=counts, records=np.split(records, np.cumsum(counts.sum(axis=1))[:-1]))
+
+
+def _draw_at_once(sites: list[SiteWork], steps: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+    """Poisson batches of sites whose units have one record each: step, site, and record among those of all sites, in this order."""
+    by_patient = [site.index.first_records if site.plan.unit == "patient" else np.arange(site.part.num_records) for site in sites]
+    num_units = np.array([len(first) for first in by_patient])
+    streams = [KeyedStream(subkey(site.key, b"sampling")) for site in sites]
+    step, site, unit = poisson_batches(num_units, [site.plan.sample_rate for site in sites], steps, streams)
+    records = np.concatenate(by_patient)[(np.cumsum(num_units) - num_units)[site] + unit]
+    if (there := records >= 0).all():
+        return step, site, records + np.array([work.start for work in sites])[site]
+    return step[there], site[there], (records + np.array([work.start for work in sites])[site])[there]
+
+
+def _draw_one_by_one(sites: list[SiteWork], local: LocalRound) -> tuple[IntArray, IntArray, IntArray]:
     drawn = [_records_by_step(site, local) for site in sites]
-    steps = np.concatenate([steps for steps, _ in drawn])
+    step = np.concatenate([steps for steps, _ in drawn])
     records = np.concatenate([records + site.start for site, (_, records) in zip(sites, drawn, strict=True)])
-    counts = np.stack([np.bincount(steps, minlength=num_steps) for steps, _ in drawn], axis=1)
-    order = np.argsort(steps, kind="stable")  # by step, and within it site after site
-    return _Batches(counts=counts, records=np.split(records[order], np.cumsum(counts.sum(axis=1))[:-1]))
+    site = np.repeat(np.arange(len(sites)), [len(steps) for steps, _ in drawn])
+    order = np.argsort(step, kind="stable")
+    return step[order], site[order], records[order]
 
 
 def _records_by_step(site: SiteWork, local: LocalRound) -> tuple[IntArray, IntArray]:
     """Which records of the site are in which step, in the order of the steps, `(n,)` each."""
-    plan = site.plan
     if not local.study.private:
         return _joined(round_batches(site.part.num_records, local.study, generator_of(site.key)))
     stream = KeyedStream(subkey(site.key, b"sampling"))
-    if plan.unit == "record":
-        return poisson_batches(site.part.num_records, plan.sample_rate, plan.steps_per_round, stream)
-    if not site.index.several_records:
-        steps, patients = poisson_batches(site.part.num_patients, plan.sample_rate, plan.steps_per_round, stream)
-        return steps, site.index.one_record_each(patients, stream)
     batches = []
-    for _ in range(plan.steps_per_round):
-        units = sample_units(site.part, site.index, plan, local.study.privacy.records_per_patient, stream)
+    for _ in range(site.plan.steps_per_round):
+        units = sample_units(site.part, site.index, site.plan, local.study.privacy.records_per_patient, stream)
         assert isinstance(units, np.ndarray)  # several records of a patient, clipped as one, are not for blocks
         batches.append(units)
     return _joined(batches)
@@ -197,3 +211,12 @@ def flat_updates(stacked: StackedModel, received: Parameters, num_sites: int) ->
         else:
             columns.append(np.zeros((num_sites, value.size), dtype=value.dtype))
     return np.concatenate(columns, axis=1)
+
+
+def named(row: NDArray[np.floating], template: Parameters) -> Parameters:
+    """A flat row as named arrays, which are views of it."""
+    named, start = {}, 0
+    for name, value in template.items():
+        named[name] = row[start : start + value.size].reshape(value.shape)
+        start += value.size
+    return named

@@ -17,7 +17,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import BlockTrainer, Outcome, Sums
+from simulations.blocks.training import named
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +134,8 @@ class Pool:
         if reply["steps"] is None:
             return slot, None
         results, count = self._results[slot], len(steps)
-        sums: Sums = {name: np.asarray(results[name][:count]) for name in self._shapes}
-        return slot, Outcome(steps=steps, updates=results["updates"][:count], sums=sums)
+        sums: Sums = {name: results[name][:count] for name in self._shapes}
+        return slot, Outcome(steps=steps, updates=results["updates"][:count], digests=tuple(reply["digests"]), sums=sums)
 
     def _read(self) -> None:
         """Wait until a worker says something; whole lines are kept, and the beginning of one until the rest has come."""
@@ -175,8 +176,8 @@ def _results(template: Parameters, shapes: Mapping[str, tuple[int, ...]], block_
     }
 
 
-def _mapped_results(folder: Path, shapes: Mapping[str, tuple[int, ...]], worker: int, slot: int) -> dict[str, NDArray[np.floating]]:
-    return {name: np.load(folder / f"{name}-{worker}-{slot}.npy", mmap_mode="r+") for name in ("updates", *shapes)}
+def _mapped_results(folder: Path, shapes: Mapping[str, tuple[int, ...]], worker: int, slot: int) -> dict[str, NDArray[Any]]:
+    return {name: np.asarray(np.load(folder / f"{name}-{worker}-{slot}.npy", mmap_mode="r+")) for name in ("updates", *shapes)}
 
 
 # A worker -----------------------------------------------------------------------------------------------------------------------
@@ -194,26 +195,18 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
     received = np.load(folder / RECEIVED, mmap_mode="r")
     for line in jobs:
         job = json.loads(line)
-        steps: list[int] | None = None
+        reply: dict[str, object] = {"slot": job["slot"], "steps": None}
         try:
             outcome = trainer.train(job["round"], job["fold"], job["sites"], named(np.array(received), template))
-            into, steps = results[job["slot"]], outcome.steps.tolist()
-            into["updates"][: len(steps)] = outcome.updates
+            into, count = results[job["slot"]], len(outcome.steps)
+            into["updates"][:count] = outcome.updates
             for name, value in outcome.sums.items():
-                into[name][: len(steps)] = value
+                into[name][:count] = value
+            reply |= {"steps": outcome.steps.tolist(), "digests": outcome.digests}
         except Exception as error:  # the sites of this block are trained one after another
             logger.warning("a block could not be trained: %s", type(error).__name__)
-        replies.write(json.dumps({"slot": job["slot"], "steps": steps}).encode() + b"\n")
+        replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
-
-
-def named(row: NDArray[np.floating], template: Parameters) -> Parameters:
-    """A flat row as named arrays, which are views of it."""
-    named, start = {}, 0
-    for name, value in template.items():
-        named[name] = row[start : start + value.size].reshape(value.shape)
-        start += value.size
-    return named
 
 
 def main() -> None:

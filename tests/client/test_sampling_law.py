@@ -98,6 +98,9 @@ def test_a_draw_of_one_is_still_the_patients_own_record() -> None:
         def uniforms(self, count: int) -> np.ndarray:
             return np.ones(count)
 
+        def words(self, count: int) -> np.ndarray:
+            return np.full(count, 2**64 - 1, dtype=np.uint64)
+
     index, ones = PatientIndex(cohort_of([0, 1, 0, 2], 3)), Ones(bytes(32))
     assert index.one_record_each(np.arange(3), ones).tolist() == [2, 1, 3]
     assert poisson_sample(4, 1.0, ones).tolist() == [0, 1, 2, 3]

@@ -28,7 +28,7 @@ def five_sites(runner, **changes: object):
 def test_a_run_in_blocks_comes_to_what_a_run_site_by_site_comes_to(runner, privacy: dict[str, object]) -> None:
     runs = {how: runner.run(five_sites(runner, privacy=privacy), execution=how) for how in ("blocks", "sequential")}
     blocks, sequential = runs["blocks"], runs["sequential"]
-    assert "blocks of up to 2 sites" in blocks.result.execution and "as asked" in sequential.result.execution
+    assert "blocks of up to 3 sites" in blocks.result.execution and "as asked" in sequential.result.execution
     models = [read_tensors(run.folder.path / "model" / "final.safetensors")[1] for run in (blocks, sequential)]
     for name, value in models[1].items():
         np.testing.assert_allclose(models[0][name], value, rtol=1e-4, atol=1e-6)
@@ -82,7 +82,7 @@ def test_a_run_broken_off_in_a_block_leaves_its_charges_and_is_resumed_to_the_sa
 
     def interrupted(*arguments: object) -> object:
         rounds.append(1)
-        if len(rounds) == 4:  # the first block of the second round: three blocks a round
+        if len(rounds) == 3:  # the first block of the second round: two blocks a round
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -97,7 +97,7 @@ def test_a_run_broken_off_in_a_block_leaves_its_charges_and_is_resumed_to_the_sa
             states = [charge.committed for charge in ledger.charges()]
         assert states in ([True], [True, False])
         standing += states.count(False)
-    assert standing == 2  # the block that was under way, and no other
+    assert standing == 3  # the block that was under way, and no other
     resumed = runner.run(run.folder.study, resume=run.folder.path, execution="blocks")
     whole = runner.run(five_sites(runner), execution="blocks")
     assert resumed.model() == whole.model() and resumed.comparable == whole.comparable
@@ -157,7 +157,7 @@ def test_what_cannot_be_in_blocks_is_told_and_refused_where_it_was_asked_for(run
     with pytest.raises(ConfigurationError, match="operating system"):
         choose(own_noise, "blocks")
     usual = prepare(five_sites(runner), None)
-    assert choose(usual, "auto").block_size == 2 and not choose(usual, "sequential").blocks
+    assert choose(usual, "auto").block_size == 3 and not choose(usual, "sequential").blocks
     assert not choose(usual, "auto", memory=10_000).blocks
     assert choose(usual, "auto", processes=3).num_workers == 3 and choose(usual, "auto", processes=1).num_workers == 0
 
