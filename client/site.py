@@ -20,12 +20,11 @@ from client.evaluation import evaluate_parameters, predictions_of, rounded
 from client.evaluation_noise import bounded_statistics, noise_statistics
 from client.exact_answers import ExactAnswers
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
-from client.local_training import LocalRound, torch_keyed, train_round
+from client.local_training import LocalRound
+from client.local_update import local_update
 from client.memory_chain import Journal
-from client.noise import subkey
 from client.policy import Policy
 from client.private_probe import probe_model
-from client.private_training import Randomness, train_round_private
 from client.releases import Arrays, Releases
 from client.spending import burn_down, site_privacy
 from shared.cohort import Cohort, held_out_patients, patient_hash
@@ -45,7 +44,6 @@ from shared.models import Parameters, Template, get_parameters, set_parameters, 
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
 from shared.privacy import SOLVE_MARGIN, PrivacyEvent, evaluation_noise_multiplier
 from shared.results import SitePrivacy
-from shared.seeding import generator_of
 from shared.study import Study
 from shared.task import Task
 
@@ -410,19 +408,11 @@ class Site:
         return {name: np.asarray(value, dtype=np.float64) for name, value in noised.items()}, withheld
 
     def _update(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
-        model = self._model
         local = LocalRound(study=admission.study, task=self._task, round_number=task.round, still_wanted=self._still_wanted)
+        simulated = self._seed(admission) is not None
 
         def make(key: bytes) -> tuple[Arrays, int]:
-            set_parameters(model, parameters)
-            with torch_keyed(subkey(key, b"torch")):
-                if admission.plan.private:
-                    randomness = Randomness.from_key(key) if self._seed(admission) is None else Randomness.simulated(key)
-                    steps = train_round_private(model, train_part, local, plan=admission.plan, randomness=randomness)
-                else:
-                    steps = train_round(model, train_part, local, rng=generator_of(key))
-            trained = get_parameters(model)
-            return {name: np.asarray(trained[name] - parameters[name]) for name in parameters}, steps
+            return local_update(self._model, train_part, parameters, local, plan=admission.plan, key=key, simulated=simulated)
 
         ask = self._ask(task, admission)
         if not admission.plan.private:

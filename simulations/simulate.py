@@ -175,10 +175,12 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
     app = client_app(lambda context: sites[str(context.node_config["site"])])
     ordered = {name: sites[name] for name in sorted(sites)}
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
-    if not choice.blocks:
+    if not choice.blocks and not choice.num_workers:
         server_app(coordinator)(InProcessGrid(app, ordered), context)
         return
-    engine = BlockEngine(app, ordered, setting.task, setting.study, block_size=choice.block_size, num_workers=choice.num_workers)
+    engine = BlockEngine(
+        app, ordered, setting.task, setting.study, block_size=choice.block_size, num_workers=choice.num_workers, stacked=choice.blocks
+    )
     with contextlib.closing(engine):
         server_app(coordinator)(engine, context)
 

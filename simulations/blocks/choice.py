@@ -19,10 +19,12 @@ from simulations.setting import Setting
 
 Execution = Literal["auto", "blocks", "sequential"]
 DEFAULT_MEMORY = 2_000_000_000  # bytes
-CACHE_BYTES = 24_000_000  # of a block: what one core keeps near; larger blocks gain nothing
+CACHE_BYTES = 24_000_000  # of a block, worked on at a time: what one core keeps near; larger blocks gain nothing
+FRESH_BYTES = 32 * 2**20  # larger tensors are handed back to the operating system at every step, and come back page by page
 MOST_SITES = 256
 LEAST_BLOCKS = 2  # a round, so that two processes have something to do
-MANY_SITE_ROUNDS = 10_000  # from there on several processes are worth their start
+MANY_SITE_ROUNDS, MANY_SLOW_SITE_ROUNDS = 10_000, 500  # from there on several processes are worth their start: in blocks, and one after another
+SITES_A_JOB = 4  # that a process trains one after another before it is asked again
 NUM_PROBE_PATIENTS = 6
 TOLERANCE = 1e-4
 COPIES = 12  # of a site's parameters while it trains: itself, gradient, noise, optimizer, temporaries
@@ -30,7 +32,7 @@ COPIES = 12  # of a site's parameters while it trains: itself, gradient, noise, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How the sites of a simulation are trained. `block_size` is 1 where one after another; then `reason` says why."""
+    """How the sites of a simulation are trained: at once, a block of `block_size` at a time, or one after another; then `reason` says why."""
 
     block_size: int
     num_workers: int = 0  # processes beside this one; 0: this one trains
@@ -39,10 +41,19 @@ class Choice:
     @property
     def blocks(self) -> bool:
         """True where many sites are trained at once."""
-        return self.block_size > 1
+        return not self.reason
 
     def __str__(self) -> str:
         return f"in blocks of up to {self.block_size} sites" if self.blocks else f"one site after another ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes that a row takes on its way through a model: in all, at a time, and in the largest tensor."""
+
+    held: int
+    near: int
+    largest: int
 
 
 def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY, processes: int | None = None) -> Choice:
@@ -51,12 +62,12 @@ def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY,
     Raises:
         ConfigurationError: blocks were asked for and cannot be.
     """
-    if execution == "sequential":
-        return Choice(block_size=1, reason="as asked")
     try:
-        choice = Choice(block_size=_block_size(setting, memory), num_workers=_num_workers(setting, processes))
+        if execution == "sequential":
+            raise NotStackableError("as asked")
+        choice = Choice(block_size=_block_size(setting, memory), num_workers=_num_workers(setting, processes, MANY_SITE_ROUNDS))
     except NotStackableError as error:
-        choice = Choice(block_size=1, reason=str(error))
+        choice = Choice(block_size=SITES_A_JOB, num_workers=_num_workers(setting, processes, MANY_SLOW_SITE_ROUNDS), reason=str(error))
     if execution == "blocks" and not choice.blocks:
         raise ConfigurationError(f"--execution blocks: expected a study that can be trained many sites at once: {choice.reason}", "use auto")
     return choice
@@ -78,20 +89,25 @@ def _block_size(setting: Setting, memory: int) -> int:
         raise NotStackableError("there is one site")
     if study.privacy.records_per_patient == "all" and any(len(cohort.labels) > cohort.num_patients for cohort in setting.federation.cohorts.values()):
         raise NotStackableError("all records of a patient are clipped as one")
-    site_bytes = check_alike(task) * _rows_of(study, max(sizes)) + COPIES * _parameter_bytes(task)
+    footprint, num_rows, fixed = check_alike(task), _rows_of(study, max(sizes)), COPIES * _parameter_bytes(task)
+    site_bytes = footprint.held * num_rows + fixed
     most = memory // site_bytes
     if most < 2:
         raise NotStackableError(f"two sites at once need {2 * site_bytes / 1e9:.1f} GB of memory")
-    return int(max(2, min(math.ceil(len(sizes) / LEAST_BLOCKS), MOST_SITES, most, CACHE_BYTES // site_bytes)))
+    fast = min(CACHE_BYTES // (footprint.near * num_rows + fixed), FRESH_BYTES // (footprint.largest * num_rows))
+    return int(max(2, min(math.ceil(len(sizes) / LEAST_BLOCKS), MOST_SITES, most, fast)))
 
 
-def _num_workers(setting: Setting, processes: int | None) -> int:
-    """One for each core where training takes far longer than their start; none where one process is enough."""
+def _num_workers(setting: Setting, processes: int | None, many: int) -> int:
+    """One for each core where training takes far longer than their start; none where one process is enough, or a site keeps what no other may see."""
+    private = setting.study.private and setting.study.privacy.noise_source == "os"
+    if setting.federation is None or private:
+        return 0
     if processes is not None:
         return processes if processes > 1 else 0
     rounds = setting.study.rounds.count * setting.study.evaluation.folds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores > 1 and len(setting.site_names) * rounds >= MANY_SITE_ROUNDS else 0
+    return cores if cores > 1 and len(setting.site_names) * rounds >= many else 0
 
 
 def _rows_of(study: Study, num_patients: int) -> int:
@@ -104,7 +120,7 @@ def _parameter_bytes(task: Task) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in task.model().parameters())
 
 
-def check_alike(task: Task) -> int:
+def check_alike(task: Task) -> Footprint:
     """Return where the task's model, stacked, gives every site the outputs that its own parameters give: the bytes a row takes on its way.
 
     Raises:
@@ -131,5 +147,9 @@ def check_alike(task: Task) -> int:
         raise NotStackableError(f"its forward pass fails on the rows of many sites ({type(error).__name__})") from error
     if outputs.shape[0] != 2 * len(inputs[0]) or not torch.allclose(outputs, torch.cat(expected), rtol=TOLERANCE, atol=TOLERANCE):
         raise NotStackableError("its forward pass gives other outputs on the rows of many sites")
-    entries = sum(layer.num_entries() for layer in stacked.layers)
-    return 2 * 4 * entries // outputs.shape[0]
+    num_rows, largest = outputs.shape[0], max(value.numel() for layer in stacked.layers for call in layer.calls for value in call)
+    return Footprint(
+        held=2 * 4 * sum(layer.num_entries() for layer in stacked.layers) // num_rows,
+        near=2 * 4 * sum(layer.num_near() for layer in stacked.layers) // num_rows,
+        largest=4 * largest // num_rows,
+    )

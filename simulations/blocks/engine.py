@@ -1,4 +1,4 @@
-"""The in-process engine for many sites at once: a round's training in blocks of sites, everything else one site after another.
+"""The in-process engine for many sites: a round's training in blocks of sites, everything else one site after another.
 
 A block is begun (every site agrees and is charged), trained, and ended (charges lowered to the steps taken), and its replies go to the
 coordinator in one piece. Which sites share a block depends on the sites, the study and the block's size alone, not on the number of processes.
@@ -22,7 +22,7 @@ from shared.models import Parameters
 from shared.study import Study
 from shared.task import Task
 from simulations.blocks.patients import Patients
-from simulations.blocks.trainer import BlockTrainer, Outcome
+from simulations.blocks.trainer import BlockTrainer, Outcome, make_trainer
 from simulations.blocks.training import steps_of
 from simulations.blocks.workers import Pool, Slot
 from simulations.in_process import FIRST_SITE_NODE_ID, InProcessGrid
@@ -39,9 +39,12 @@ class BlockEngine(InProcessGrid):
         sites: virtual ones, all with seeded noise or none.
         block_size: sites that are trained at once, at most.
         num_workers: processes beside this one that train; 0: this one does.
+        stacked: the sites of a block are trained at once; else one after another, which only several processes make sooner.
     """
 
-    def __init__(self, client_app: ClientApp, sites: Mapping[str, Site], task: Task, study: Study, *, block_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, client_app: ClientApp, sites: Mapping[str, Site], task: Task, study: Study, *, block_size: int, num_workers: int = 0, stacked: bool = True
+    ) -> None:  # fmt: skip
         super().__init__(client_app, sites)
         self._names = dict(enumerate(sites, start=FIRST_SITE_NODE_ID))
         self._numbers = {name: number for number, name in enumerate(sites)}
@@ -50,6 +53,7 @@ class BlockEngine(InProcessGrid):
         self._study = study
         self._block_size = min(block_size, len(sites))
         self._num_workers = num_workers
+        self._stacked = stacked
         self._fold = 0
         self._steps: dict[str, int] = {}
         self._trainer: BlockTrainer | Pool | None = None
@@ -95,9 +99,9 @@ class BlockEngine(InProcessGrid):
             }  # fmt: skip
             self._fold = fold
             self._trainer = (
-                Pool(self._task, self._study, patients, block_size=self._block_size, num_workers=self._num_workers)
+                Pool(self._task, self._study, patients, block_size=self._block_size, num_workers=self._num_workers, stacked=self._stacked)
                 if self._num_workers
-                else BlockTrainer(self._task, self._study, patients, block_size=self._block_size)
+                else make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
             )
         return self._trainer
 

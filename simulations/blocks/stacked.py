@@ -1,178 +1,22 @@
 """A model with parameters of its own for each of many sites, run on all of them at once.
 
 Every record is treated alone by a model that can be trained privately, so only its layers with parameters need to know whose record a row
-is: they are replaced by layers with a leading axis of sites, and all else (activations, pooling, attention, recurrence) runs on the rows of
-all sites together, as it stands. Each layer also makes the norms and weighted sums of its records' gradients, from what it took in and the
-gradient of what it gave, as `client.record_gradients` does for one site in float64.
+is: they are replaced by layers with a leading axis of sites, and all else (activations, pooling, attention) runs on the rows of all sites
+together, as it stands. Each layer also makes the norms and weighted sums of its records' gradients.
 
-S: sites. N: rows of each site, so the model sees R = S x N rows, site after site. d: trainable parameters. T: uses of a layer, or positions
-along its middle axes.
+S: sites. N: rows of each site, so the model sees R = S x N rows, site after site. d: trainable parameters.
 """
 
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator
-from typing import ClassVar
 
 import torch
 from torch import nn
 
-MULTIPLIED_OUT = 2**22  # entries of records' gradients at once, where a norm needs them written out
-
-
-class NotStackableError(Exception):
-    """This model cannot be stacked; the text says why, in words for whoever wrote it."""
-
-
-class StackedLayer(nn.Module):
-    """A layer whose parameters have a leading axis of sites; `slots` says which of the model's parameters they are.
-
-    Attributes:
-        parts: own name -> `(S, *shape)`, views of the stacked model's flat parameters.
-        calls: what each use in the last forward pass took in and gave.
-    """
-
-    replaces: ClassVar[type[nn.Module]]
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.slots = dict(layer.named_parameters(recurse=False))
-        self.parts: dict[str, torch.Tensor] = {}
-        self.num_sites = 0
-        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._backprops: list[torch.Tensor] = []
-
-    def part(self, name: str) -> torch.Tensor:
-        """The parameters `name` of the active sites."""
-        return self.parts[name][: self.num_sites]
-
-    def keep(self, taken: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        """Remember a use, and let gradients come to what the layer gave."""
-        if torch.is_grad_enabled():
-            if not given.requires_grad:
-                given.requires_grad_()
-            self.calls.append((taken.detach(), given))
-        return given
-
-    def take_backprops(self, backprops: list[torch.Tensor]) -> None:
-        """The gradients of what each use gave, in order."""
-        self._backprops = backprops
-
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer took in `(R, T, in)` and the gradients of what it gave `(R, T, out)`, over all uses and positions."""
-        taken = [_with_positions(call[0]) for call in self.calls]
-        given = [_with_positions(backprop) for backprop in self._backprops]
-        return (taken[0], given[0]) if len(taken) == 1 else (torch.cat(taken, dim=1), torch.cat(given, dim=1))
-
-    def squared_norms(self) -> torch.Tensor:
-        """`(R,)`: of each record's gradient of all the parameters of this layer."""
-        raise NotImplementedError
-
-    def write_weighted_sums(self, weights: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        """Write, for each site, sum of weight x gradient over its N records to `into[name]`, `(S, *shape)`.
-
-        Args:
-            weights: `(S, N)`.
-        """
-        raise NotImplementedError
-
-
-def _with_positions(values: torch.Tensor) -> torch.Tensor:
-    """`(R, in)` or `(R, ..., in)` as `(R, T, in)`."""
-    return values.unsqueeze(1) if values.dim() == 2 else values.flatten(1, -2)
-
-
-class StackedLinear(StackedLayer):
-    """`(R, ..., in) -> (R, ..., out)`, a matrix for each site."""
-
-    replaces = nn.Linear
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Each site's rows by its own matrix, in one batched product."""
-        weight = self.part("weight")
-        by_site = rows.reshape(self.num_sites, -1, rows.shape[-1])
-        columns = weight.transpose(1, 2)
-        given = torch.baddbmm(self.part("bias").unsqueeze(1), by_site, columns) if "bias" in self.parts else torch.bmm(by_site, columns)
-        return self.keep(rows, given.view(*rows.shape[:-1], weight.shape[1]))
-
-    def squared_norms(self) -> torch.Tensor:
-        """A record's gradient is sum over its T positions of b a^T; for one position its norm is |b| |a| (Goodfellow 2015)."""
-        taken, given = self.rows()
-        if taken.shape[1] == 1:
-            return _squares(given[:, 0]) * (_squares(taken[:, 0]) + ("bias" in self.parts))
-        squares = torch.cat([_squares(torch.bmm(b.transpose(1, 2), a).flatten(1)) for a, b in _in_pieces(taken, given)])
-        return squares + _squares(given.sum(dim=1)) if "bias" in self.parts else squares
-
-    def write_weighted_sums(self, weights: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        """One batched product over all records and positions of a site."""
-        taken, given = self.rows()
-        weighted = (given * weights.reshape(-1, 1, 1)).reshape(self.num_sites, -1, given.shape[-1])
-        into["weight"].copy_(torch.bmm(weighted.transpose(1, 2), taken.reshape(self.num_sites, -1, taken.shape[-1])))
-        if "bias" in self.parts:
-            torch.sum(weighted, dim=1, out=into["bias"])
-
-
-class StackedAffine(StackedLayer):
-    """The affine part after a normalisation: `(R, ...)` times a scale plus a shift for each site; what is normalised is the record alone."""
-
-    def __init__(self, layer: nn.LayerNorm | nn.GroupNorm, normalise: Callable[[torch.Tensor], torch.Tensor], *, channels_at: int | None) -> None:
-        super().__init__(layer)
-        self._normalise = normalise
-        self._channels_at = channels_at  # 1: one number a channel, along axis 1; None: the whole of the trailing axes
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Normalised, scaled and shifted."""
-        plain = self._normalise(rows)
-        given = plain * self._spread("weight", plain)
-        if "bias" in self.parts:
-            given = given + self._spread("bias", plain)
-        return self.keep(plain, given)
-
-    def _spread(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """The parameters of each row's site, in a shape that multiplies `rows`."""
-        part = self.part(name)
-        by_row = part.repeat_interleave(len(rows) // self.num_sites, dim=0)
-        if self._channels_at is not None:
-            return by_row.reshape(*by_row.shape, *[1] * (rows.dim() - 2))
-        return by_row.reshape(len(rows), *[1] * (rows.dim() - 1 - (part.dim() - 1)), *part.shape[1:])
-
-    def _samples(self) -> dict[str, torch.Tensor]:
-        """Each record's gradient, `(R, *shape)`."""
-        shape = next(iter(self.parts.values())).shape[1:]
-        samples = {}
-        for name in self.parts:
-            total: torch.Tensor | None = None
-            for (taken, _), given in zip(self.calls, self._backprops, strict=True):
-                product = given * taken if name == "weight" else given
-                by_entry = (
-                    product.unsqueeze(-1).flatten(2) if self._channels_at is not None else product.reshape(len(product), -1, *shape).movedim(1, -1)
-                )
-                sample = by_entry.sum(dim=-1)
-                total = sample if total is None else total + sample
-            assert total is not None
-            samples[name] = total
-        return samples
-
-    def squared_norms(self) -> torch.Tensor:
-        """They are small, and written out."""
-        return torch.stack([_squares(sample.flatten(1)) for sample in self._samples().values()]).sum(dim=0)
-
-    def write_weighted_sums(self, weights: torch.Tensor, into: dict[str, torch.Tensor]) -> None:
-        """As a product of each site's weights with its records' gradients."""
-        for name, sample in self._samples().items():
-            by_site = sample.reshape(self.num_sites, weights.shape[1], -1)
-            into[name].copy_(torch.bmm(weights.unsqueeze(1), by_site).reshape(into[name].shape))
-
-
-def _squares(rows: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square_()
-
-
-def _in_pieces(taken: torch.Tensor, given: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    step = max(1, MULTIPLIED_OUT // (taken.shape[-1] * given.shape[-1]))
-    return zip(torch.split(taken, step), torch.split(given, step), strict=True)
+from simulations.blocks.convolution import StackedConv
+from simulations.blocks.layers import NotStackableError, StackedAffine, StackedEmbedding, StackedLayer, StackedLinear
+from simulations.blocks.recurrence import StackedSteps, forward_layer, linear_layers, loops_over
 
 
 def _stacked(layer: nn.Module, name: str) -> StackedLayer:
@@ -184,6 +28,10 @@ def _stacked(layer: nn.Module, name: str) -> StackedLayer:
     if type(layer) is nn.GroupNorm:
         groups, eps = layer.num_groups, layer.eps
         return StackedAffine(layer, lambda rows: nn.functional.group_norm(rows, groups, eps=eps), channels_at=1)
+    if type(layer) is nn.Conv1d or type(layer) is nn.Conv2d:
+        return StackedConv(layer, name)
+    if type(layer) is nn.Embedding:
+        return StackedEmbedding(layer, name)
     raise NotStackableError(f"layer {name or '(root)'!r} ({type(layer).__name__}) has no form for many sites at once")
 
 
@@ -238,7 +86,7 @@ class StackedModel:
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The outputs of R rows."""
         for layer in self.layers:
-            layer.calls.clear()
+            layer.forget()
         outputs: torch.Tensor = self._module(*inputs)
         return outputs
 
@@ -256,8 +104,7 @@ class StackedModel:
     def drop(self, rows: torch.Tensor) -> None:
         """Make the gradients of these rows zero, whatever they were."""
         for layer in self.layers:
-            layer.calls = [(taken.index_fill(0, rows, 0.0), given) for taken, given in layer.calls]
-            layer.take_backprops([backprop.index_fill(0, rows, 0.0) for backprop in layer._backprops])
+            layer.drop(rows)
 
     def write_weighted_sums(self, weights: torch.Tensor) -> None:
         """`gradients` of the active sites become the sums of weight x gradient over their records; `weights` is `(S, N)`."""
@@ -274,16 +121,11 @@ def _check_modules(module: nn.Module) -> None:
             raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) draws its mask site by site")
 
 
-def _recurrent() -> tuple[type[nn.Module], ...]:
-    """Opacus' recurrent layers; who has a model with any has imported them, and nobody else need wait for that."""
-    layers = sys.modules.get("opacus.layers")
-    return () if layers is None else (layers.DPRNN, layers.DPGRU, layers.DPLSTM)
-
-
 def _stacked_layers(module: nn.Module) -> dict[nn.Module, StackedLayer]:
     """For each layer with trainable parameters the one that takes its place."""
     replaced: dict[nn.Module, StackedLayer] = {}
     owners: dict[int, str] = {}
+    looped = _loop(module)
     for name, layer in list(module.named_modules()):
         own = dict(layer.named_parameters(recurse=False))
         if isinstance(layer, _recurrent()) or not any(parameter.requires_grad for parameter in own.values()):
@@ -293,7 +135,24 @@ def _stacked_layers(module: nn.Module) -> dict[nn.Module, StackedLayer]:
         for parameter in own.values():
             if owners.setdefault(id(parameter), name) != name:
                 raise NotStackableError(f"layers {owners[id(parameter)]!r} and {name!r} share a parameter")
-        replaced[layer] = _stacked(layer, name)
+        replaced[layer] = StackedSteps(layer) if layer in looped else _stacked(layer, name)
     if not replaced:
         raise NotStackableError("it has no trainable layer")
     return replaced
+
+
+def _recurrent() -> tuple[type[nn.Module], ...]:
+    """Opacus' recurrent layers; who has a model with any has imported them, and nobody else need wait for that."""
+    layers = sys.modules.get("opacus.layers")
+    return () if layers is None else (layers.DPRNN, layers.DPGRU, layers.DPLSTM)
+
+
+def _loop(module: nn.Module) -> set[nn.Module]:
+    """Have Opacus' recurrent layers run whole sequences; the linear layers of their cells."""
+    looped: set[nn.Module] = set()
+    if _recurrent():
+        for layer in module.modules():
+            if loops_over(layer, sys.modules["opacus.layers.dp_rnn"]) and all(parameter.requires_grad for parameter in layer.parameters()):
+                setattr(layer, "forward_layer", forward_layer)  # noqa: B010  # a method of theirs, which mypy does not know
+                looped |= set(linear_layers(layer))
+    return looped

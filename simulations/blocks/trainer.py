@@ -21,7 +21,7 @@ from shared.study import Study
 from shared.task import Task
 from simulations.blocks.patients import Part, Patients
 from simulations.blocks.stacked import StackedModel
-from simulations.blocks.training import Records, SiteWork, flat_updates, named, train_block
+from simulations.blocks.training import Records, SiteWork, flat, flat_updates, named, train_block
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -44,27 +44,29 @@ class Outcome:
 
 
 class BlockTrainer:
-    """Trains blocks of at most `block_size` sites of one fold."""
+    """Trains blocks of sites of one fold, each one site after another; `StackedTrainer` trains a block at once."""
 
-    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int) -> None:
+    def __init__(self, task: Task, study: Study, patients: Patients) -> None:
         self._task = task
         self._study = study
         self._patients = patients
         self._model = task.model()
-        self._stacked = StackedModel(self._model, block_size)
         self._known: dict[int, tuple[Cohort, PatientIndex]] = {}
-        training = patients.training
-        self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
 
     def train(self, round_number: int, fold: int, sites: list[int], received: Parameters) -> Outcome:
         """The block of these sites, those with most steps first, from the parameters received."""
         sums = {} if self._study.noised_statistics else self._evaluate(sites, received)
         local = LocalRound(study=self._study, task=self._task, round_number=round_number)
-        works = [self._work(site, fold, round_number) for site in sites]
-        steps = train_block(self._stacked, received, works, self._records, local)
-        updates = flat_updates(self._stacked, received, len(sites))
+        steps, updates = self._train([self._work(site, fold, round_number) for site in sites], received, local)
         digests = tuple(arrays_digest(named(row, received)) for row in updates)
         return Outcome(steps=steps, updates=updates, digests=digests, sums=sums)
+
+    def _train(self, works: list[SiteWork], received: Parameters, local: LocalRound) -> tuple[IntArray, NDArray[np.floating]]:
+        """The steps that each site took `(S,)`, and the updates `(S, D)`."""
+        from client.local_update import local_update  # Opacus comes with it
+
+        made = [local_update(self._model, work.part, received, local, plan=work.plan, key=work.key, simulated=True) for work in works]
+        return np.array([steps for _, steps in made]), np.stack([flat(update) for update, _ in made])
 
     def _work(self, site: int, fold: int, round_number: int) -> SiteWork:
         patients = self._patients
@@ -88,6 +90,25 @@ class BlockTrainer:
         together = Cohort(inputs=tested.inputs, labels=tested.labels, patient_of_record=tested.patient_of_record, patient_ids=("",))
         predictions = predictions_of(self._task, self._model, together)
         return {name: _sums_by_site(statistic, predictions, tested) for name, statistic in declared.items()}
+
+
+class StackedTrainer(BlockTrainer):
+    """Trains the sites of a block, at most `block_size`, at once."""
+
+    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int) -> None:
+        super().__init__(task, study, patients)
+        self._stacked = StackedModel(self._model, block_size)
+        training = patients.training
+        self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
+
+    def _train(self, works: list[SiteWork], received: Parameters, local: LocalRound) -> tuple[IntArray, NDArray[np.floating]]:
+        steps = train_block(self._stacked, received, works, self._records, local)
+        return steps, flat_updates(self._stacked, received, len(works))
+
+
+def make_trainer(task: Task, study: Study, patients: Patients, *, block_size: int, stacked: bool) -> BlockTrainer:
+    """One that trains the sites of a block at once, or one after another."""
+    return StackedTrainer(task, study, patients, block_size=block_size) if stacked else BlockTrainer(task, study, patients)
 
 
 def _select(part: Part, sites: list[int]) -> Part:

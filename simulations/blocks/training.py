@@ -9,6 +9,7 @@ S: sites of the block, those with most steps first. B: rows of a site in a step.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -220,3 +221,8 @@ def named(row: NDArray[np.floating], template: Parameters) -> Parameters:
         named[name] = row[start : start + value.size].reshape(value.shape)
         start += value.size
     return named
+
+
+def flat(parameters: Mapping[str, NDArray[np.floating]]) -> NDArray[np.floating]:
+    """All arrays, one after another."""
+    return np.concatenate([value.reshape(-1) for value in parameters.values()])

@@ -28,8 +28,8 @@ from shared.models import Parameters, get_parameters
 from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
-from simulations.blocks.trainer import BlockTrainer, Outcome, Sums
-from simulations.blocks.training import named
+from simulations.blocks.trainer import Outcome, Sums, make_trainer
+from simulations.blocks.training import flat, named
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,6 @@ SETTING, RECEIVED, LOG = "setting.json", "received.npy", "log.txt"
 Slot = tuple[int, int]  # worker, and which of its two
 
 
-def flat(parameters: Mapping[str, NDArray[np.floating]]) -> NDArray[np.floating]:
-    """All arrays, one after another."""
-    return np.concatenate([value.reshape(-1) for value in parameters.values()])
-
-
 class Pool:
     """`num_workers` processes that train blocks of one fold.
 
@@ -52,7 +47,7 @@ class Pool:
         StorageError: there is no room for the patients.
     """
 
-    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, num_workers: int) -> None:
+    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, num_workers: int, stacked: bool = True) -> None:
         self._template = get_parameters(task.model())
         self._shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
         needed = patients.num_bytes + num_workers * SLOTS * sum(array.nbytes for array in _results(self._template, self._shapes, block_size).values())
@@ -64,21 +59,21 @@ class Pool:
         self._lines: deque[tuple[int, bytes]] = deque()  # worker and reply
         self._begun: dict[int, bytes] = {}  # by worker: a reply's beginning
         try:
-            self._write(study, patients, block_size, num_workers)
+            self._write(study, patients, block_size, num_workers, stacked)
             for number in range(num_workers):
                 self._start(number)
         except OSError as error:
             self.close()
             raise StorageError(f"{self._folder}: could not share the patients among processes: {error.strerror}", "use fewer sites") from error
 
-    def _write(self, study: Study, patients: Patients, block_size: int, num_workers: int) -> None:
+    def _write(self, study: Study, patients: Patients, block_size: int, num_workers: int, stacked: bool) -> None:
         patients.save(self._folder)
         np.save(self._folder / RECEIVED, flat(self._template))
         for worker in range(num_workers):
             for slot in range(SLOTS):
                 for name, array in _results(self._template, self._shapes, block_size).items():
                     np.save(self._folder / f"{name}-{worker}-{slot}.npy", array)
-        (self._folder / SETTING).write_text(json.dumps({"study": study.to_table(), "block_size": block_size}))
+        (self._folder / SETTING).write_text(json.dumps({"study": study.to_table(), "block_size": block_size, "stacked": stacked}))
         self._received = np.load(self._folder / RECEIVED, mmap_mode="r+")
         self._results = {
             (worker, slot): _mapped_results(self._folder, self._shapes, worker, slot) for worker in range(num_workers) for slot in range(SLOTS)
@@ -189,7 +184,7 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
     study = Study.from_table(setting["study"])
     task = resolve_task(study.task)
     template = get_parameters(task.model())
-    trainer = BlockTrainer(task, study, Patients.mapped(folder), block_size=setting["block_size"])
+    trainer = make_trainer(task, study, Patients.mapped(folder), block_size=setting["block_size"], stacked=setting["stacked"])
     shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
     results = [_mapped_results(folder, shapes, number, slot) for slot in range(SLOTS)]
     received = np.load(folder / RECEIVED, mmap_mode="r")

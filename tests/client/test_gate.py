@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import client.gate
-import client.site
+import client.local_update
 import shared.audit
 from client.approvals import Approvals
 from client.courier import MAX_AT_ONCE
@@ -202,7 +202,7 @@ def test_a_question_that_was_received_is_a_replay_even_where_it_was_never_answer
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(client.site, "train_round_private", killed)
+        patched.setattr(client.local_update, "train_round_private", killed)
         site.gate.answer(question)
     before = spent(site)
     assert site.started_anew().gate.answer(question) == b""
@@ -394,7 +394,7 @@ def test_training_that_nobody_waits_for_ends(site: GatedSite, monkeypatch: pytes
     asked, begun = study(), threading.Event()
     site.enrol(asked)
     with monkeypatch.context() as patched, ThreadPoolExecutor(max_workers=1) as courier:
-        patched.setattr(client.site, "train_round_private", endless(begun))
+        patched.setattr(client.local_update, "train_round_private", endless(begun))
         seconds = 2.0 if how == "deadline" else WAIT
         task = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=1, fold=1)
         trained = courier.submit(site.ask, task, site.parameters, seconds=seconds)
@@ -429,7 +429,7 @@ def test_however_often_a_long_question_is_asked_a_stop_gets_through(site: GatedS
     task = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=1, fold=1)
     content = encode(task, parameters=site.parameters)
     with monkeypatch.context() as patched, ThreadPoolExecutor(max_workers=MAX_AT_ONCE) as courier:
-        patched.setattr(client.site, "train_round_private", endless(begun))
+        patched.setattr(client.local_update, "train_round_private", endless(begun))
         sealed = [site.sealed(content, seconds=1e7) for _ in range(4 * MAX_AT_ONCE)]
         answers = [courier.submit(site.gate.answer, question) for question, _ in sealed]
         assert begun.wait(WAIT)

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-import client.site
+import client.local_update
 from client.ledger import reading
 from client.memory_chain import JOURNAL, Journal
 from server.run_folder import read_tensors
 from shared.errors import ConfigurationError, LedgerError, WorkerFailedError
 from shared.results import RoundRecord
 from simulations.blocks import trainer
-from simulations.blocks.choice import choose
+from simulations.blocks.choice import Execution, choose
 from simulations.blocks.workers import Pool
 from simulations.federation import declared_sizes
 from simulations.simulate import prepare
@@ -50,9 +50,10 @@ def test_the_ledgers_of_both_hold_the_same_charges(runner) -> None:
 
 
 @pytest.mark.slow  # starts processes that import torch
-def test_processes_make_no_difference_to_any_bit(runner) -> None:
-    alone = runner.run(five_sites(runner), execution="blocks", processes=1)
-    several = runner.run(five_sites(runner), execution="blocks", processes=2)
+@pytest.mark.parametrize("how", ["blocks", "sequential"])
+def test_processes_make_no_difference_to_any_bit(runner, how: Execution) -> None:
+    alone = runner.run(five_sites(runner), execution=how, processes=1)
+    several = runner.run(five_sites(runner), execution=how, processes=2)
     assert several.model() == alone.model() and several.comparable == alone.comparable
 
 
@@ -134,7 +135,7 @@ def test_one_site_that_breaks_a_block_fails_alone(runner, monkeypatch: pytest.Mo
     def broken(*arguments: object) -> object:
         raise RuntimeError("patient 17 has HIV")
 
-    real = client.site.train_round_private
+    real = client.local_update.train_round_private
     bad = prepare(five_sites(runner), None).federation.cohorts["site-2"]
 
     def one_is_bad(model, cohort, *arguments: object, **named: object) -> int:
@@ -143,7 +144,7 @@ def test_one_site_that_breaks_a_block_fails_alone(runner, monkeypatch: pytest.Mo
         return real(model, cohort, *arguments, **named)
 
     monkeypatch.setattr(trainer, "train_block", broken)
-    monkeypatch.setattr(client.site, "train_round_private", one_is_bad)
+    monkeypatch.setattr(client.local_update, "train_round_private", one_is_bad)
     run = runner.run(five_sites(runner), execution="blocks")
     states = [{site["name"]: site["status"] for site in line["sites"]} for line in run.lines]
     assert all(state.pop("site-2") == "refused" and set(state.values()) == {"ok"} for state in states)

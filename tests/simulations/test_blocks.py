@@ -17,11 +17,14 @@ from shared.plan import plan_site
 from shared.seeding import derive_key, generator_of
 from shared.study import Study
 from shared.task import Task, resolve_task, task_names
-from simulations.blocks.stacked import NotStackableError, StackedModel
+from simulations.blocks.choice import check_alike
+from simulations.blocks.layers import NotStackableError
+from simulations.blocks.stacked import StackedModel
 from simulations.blocks.training import Records, SiteWork, flat_updates, train_block
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
 ADAM = 10  # times: it divides by the gradient's own size, and so makes more of the rounding of small ones
+TOKENS = 7  # so that a record has some twice
 SIZES = (60, 47, 33, 12, 5)  # ragged: of the last, most batches are empty or one patient
 
 
@@ -65,6 +68,40 @@ def normalised() -> nn.Module:
     )  # fmt: skip
 
 
+class Embedded(nn.Module):
+    """Tokens looked up, many of them equal, and read by an LSTM or averaged."""
+
+    def __init__(self, *, padding: int | None = None, recurrent: bool = False) -> None:
+        super().__init__()
+        self.rows, self.out = nn.Embedding(TOKENS, 6, padding_idx=padding), nn.Linear(6, 2)
+        self.lstm = nn.LSTM(6, 6, batch_first=True) if recurrent else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = self.rows(tokens)
+        return self.out(rows.mean(dim=1) if self.lstm is None else self.lstm(rows)[0][:, -1])  # type: ignore[no-any-return]
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 4, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(6, 5, (3, 2), bias=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(20, 2),
+    )  # fmt: skip
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding="same", dilation=2), nn.GroupNorm(4, 8), nn.Tanh(), nn.Conv2d(8, 8, 2, groups=4), nn.Tanh(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+def along_a_line() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 6, 4, padding="same"), nn.Tanh(), nn.Conv1d(6, 4, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Conv1d(4, 4, 5), nn.Flatten(),
+        nn.Linear(4, 2),
+    )  # fmt: skip
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: mlp(30, 2, hidden=(16, 8)), (30,)),
     "logistic regression": (lambda: nn.Linear(30, 2), (30,)),
@@ -72,7 +109,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a layer used twice": (Twice, (30,)),
     "lstm": (lambda: make_private(Recurrent()), (7, 6)),
     "gru": (lambda: make_private(nn.Sequential(nn.GRU(6, 8, batch_first=True), Last())), (7, 6)),
+    "two-way rnn": (lambda: make_private(nn.Sequential(nn.RNN(6, 5, 2, nonlinearity="relu", batch_first=True, bidirectional=True), Last())), (4, 6)),
+    "two gru": (lambda: make_private(nn.Sequential(nn.GRU(6, 5, 2, bias=False, batch_first=True), Last())), (4, 6)),
     "attention": (lambda: make_private(Attentive()), (5, 6)),
+    "convolution": (convolutional, (2, 10, 9)),
+    "convolution in groups": (grouped, (2, 6, 6)),
+    "convolution along a line": (along_a_line, (3, 10)),
+    "tokens": (Embedded, (9,)),
+    "tokens with padding": (lambda: Embedded(padding=3), (9,)),
+    "tokens in an lstm": (lambda: make_private(Embedded(recurrent=True)), (9,)),
 }
 
 
@@ -102,9 +147,10 @@ def task_of(make: Callable[[], nn.Module], dtype: torch.dtype) -> Task:
     return dataclasses.replace(resolve_task("breast-cancer"), model=lambda: make().to(dtype), loss=loss)
 
 
-def cohort_of(num_patients: int, shape: tuple[int, ...], seed: int, *, records: int = 1) -> Cohort:
+def cohort_of(num_patients: int, shape: tuple[int, ...], seed: int, *, records: int = 1, tokens: bool = False) -> Cohort:
     rng, owner = np.random.default_rng(seed), np.repeat(np.arange(num_patients), records)
-    inputs = rng.normal(size=(len(owner), *shape)).astype(np.float32)
+    size = (len(owner), *shape)
+    inputs = rng.integers(0, TOKENS, size) if tokens else rng.normal(size=size).astype(np.float32)
     names = tuple(map(str, range(num_patients)))
     return Cohort(inputs=(inputs,), labels=rng.integers(0, 2, len(owner)), patient_of_record=owner, patient_ids=names)
 
@@ -157,6 +203,7 @@ def differences(one: list[Parameters], other: list[Parameters]) -> list[float]:
     return [float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30)) for a, b in zip(*flat, strict=True)]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own layer copies its input; that is all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("privacy", PRIVACIES)
@@ -166,7 +213,7 @@ def test_a_block_of_ragged_sites_makes_the_updates_that_they_make_alone(name: st
     if training == "adam" and privacy == "none":
         pytest.skip("Adam divides a gradient that is zero but for rounding by its own size, and makes much of it")
     local = LocalRound(study=make_study(PRIVACIES[privacy], TRAININGS[training]), task=task_of(make, dtype), round_number=1)
-    cohorts = [in_dtype(cohort_of(size, shape, seed), dtype) for seed, size in enumerate(SIZES)]
+    cohorts = [in_dtype(cohort_of(size, shape, seed, tokens="tokens" in name), dtype) for seed, size in enumerate(SIZES)]
     received = initial_parameters(local.task.model(), 3)
     found = differences(alone(local, cohorts, received), together(local, cohorts, received))
     assert max(found) < (FLOAT32 if dtype == torch.float32 else FLOAT64) * (ADAM if training == "adam" else 1)
@@ -208,7 +255,10 @@ def test_a_record_without_a_finite_gradient_costs_nobody_else_anything() -> None
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)), "Conv2d"),
+        (lambda: nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)), "Conv3d"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect")), "'reflect' instead of zeros"),
+        (lambda: nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
+        (lambda: nn.Embedding(4, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "BatchNorm1d"),
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5)), "Dropout"),
         (lambda: nn.Sequential(nn.Tanh()), "no trainable layer"),
@@ -217,3 +267,66 @@ def test_a_record_without_a_finite_gradient_costs_nobody_else_anything() -> None
 def test_what_cannot_be_stacked_says_why(make: Callable[[], nn.Module], reason: str) -> None:
     with pytest.raises(NotStackableError, match=reason):
         StackedModel(make(), 3)
+
+
+class Packed(nn.Module):
+    """An LSTM over sequences that end at different steps, packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(30, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        steps = rows.unsqueeze(1).expand(-1, 3, -1)
+        packed = nn.utils.rnn.pack_padded_sequence(steps, torch.arange(len(rows)) % 3 + 1, batch_first=True, enforce_sorted=False)
+        return self.out(self.lstm(packed)[1][0][-1])  # type: ignore[no-any-return]
+
+
+def test_packed_sequences_are_trained_one_site_after_another() -> None:
+    with pytest.raises(NotStackableError, match="packed"):
+        check_alike(task_of(lambda: make_private(Packed()), torch.float32))
+
+
+def test_a_longer_sequence_takes_memory_and_no_more_of_the_cache() -> None:
+    found = []
+    for steps in (10, 80):
+        cohort = cohort_of(6, (steps, 6), 0)
+        task = dataclasses.replace(task_of(MODELS["lstm"][0], torch.float32), synthetic_cohort=lambda num, seed, cohort=cohort: cohort)
+        found.append(check_alike(task))
+    short, long = found
+    assert long.held > 6 * short.held and long.largest == 8 * short.largest and long.near <= short.near
+
+
+def test_a_recurrent_layer_that_is_not_trained_stays_as_it_is() -> None:
+    make, shape = MODELS["lstm"]
+    model = make()
+    model.get_submodule("lstm").requires_grad_(False)
+    stacked = StackedModel(model, 2)
+    stacked.flat[:] = torch.cat([parameter.flatten() for parameter in model.parameters() if parameter.requires_grad]).detach()
+    [inputs] = (torch.from_numpy(values) for values in cohort_of(4, shape, 1).inputs)
+    torch.testing.assert_close(stacked(inputs), model(inputs))
+
+
+def test_a_token_without_a_row_is_not_looked_up_at_the_next_site() -> None:
+    stacked = StackedModel(nn.Embedding(TOKENS, 2), 2)
+    with pytest.raises(IndexError):
+        stacked(torch.tensor([1, TOKENS]))
+
+
+@pytest.mark.parametrize("name", ["lstm", "convolution", "tokens"])
+def test_rows_that_are_dropped_weigh_nothing_whatever_they_hold(name: str) -> None:
+    make, shape = MODELS[name]
+    inputs = [torch.from_numpy(values) for values in cohort_of(8, shape, 1, tokens=name == "tokens").inputs]
+    sums = []
+    for last in (1.0, float("nan")):
+        stacked = StackedModel(make(), 2)
+        torch.manual_seed(5)
+        stacked.flat.normal_(0, 0.3)
+        outputs = stacked(*inputs)
+        stacked.backward(outputs.sum(dim=1) * torch.tensor([1.0] * 7 + [last]))
+        stacked.squared_norms()
+        stacked.drop(torch.tensor([7]))
+        stacked.write_weighted_sums(torch.ones(2, 4))
+        sums.append(stacked.gradients.clone())
+    assert sums[0].isfinite().all() and sums[0].count_nonzero() > 0
+    assert torch.equal(*sums)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import client.site
+import client.local_update
 import simulations.blocks.trainer
 from client.ledger import reading
 from server.run_folder import RunFolder, read_tensors
@@ -201,7 +201,7 @@ def test_an_interrupt_is_told_in_the_result(runner) -> None:
 
 
 def test_an_interrupt_in_the_middle_of_training_leaves_the_reservation(runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = client.site.train_round_private
+    real = client.local_update.train_round_private
     calls: list[int] = []
 
     def interrupted(*arguments: object, **named: object) -> int:
@@ -211,7 +211,7 @@ def test_an_interrupt_in_the_middle_of_training_leaves_the_reservation(runner, m
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(client.site, "train_round_private", interrupted)
+        patch.setattr(client.local_update, "train_round_private", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runner.run(runner.study(), execution="sequential")
     run = runner.latest()
@@ -232,7 +232,7 @@ def test_a_failure_is_told_in_the_result(runner, monkeypatch: pytest.MonkeyPatch
     def broken(*arguments: object, **named: object) -> int:
         raise RuntimeError("patient 17 has HIV")
 
-    monkeypatch.setattr(client.site, "train_round_private", broken)
+    monkeypatch.setattr(client.local_update, "train_round_private", broken)
     monkeypatch.setattr(simulations.blocks.trainer, "train_block", broken)
     with pytest.raises(QuorumLostError, match="E101"):
         runner.run(runner.study(), execution=execution)
