@@ -1,144 +1,99 @@
-"""A round of a simulation beside the same round made by others: same model, patients, batches and noise, in one run, interleaved.
+"""A round of a simulation beside the same round made by others: same model, first parameters, patients and noise level, in one run, in turn.
 
-python benchmarks/simulation.py --workload tabular [--private] --sites N --rounds R --against plain|opacus-loop|sequential [--processes P] [--json]
+python benchmarks/simulation.py --workload tabular|image|sequence [--private] --sites N --rounds R
+    --against flower-ray|opacus-loop|pfl|fused|plain|sequential [--processes P] [--peers FOLDER] [--json]
 
-plain: a PyTorch loop with a DataLoader at every site. opacus-loop: Opacus' engine made at every site and round, as users do. Both in one process and one thread,
-beside ours in as many processes as --processes says (1). sequential: our own site-by-site path. `ratio` is their seconds a site and round over ours, the
-median of the rounds after the first, start-up excluded; each side runs three times, in turn.
+Every side is a script of `sides/` in a process of its own, of one thread: flower-ray: Flower's simulation on Ray, with Opacus. opacus-loop: a loop over
+the sites with Opacus' engine made at every site and round, as users do. pfl: pfl-research under torchrun. fused: tensors batched by hand for this one
+model, the floor. plain: a PyTorch loop with a DataLoader. sequential: our own site-by-site path.
+
+`ratio` is their seconds a site and round over ours, each the median of the rounds after the first, so that start-up is left out; each side runs three
+times, in turn, with as many processes that train. Flower and pfl are installed by pip in `benchmarks/.peers`, unless --peers names a folder that has
+them as `flower` and `pfl`. Ours evaluates the model at all sites in every round, and keeps its accounts; the others only train.
 """
 
 import argparse
-import copy
-import resource
 import statistics
 import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from measuring import Study, finish
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from workloads import TRAIN, accuracy, tabular_arrays, tabular_model
+from measuring import finish
+from running import Result, Side, python_of, run_side, write_setting
 
-BATCH, RATE, SIGMA, CLIP, SEED, REPEATS = 32, 0.1, 1.0, 1.0, 7, 3
-Timed = tuple[list[float], float, float]  # seconds of each round, seconds to the first round's end, accuracy
-
-
-def ours(arguments: argparse.Namespace, execution: str) -> Timed:
-    """Our simulation; the model's accuracy is that of its closing evaluation."""
-    from wardround import simulate
-
-    privacy = {"noise_multiplier": SIGMA, "delta": 1e-4, "max_grad_norm": CLIP} if arguments.private else {"unit": "none"}
-    study = Study.from_table(
-        {
-            "name": "benchmark", "task": "workloads:tabular", "seed": SEED, "privacy": privacy, "rounds": {"count": arguments.rounds},
-            "training": {"learning_rate": RATE, "batch_size": BATCH}, "evaluation": {"bootstrap": 0},
-            "federation": {"partition": "column", "column": "site", "num_patients": 250 * arguments.sites},
-        }
-    )  # fmt: skip
-    seconds: list[float] = []
-    started = time.perf_counter()
-    first: list[float] = []
-
-    def observe(record: object) -> None:
-        seconds.append(record.seconds)  # type: ignore[attr-defined]
-        if not first:
-            first.append(time.perf_counter() - started)
-
-    run = simulate(study, out=tempfile.mkdtemp(prefix="wardround-benchmark-"), observe=observe, execution=execution, processes=arguments.processes)
-    return seconds, first[0], float(run.metrics["federated"]["accuracy"])
+SEED, REPEATS, ACCURACY_TOLERANCE = 7, 3, 0.02
+OURS = Side(script="ours")
+SIDES = {
+    "flower-ray": Side(script="flower_ray", environment="flower"),
+    "opacus-loop": Side(script="opacus_loop", privacy=(True,)),
+    "pfl": Side(script="pfl_research", environment="pfl", privacy=(False,), torchrun=True),
+    "fused": Side(script="fused", workloads=("tabular",)),
+    "plain": Side(script="plain", privacy=(False,)),
+    "sequential": Side(script="sequential"),
+}
 
 
-def loop(arguments: argparse.Namespace, train: Callable[[nn.Module, TensorDataset], None]) -> Timed:
-    """Federated averaging in a plain loop over the sites, each trained by `train`."""
-    started = time.perf_counter()
-    inputs, labels = tabular_arrays(arguments.sites, SEED)
-    sites = [TensorDataset(torch.from_numpy(x[:TRAIN]), torch.from_numpy(y[:TRAIN])) for x, y in zip(inputs, labels, strict=True)]
-    torch.manual_seed(SEED)
-    model = tabular_model()
-    seconds, first = [], 0.0
-    for number in range(arguments.rounds):
-        begun = time.perf_counter()
-        total = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-        for data in sites:
-            local = copy.deepcopy(model)
-            train(local, data)
-            for name, value in local.state_dict().items():
-                total[name] += value
-        model.load_state_dict({name: value / len(sites) for name, value in total.items()})
-        seconds.append(time.perf_counter() - begun)
-        if number == 0:
-            first = time.perf_counter() - started
-    return seconds, first, accuracy(model, inputs, labels)
+def race(arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    """Both sides, in turn."""
+    side = SIDES[arguments.against]
+    pythons = {"ours": sys.executable, arguments.against: python_of(side.environment, arguments.peers)}
+    results: dict[str, list[Result]] = {name: [] for name in pythons}
+    with tempfile.TemporaryDirectory(prefix="race-") as folder:
+        write_setting(
+            Path(folder), workload=arguments.workload, private=arguments.private, sites=arguments.sites, rounds=arguments.rounds,
+            processes=arguments.processes, seed=SEED,
+        )  # fmt: skip
+        for _ in range(arguments.repeats):
+            for name, own in (("ours", OURS), (arguments.against, side)):
+                results[name].append(run_side(own, Path(folder), pythons[name], arguments.processes))
+    return results
 
 
-def train_plain(model: nn.Module, data: TensorDataset) -> None:
-    """One epoch without privacy."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for x, y in DataLoader(data, batch_size=BATCH, shuffle=True):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def train_opacus(model: nn.Module, data: TensorDataset) -> None:
-    """One epoch by Opacus' engine, made anew, as its examples do."""
-    from opacus import PrivacyEngine
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-        private, optimizer, loader = PrivacyEngine().make_private(
-            module=model, optimizer=optimizer, data_loader=DataLoader(data, batch_size=BATCH), noise_multiplier=SIGMA, max_grad_norm=CLIP
-        )
-        for x, y in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(private(x), y).backward()
-            optimizer.step()
-        private.to_standard_module()
+def summary(results: list[Result], num_sites: int, who: str) -> dict[str, object]:
+    """Medians over the runs of a side."""
+    return {
+        f"{who}_ms": 1000 * statistics.median(second for run in results for second in run.seconds[1:]) / num_sites,
+        f"{who}_first_round_seconds": statistics.median(run.first_round_seconds for run in results),
+        f"{who}_memory_mb": max(run.memory_mb for run in results),
+        f"{who}_accuracy": statistics.median(run.accuracy for run in results),
+    }
 
 
 def main() -> None:
     """Both sides, in turn."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workload", choices=["tabular"], default="tabular")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=["tabular", "image", "sequence"], default="tabular")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--sites", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--against", choices=["plain", "opacus-loop", "sequential"], default="opacus-loop")
+    parser.add_argument("--against", choices=list(SIDES), default="opacus-loop")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--peers", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.set_num_threads(1)
-    theirs: dict[str, Callable[[], Timed]] = {
-        "plain": lambda: loop(arguments, train_plain),
-        "opacus-loop": lambda: loop(arguments, train_opacus),
-        "sequential": lambda: ours(arguments, "sequential"),
-    }
-    if (arguments.against, arguments.private) in (("plain", True), ("opacus-loop", False)):
-        parser.error("plain is without privacy, and opacus-loop with it")
-    sides: dict[str, list[Timed]] = {"ours": [], arguments.against: []}
-    for _ in range(REPEATS):
-        sides["ours"].append(ours(arguments, "blocks"))
-        sides[arguments.against].append(theirs[arguments.against]())
-    medians = {name: statistics.median(second for seconds, _, _ in runs for second in seconds[1:]) / arguments.sites for name, runs in sides.items()}
-    usage = [resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    data: dict[str, object] = {
-        "sites": arguments.sites, "private": arguments.private, "processes": arguments.processes, "against": arguments.against,
-        "ours_ms": medians["ours"] * 1000, "their_ms": medians[arguments.against] * 1000, "ratio": medians[arguments.against] / medians["ours"],
-        "our_first_round_seconds": statistics.median(run[1] for run in sides["ours"]),
-        "their_first_round_seconds": statistics.median(run[1] for run in sides[arguments.against]),
-        "our_accuracy": statistics.median(run[2] for run in sides["ours"]),
-        "their_accuracy": statistics.median(run[2] for run in sides[arguments.against]),
-        "peak_memory_mb": usage[0], "largest_worker_mb": usage[1],
+    side = SIDES[arguments.against]
+    if arguments.private not in side.privacy or arguments.workload not in side.workloads:
+        parser.error(f"{arguments.against} has no {'private' if arguments.private else 'plain'} {arguments.workload} workload")
+    if arguments.rounds < 2:
+        parser.error("expected at least two rounds: the first is left out")
+    results = race(arguments)
+    ours, theirs = (summary(results[name], arguments.sites, who) for name, who in (("ours", "our"), (arguments.against, "their")))
+    data = {
+        "workload": arguments.workload, "private": arguments.private, "sites": arguments.sites, "rounds": arguments.rounds,
+        "processes": arguments.processes, "against": arguments.against, "execution": results["ours"][0].execution, **ours, **theirs,
+        "ratio": float(theirs["their_ms"]) / float(ours["our_ms"]),  # type: ignore[arg-type]
+        "first_round_ratio": float(theirs["their_first_round_seconds"]) / float(ours["our_first_round_seconds"]),  # type: ignore[arg-type]
+        "accuracy_difference": float(ours["our_accuracy"]) - float(theirs["their_accuracy"]),  # type: ignore[arg-type]
     }  # fmt: skip
+    data["accuracies_agree"] = abs(data["accuracy_difference"]) <= ACCURACY_TOLERANCE
     for name, value in data.items():
         print(f"{name:28} {value:.3f}" if isinstance(value, float) else f"{name:28} {value}", file=sys.stderr)
+    if not data["accuracies_agree"]:
+        print(
+            f"the two sides DO NOT AGREE: their accuracies differ by more than {ACCURACY_TOLERANCE}; the ratio compares different work",
+            file=sys.stderr,
+        )
     finish(data, as_json=arguments.json)
 
 

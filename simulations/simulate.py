@@ -1,10 +1,12 @@
 """A simulation from study to run folder: virtual sites, the in-process engine, the two unchanged apps, baselines, result."""
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import Context, RecordDict
@@ -20,18 +22,22 @@ from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord
+from shared.root_log import root_log_unchanged
 from shared.study import Study
 from shared.task import resolve_task
 from simulations.baselines import run_baselines
-from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Execution, choose
-from simulations.blocks.engine import BlockEngine
+from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Engine, Execution, choose
+from simulations.blocks.engine import BlockEngine, MakeWorkers
+from simulations.blocks.workers import Pool
 from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.setting import Setting
 
+if TYPE_CHECKING:  # Ray is an extra
+    from simulations.blocks.ray_workers import RayWorkers
+
 logger = logging.getLogger(__name__)
 
-ENGINE = "in-process"
 WITNESS = ".witness"  # beside the runs: what the coordinator remembers of real ledgers, from run to run
 
 
@@ -115,7 +121,8 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
 
 def execute(
     setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None,
-    execution: Execution = "auto", memory: int = DEFAULT_MEMORY, processes: int | None = None,
+    execution: Execution = "auto", memory: int = DEFAULT_MEMORY, processes: int | None = None, engine: Engine = "in-process",
+    ray_address: str | None = None,
 ) -> None:  # fmt: skip
     """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
 
@@ -123,6 +130,8 @@ def execute(
         execution: many virtual sites at once ("blocks"), one after another ("sequential"), or the first where it can be ("auto").
         memory: bytes that training in blocks may take.
         processes: that train blocks; None: one for each core where there is enough to do, else this one.
+        engine: where blocks are trained: on this machine, or on a Ray cluster.
+        ray_address: of the cluster; None: one on this machine alone.
 
     Raises:
         WardroundError: what stopped the study; the folder's outcome is then "failed".
@@ -132,12 +141,15 @@ def execute(
         check_baselines(setting)
     started = time.monotonic()
     choice = choose(setting, execution, memory, processes)
+    if engine == "ray":
+        choice = choice.on_ray(setting, ray_address, processes)
+        _ray_workers()  # refused before anything is begun where there is none
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
     federation = setting.federation
     run = RunOutcome(
-        study=setting.study, task=setting.task, coordinator=coordinator, folder=folder, engine=ENGINE, execution=str(choice), sites=setting.summaries(),
+        study=setting.study, task=setting.task, coordinator=coordinator, folder=folder, engine=engine, execution=str(choice), sites=setting.summaries(),
         seeded_noise=setting.study.privacy.noise_source == "seeded" and not setting.real,
         synthetic=federation is not None and federation.synthetic, notes={} if federation is None else federation.notes,
     )  # fmt: skip
@@ -175,14 +187,30 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
     app = client_app(lambda context: sites[str(context.node_config["site"])])
     ordered = {name: sites[name] for name in sorted(sites)}
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
-    if not choice.blocks and not choice.num_workers:
+    if choice.in_process:
         server_app(coordinator)(InProcessGrid(app, ordered), context)
         return
     engine = BlockEngine(
-        app, ordered, setting.task, setting.study, block_size=choice.block_size, num_workers=choice.num_workers, stacked=choice.blocks
-    )
+        app, ordered, setting.task, setting.study, block_size=choice.block_size, stacked=choice.blocks, make_workers=_workers(choice)
+    )  # fmt: skip
     with contextlib.closing(engine):
         server_app(coordinator)(engine, context)
+
+
+def _workers(choice: Choice) -> MakeWorkers | None:
+    """What starts the processes that train; None where this one does."""
+    if choice.engine == "ray":
+        return functools.partial(_ray_workers(), address=choice.ray_address, num_workers=choice.num_workers or None)
+    return functools.partial(Pool, num_workers=choice.num_workers) if choice.num_workers else None
+
+
+def _ray_workers() -> type["RayWorkers"]:
+    with root_log_unchanged():
+        try:
+            from simulations.blocks.ray_workers import RayWorkers
+        except ModuleNotFoundError as error:
+            raise ConfigurationError("--engine ray: expected Ray, found it not installed", "pip install 'wardround[ray]'") from error
+    return RayWorkers
 
 
 def _federation(setting: Setting) -> VirtualFederation:

@@ -110,6 +110,8 @@ def simulate(
     execution: Literal["auto", "blocks", "sequential"] = "auto",
     processes: int | None = None,
     memory: int = 2_000_000_000,
+    engine: Literal["in-process", "ray"] = "in-process",
+    ray_address: str | None = None,
     observe: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Run:
     """Run a study over virtual sites on this machine, in this process.
@@ -124,6 +126,8 @@ def simulate(
             the results agree but for the rounding of float32.
         processes: that train blocks; None: one for each core where there is enough to do. They make no difference to the result.
         memory: bytes that training in blocks may take at most.
+        engine: "ray" trains on a Ray cluster (extra `ray`), with the same result; Ray starts and ends on this machine where no address is given.
+        ray_address: of a cluster's head, as `ray.init` takes it; this version and the task must be installed on every node.
         observe: called with every round's record.
 
     Raises:
@@ -150,7 +154,10 @@ def simulate(
             return Run(folder.path)
     run = Run(folder.path)
     try:
-        execute(setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory, processes=processes)
+        execute(
+            setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory, processes=processes, engine=engine,
+            ray_address=ray_address,
+        )  # fmt: skip
     except BaseException:
         with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none
             run.report()

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from simulations.blocks.stacked import StackedModel
 from simulations.setting import Setting
 
 Execution = Literal["auto", "blocks", "sequential"]
+Engine = Literal["in-process", "ray"]
 DEFAULT_MEMORY = 2_000_000_000  # bytes
 CACHE_BYTES = 24_000_000  # of a block, worked on at a time: what one core keeps near; larger blocks gain nothing
 FRESH_BYTES = 32 * 2**20  # larger tensors are handed back to the operating system at every step, and come back page by page
@@ -37,6 +38,25 @@ class Choice:
     block_size: int
     num_workers: int = 0  # processes beside this one; 0: this one trains
     reason: str = ""
+    engine: Engine = "in-process"
+    ray_address: str | None = None
+
+    @property
+    def in_process(self) -> bool:
+        """True where this process trains, one site after another, as a message comes."""
+        return not self.blocks and not self.num_workers and self.engine == "in-process"
+
+    def on_ray(self, setting: Setting, address: str | None, processes: int | None) -> "Choice":
+        """The same on a Ray cluster, with as many workers as it has CPUs where `processes` is None.
+
+        Raises:
+            ConfigurationError: the sites are real, or keep their noise to themselves: they stay in this process.
+        """
+        if setting.federation is None or _noise_of_its_own(setting.study):
+            raise ConfigurationError(
+                "--engine ray: expected virtual sites with seeded noise, got others, which no other machine may see", "leave it out"
+            )
+        return replace(self, engine="ray", ray_address=address, num_workers=processes or 0)
 
     @property
     def blocks(self) -> bool:
@@ -82,7 +102,7 @@ def _block_size(setting: Setting, memory: int) -> int:
     study, task = setting.study, setting.task
     if setting.federation is None:
         raise NotStackableError("every real site answers for itself")
-    if study.private and study.privacy.noise_source == "os":
+    if _noise_of_its_own(study):
         raise NotStackableError("noise from the operating system is kept site by site")
     sizes = [cohort.num_patients for cohort in setting.federation.cohorts.values()]
     if len(sizes) < 2:
@@ -100,14 +120,17 @@ def _block_size(setting: Setting, memory: int) -> int:
 
 def _num_workers(setting: Setting, processes: int | None, many: int) -> int:
     """One for each core where training takes far longer than their start; none where one process is enough, or a site keeps what no other may see."""
-    private = setting.study.private and setting.study.privacy.noise_source == "os"
-    if setting.federation is None or private:
+    if setting.federation is None or _noise_of_its_own(setting.study):
         return 0
     if processes is not None:
         return processes if processes > 1 else 0
     rounds = setting.study.rounds.count * setting.study.evaluation.folds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if cores > 1 and len(setting.site_names) * rounds >= many else 0
+
+
+def _noise_of_its_own(study: Study) -> bool:
+    return study.private and study.privacy.noise_source == "os"
 
 
 def _rows_of(study: Study, num_patients: int) -> int:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
@@ -24,10 +25,38 @@ from shared.task import Task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import BlockTrainer, Outcome, make_trainer
 from simulations.blocks.training import steps_of
-from simulations.blocks.workers import Pool, Slot
+from simulations.blocks.workers import Slot
 from simulations.in_process import FIRST_SITE_NODE_ID, InProcessGrid
 
 logger = logging.getLogger(__name__)
+
+
+class Workers(Protocol):
+    """Others that train blocks: `blocks.workers.Pool` on this machine, `blocks.ray_workers.RayWorkers` on a cluster."""
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Where blocks can be under way."""
+
+    def receive(self, received: Parameters) -> None:
+        """These are the parameters of the round to come."""
+
+    def submit(self, slot: Slot, round_number: int, fold: int, sites: list[int]) -> None:
+        """Have this block trained."""
+
+    def wait(self) -> tuple[Slot, Outcome | None]:
+        """A block that is done, or None where it could not be trained."""
+
+    def close(self) -> None:
+        """End them."""
+
+
+class MakeWorkers(Protocol):
+    """Starts workers for the patients of one fold."""
+
+    def __call__(self, task: Task, study: Study, patients: Patients, *, block_size: int, stacked: bool) -> Workers:
+        """The workers."""
+
 
 Answered = Block | list[str]  # what a block's sites answer; or, where they could not be trained at once, who they are
 
@@ -38,12 +67,13 @@ class BlockEngine(InProcessGrid):
     Args:
         sites: virtual ones, all with seeded noise or none.
         block_size: sites that are trained at once, at most.
-        num_workers: processes beside this one that train; 0: this one does.
         stacked: the sites of a block are trained at once; else one after another, which only several processes make sooner.
+        make_workers: others that train; None: this process does.
     """
 
     def __init__(
-        self, client_app: ClientApp, sites: Mapping[str, Site], task: Task, study: Study, *, block_size: int, num_workers: int = 0, stacked: bool = True
+        self, client_app: ClientApp, sites: Mapping[str, Site], task: Task, study: Study, *, block_size: int, stacked: bool = True,
+        make_workers: MakeWorkers | None = None,
     ) -> None:  # fmt: skip
         super().__init__(client_app, sites)
         self._names = dict(enumerate(sites, start=FIRST_SITE_NODE_ID))
@@ -52,15 +82,15 @@ class BlockEngine(InProcessGrid):
         self._task = task
         self._study = study
         self._block_size = min(block_size, len(sites))
-        self._num_workers = num_workers
         self._stacked = stacked
+        self._make_workers = make_workers
         self._fold = 0
         self._steps: dict[str, int] = {}
-        self._trainer: BlockTrainer | Pool | None = None
+        self._trainer: BlockTrainer | Workers | None = None
 
     def close(self) -> None:
         """End the workers."""
-        if isinstance(self._trainer, Pool):
+        if self._trainer is not None and not isinstance(self._trainer, BlockTrainer):
             self._trainer.close()
         self._trainer = None
 
@@ -78,9 +108,9 @@ class BlockEngine(InProcessGrid):
         received = decode_parameters(waiting[0].content, self._sites[names[0]].template)
         blocks = [names[start : start + self._block_size] for start in range(0, len(names), self._block_size)]
         outcomes = (
-            self._in_workers(trainer, task, received, blocks, deadline)
-            if isinstance(trainer, Pool)
-            else self._here(trainer, task, received, blocks, deadline)
+            self._here(trainer, task, received, blocks, deadline)
+            if isinstance(trainer, BlockTrainer)
+            else self._in_workers(trainer, task, received, blocks, deadline)
         )
         for block in outcomes:
             if isinstance(block, Block):
@@ -89,7 +119,7 @@ class BlockEngine(InProcessGrid):
             logger.warning("a block of %d sites could not be trained at once; they are trained one after another", len(block))
             yield from self.send_and_receive([by_name[name] for name in block], timeout=None if timeout is None else deadline - time.monotonic())
 
-    def _trainer_of(self, fold: int) -> BlockTrainer | Pool:
+    def _trainer_of(self, fold: int) -> BlockTrainer | Workers:
         if self._trainer is None or self._fold != fold:
             self.close()
             patients = Patients.of(self._sites, self._study, fold)
@@ -99,9 +129,9 @@ class BlockEngine(InProcessGrid):
             }  # fmt: skip
             self._fold = fold
             self._trainer = (
-                Pool(self._task, self._study, patients, block_size=self._block_size, num_workers=self._num_workers, stacked=self._stacked)
-                if self._num_workers
-                else make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
+                make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
+                if self._make_workers is None
+                else self._make_workers(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
             )
         return self._trainer
 
@@ -119,19 +149,19 @@ class BlockEngine(InProcessGrid):
             else:
                 yield self._end(begun, refused, outcome, received)
 
-    def _in_workers(self, pool: Pool, task: TrainTask, received: Parameters, blocks: list[list[str]], deadline: float) -> Iterator[Answered]:
+    def _in_workers(self, workers: Workers, task: TrainTask, received: Parameters, blocks: list[list[str]], deadline: float) -> Iterator[Answered]:
         """Every worker holds up to two blocks, so that it trains one while another is begun or read here."""
-        digest, waiting, free = arrays_digest(received), deque(blocks), deque(pool.slots)
-        pool.receive(received)
+        digest, waiting, free = arrays_digest(received), deque(blocks), deque(workers.slots)
+        workers.receive(received)
         under_way: dict[Slot, tuple[dict[str, BegunRound], dict[str, Refused]]] = {}
         while waiting or under_way:
             while waiting and free and time.monotonic() < deadline:
                 slot, (begun, refused) = free.popleft(), self._begin(task, digest, waiting.popleft())
                 under_way[slot] = (begun, refused)
-                pool.submit(slot, task.round, task.fold, [self._numbers[name] for name in begun])
+                workers.submit(slot, task.round, task.fold, [self._numbers[name] for name in begun])
             if not under_way or time.monotonic() >= deadline:
                 return
-            slot, outcome = pool.wait()
+            slot, outcome = workers.wait()
             begun, refused = under_way.pop(slot)
             yield self._end(begun, refused, outcome, received) if outcome is not None else [*begun, *refused]
             free.append(slot)  # only now: its arrays were read

@@ -47,7 +47,7 @@ class Pool:
         StorageError: there is no room for the patients.
     """
 
-    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, num_workers: int, stacked: bool = True) -> None:
+    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, num_workers: int, stacked: bool) -> None:
         self._template = get_parameters(task.model())
         self._shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
         needed = patients.num_bytes + num_workers * SLOTS * sum(array.nbytes for array in _results(self._template, self._shapes, block_size).values())

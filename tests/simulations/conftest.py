@@ -99,11 +99,11 @@ class Runner:
         resume: Path | None = None,
         observe: Callable[[RoundRecord], None] = lambda record: None,
         execution: Execution = "auto",
-        processes: int | None = None,
+        **machine: object,
     ) -> Finished:
         setting = prepare(study, data)
         folder = start_run(setting, self.out) if resume is None else resume_run(setting, resume)
-        execute(setting, folder, baselines=baselines, observe=observe, execution=execution, processes=processes)
+        execute(setting, folder, baselines=baselines, observe=observe, execution=execution, **machine)
         return Finished(folder=folder)
 
     def latest(self) -> Finished:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -50,7 +50,12 @@ def simulate(
         typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named)."),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
-    engine: Annotated[Literal["in-process"], typer.Option("--engine", help="What carries the messages.")] = "in-process",
+    engine: Annotated[
+        Literal["in-process", "ray"], typer.Option("--engine", help="Where sites are trained: on this machine, or on a Ray cluster (extra 'ray').")
+    ] = "in-process",
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", metavar="A", help="Of the cluster; default: one on this machine alone.", show_default=False)
+    ] = None,
     execution: Annotated[
         Literal["auto", "blocks", "sequential"],
         typer.Option("--execution", help="Train many sites at once, or one after another; auto: at once where the study allows it."),
@@ -69,7 +74,12 @@ def simulate(
     chosen = resumed_study(resume, study, changes) if resume is not None else read_study(study, task, changes)
     if baselines is None and resume is None:
         baselines = study is None and task is None
-    _run(chosen, data=data, out=out, baselines=baselines, resume=resume, execution=execution, processes=processes, memory=num_bytes, as_json=as_json)
+    if ray_address is not None and engine != "ray":
+        raise typer.BadParameter("goes with --engine ray", param_hint="--ray-address")
+    _run(
+        chosen, data=data, out=out, baselines=baselines, resume=resume, as_json=as_json,
+        machine={"execution": execution, "processes": processes, "memory": num_bytes, "engine": engine, "ray_address": ray_address},
+    )  # fmt: skip
 
 
 def parse_memory(text: str) -> int:
@@ -115,8 +125,7 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
 
 
 def _run(
-    study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None,
-    execution: Literal["auto", "blocks", "sequential"], processes: int | None, memory: int, as_json: bool,
+    study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool, machine: dict[str, Any]
 ) -> None:  # fmt: skip
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
@@ -127,9 +136,7 @@ def _run(
 
     lines = RoundLines(study, terminal)
     with lines:
-        run = run_simulation(
-            study, data=data, out=out, baselines=baselines, resume=resume, execution=execution, processes=processes, memory=memory, observe=lines.observe
-        )  # fmt: skip
+        run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe, **machine)
         result = run.result
         lines.finish(result)
     print_result(result, terminal)

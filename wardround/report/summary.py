@@ -128,14 +128,15 @@ def key_numbers(run: RunFiles) -> list[KeyNumber]:
     without = "no interval" if result.evaluation_epsilon is None else "with noise; no interval"
     declared = "" if result.engine in SIMULATION_ENGINES else "declared; "
     folds = f"; {run.study.evaluation.folds} folds" if run.study.evaluation.folds > 1 else ""
+    trained = trained_sites(run)
     per_round = [seconds for seconds in result.timing.seconds_per_round if math.isfinite(seconds)]
     return [
         KeyNumber(name=metric_title(result.primary_metric), value=number(value), below=interval_text(interval) or without),
         _epsilon_number(run),
-        KeyNumber(name="Sites", value=count(len(trained_sites(run))), below=_answered(run)),
+        KeyNumber(name="Sites", value=count(len(trained)), below=_answered(run)),
         KeyNumber(
             name="Patients",
-            value=count(sum(site.num_patients for site in result.sites if site.name in trained_sites(run))),
+            value=count(sum(site.num_patients for site in result.sites if site.name in trained)),
             below=f"{declared}{tested:,} for testing",
         ),
         KeyNumber(name="Rounds", value=count(result.rounds_completed), below=f"of {run.study.rounds.count:,}{folds}"),
