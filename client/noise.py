@@ -54,7 +54,10 @@ class KeyedStream:
 
     def fill(self, words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
         """The next words of the stream, in place of those in a contiguous array."""
-        into = memoryview(words.view(np.uint8))  # type: ignore[arg-type]  # a buffer, though numpy's types do not say so
+        self.fill_bytes(memoryview(words.view(np.uint8)))  # type: ignore[arg-type]  # a buffer, though numpy's types do not say so
+
+    def fill_bytes(self, into: memoryview) -> None:
+        """The next bytes of the stream, in place of those in a buffer."""
         for start in range(0, len(into), len(_ZEROS)):
             part = into[start : start + len(_ZEROS)]
             self._keystream.update_into(_ZEROS[: len(part)], part)
@@ -103,9 +106,9 @@ class SimulatedNoise:
         bits = torch.from_numpy(words.view(np.int32))[None]
         return standard_normals(bits, torch.empty(1, len(bits[0])))[0, :count].to(torch.float64).mul_(std).reshape(shape)
 
-    def fill(self, words: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
-        """The next ceil(count / 2) words of the stream, of which `standard_normals` makes `count` draws."""
-        self._stream.fill(words)
+    def fill_bytes(self, into: memoryview) -> None:
+        """The next bytes of the stream, of which `standard_normals` makes a draw of four."""
+        self._stream.fill_bytes(into)
 
 
 def standard_normals(bits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

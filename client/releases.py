@@ -27,6 +27,21 @@ def arrays_digest(arrays: Mapping[str, NDArray[np.floating]]) -> str:
     return digest.hexdigest()
 
 
+def row_digests(rows: NDArray[np.floating], template: Mapping[str, NDArray[np.floating]]) -> tuple[str, ...]:
+    """`arrays_digest` of each row: the arrays of the template, one after another."""
+    ends = np.cumsum([value.size for value in template.values()]) * rows.itemsize
+    headers = [f"{name}\n{rows.dtype.str}{value.shape}\n".encode() for name, value in template.items()]
+    digests = []
+    for row in rows:
+        digest, content, start = hashlib.sha256(), np.ascontiguousarray(row).data.cast("B"), 0
+        for header, end in zip(headers, ends.tolist(), strict=True):
+            digest.update(header)
+            digest.update(content[start:end])
+            start = end
+        digests.append(digest.hexdigest())
+    return tuple(digests)
+
+
 class Releases:
     """The kept releases of one cohort, in `folder`."""
 

@@ -357,6 +357,10 @@ class Site:
             self._split[fold, study.evaluation.folds] = (cohort.select(~test), cohort.select(test))
         return self._split[fold, study.evaluation.folds]
 
+    def forget_parts(self) -> None:
+        """Let go of the copies that `parts` made; it makes them again."""
+        self._split.clear()
+
     # What leaves --------------------------------------------------------------------------------------------------------------
 
     def _rules(self, *, exact: bool) -> dict[str, str | None]:

@@ -24,7 +24,7 @@ COMPOSITION = (
 ACCOUNTANTS = ["dp-accounting PLD (add/remove one)", "Opacus PRV (add/remove one)"]
 NOISE = {
     False: "ChaCha20 is taken for random, and the evaluation of the Box-Muller transform in float64 for exact",
-    True: "the noise of this simulation follows from its seed (Philox, Box-Muller in float32), and protects nobody; a site's own is ChaCha20, in float64",
+    True: "the noise of this simulation follows from its seed (ChaCha20, Box-Muller in float32), and protects nobody; a site's own is ChaCha20, in float64",
 }
 ASSUMED = [
     "a gradient has the same bits wherever its record stands in a batch of one public shape (kernels are tested for it, not proved)",

@@ -119,6 +119,12 @@ class BlockEngine(InProcessGrid):
             logger.warning("a block of %d sites could not be trained at once; they are trained one after another", len(block))
             yield from self.send_and_receive([by_name[name] for name in block], timeout=None if timeout is None else deadline - time.monotonic())
 
+    def _answer(self, message: Message) -> Message:
+        """A site has its patients by itself only while it answers alone: thousands of sites would hold them twice."""
+        reply = super()._answer(message)
+        self._sites[self._names[message.metadata.dst_node_id]].forget_parts()
+        return reply
+
     def _trainer_of(self, fold: int) -> BlockTrainer | Workers:
         if self._trainer is None or self._fold != fold:
             self.close()

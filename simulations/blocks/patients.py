@@ -101,12 +101,11 @@ class Patients:
     def of(cls, sites: "Mapping[str, Site]", study: Study, fold: int) -> Self:
         """The patients of these sites; the study's delta is set."""
         parts = [site.parts(study, fold) for site in sites.values()]
-        return cls(
-            names=tuple(sites),
-            plans=tuple(plan_site(study, site.settings.declared_size) for site in sites.values()),
-            training=Part.joined([training for training, _ in parts]),
-            test=Part.joined([test for _, test in parts]),
-        )
+        training, test = Part.joined([training for training, _ in parts]), Part.joined([test for _, test in parts])
+        for site in sites.values():
+            site.forget_parts()
+        plans = tuple(plan_site(study, site.settings.declared_size) for site in sites.values())
+        return cls(names=tuple(sites), plans=plans, training=training, test=test)
 
     @property
     def num_bytes(self) -> int:

@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import nn
 
-from simulations.blocks.activations import Tanh
+from simulations.blocks.activations import with_fast_activations
 from simulations.blocks.convolution import StackedConv
 from simulations.blocks.layers import NotStackableError, StackedAffine, StackedEmbedding, StackedLayer, StackedLinear
 from simulations.blocks.recurrence import StackedSteps, forward_layer, linear_layers, loops_over
@@ -58,12 +58,11 @@ class StackedModel:
         state = self._module.state_dict(keep_vars=True)  # names as they cross the wire; a recurrent layer's parameters have two
         self.spans = {name: (places[id(value)], value.shape) for name, value in state.items() if id(value) in places}
         replaced = _stacked_layers(self._module)
-        others: dict[nn.Module, nn.Module] = {layer: Tanh() for layer in self._module.modules() if type(layer) is nn.Tanh}
-        self._module = replaced.get(self._module) or self._module
+        self._module = with_fast_activations(replaced.get(self._module) or self._module)
         for parent in list(self._module.modules()):
             for name, child in list(parent._modules.items()):
-                if child in replaced or child in others:
-                    setattr(parent, name, replaced.get(child) or others[child])
+                if child in replaced:
+                    setattr(parent, name, replaced[child])
         self.layers = list(replaced.values())
         dtypes = {parameter.dtype for parameter in trainable}
         if len(dtypes) != 1:

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from client.charging import release_key
 from client.evaluation import predictions_of
 from client.local_training import LocalRound
-from client.releases import arrays_digest
+from client.releases import row_digests
 from client.sampling import PatientIndex
 from shared.cohort import Cohort, IntArray
 from shared.metrics import Statistic
 from shared.models import Parameters, set_parameters
 from shared.study import Study
 from shared.task import Task
+from simulations.blocks.activations import with_fast_activations
 from simulations.blocks.patients import Part, Patients
 from simulations.blocks.stacked import StackedModel
-from simulations.blocks.training import Records, SiteWork, flat, flat_updates, named, train_block
+from simulations.blocks.training import Records, SiteWork, flat, flat_updates, train_block
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -33,7 +34,7 @@ class Outcome:
     Attributes:
         steps: `(S,)`, how many each site took.
         updates: `(S, D)`.
-        digests: `arrays_digest` of each update.
+        digests: `client.releases.arrays_digest` of each update.
         sums: each statistic of the parameters received, `(S, *shape)`; none where they would carry noise.
     """
 
@@ -58,8 +59,7 @@ class BlockTrainer:
         sums = {} if self._study.noised_statistics else self._evaluate(sites, received)
         local = LocalRound(study=self._study, task=self._task, round_number=round_number)
         steps, updates = self._train([self._work(site, fold, round_number) for site in sites], received, local)
-        digests = tuple(arrays_digest(named(row, received)) for row in updates)
-        return Outcome(steps=steps, updates=updates, digests=digests, sums=sums)
+        return Outcome(steps=steps, updates=updates, digests=row_digests(updates, received), sums=sums)
 
     def _train(self, works: list[SiteWork], received: Parameters, local: LocalRound) -> tuple[IntArray, NDArray[np.floating]]:
         """The steps that each site took `(S,)`, and the updates `(S, D)`."""
@@ -98,6 +98,7 @@ class StackedTrainer(BlockTrainer):
     def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int) -> None:
         super().__init__(task, study, patients)
         self._stacked = StackedModel(self._model, block_size)
+        self._model = with_fast_activations(self._model)  # which evaluates
         training = patients.training
         self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
 

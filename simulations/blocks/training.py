@@ -129,7 +129,8 @@ class _BlockNoise:
     def __init__(self, sites: list[SiteWork], size: int, local: LocalRound) -> None:
         self._streams = [SimulatedNoise(subkey(site.key, b"noise")) for site in sites]
         self._grid = NoiseGrid.of(local.study.privacy.max_grad_norm, size)
-        self._words = np.empty((len(sites), (size + 1) // 2), dtype=np.uint64)
+        self._bits = np.empty((len(sites), 2 * ((size + 1) // 2)), dtype=np.int32)
+        self._bytes = [row.data.cast("B") for row in self._bits]
         self._normals = torch.empty(len(sites), 2 * ((size + 1) // 2))
         self._size = size
         multipliers = torch.tensor([[site.plan.noise_multiplier or 0.0] for site in sites], dtype=torch.float64)
@@ -139,9 +140,9 @@ class _BlockNoise:
     def release(self, totals: torch.Tensor) -> None:
         """In place: `totals`, `(S, d)`, rounded to the grid, plus noise rounded to it, over each site's expected batch size."""
         active = len(totals)
-        for words, stream in zip(self._words[:active], self._streams, strict=False):
-            stream.fill(words)
-        normals = standard_normals(torch.from_numpy(self._words[:active].view(np.int32)), self._normals[:active])[:, : self._size]
+        for row, stream in zip(self._bytes[:active], self._streams, strict=False):
+            stream.fill_bytes(row)
+        normals = standard_normals(torch.from_numpy(self._bits[:active]), self._normals[:active])[:, : self._size]
         noise = normals.to(totals.dtype).mul_(self._stds[:active].to(totals.dtype)).round_()
         totals.div_(self._grid.spacing).round_().add_(noise).mul_(self._scales[:active].to(totals.dtype))
 

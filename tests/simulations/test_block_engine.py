@@ -8,11 +8,13 @@ import pytest
 import client.local_update
 from client.ledger import reading
 from client.memory_chain import JOURNAL, Journal
+from client.releases import arrays_digest, row_digests
 from server.run_folder import read_tensors
 from shared.errors import ConfigurationError, LedgerError, WorkerFailedError
 from shared.results import RoundRecord
 from simulations.blocks import trainer
 from simulations.blocks.choice import Execution, choose
+from simulations.blocks.training import named
 from simulations.blocks.workers import Pool
 from simulations.federation import declared_sizes
 from simulations.simulate import prepare
@@ -150,6 +152,14 @@ def test_one_site_that_breaks_a_block_fails_alone(runner, monkeypatch: pytest.Mo
     assert all(state.pop("site-2") == "refused" and set(state.values()) == {"ok"} for state in states)
     written = "".join(path.read_text() for path in run.folder.path.glob("*.json*"))
     assert "HIV" not in written
+
+
+def test_what_the_ledgers_hold_of_a_blocks_updates_are_their_digests() -> None:
+    rng = np.random.default_rng(1)
+    template = {"weight": np.zeros((3, 4), np.float32), "scale": np.zeros((), np.float32), "bias": np.zeros(5, np.float32)}
+    rows = rng.normal(size=(6, 18)).astype(np.float32)[::2]
+    assert row_digests(rows, template) == tuple(arrays_digest(named(row, template)) for row in rows)
+    assert len(set(row_digests(rows, template))) == 3
 
 
 def test_what_cannot_be_in_blocks_is_told_and_refused_where_it_was_asked_for(runner) -> None:

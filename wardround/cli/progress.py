@@ -44,12 +44,13 @@ class RoundLines:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=terminal,
             transient=True,
             disable=not terminal.is_terminal,
         )
-        self._bar_task = self._bar.add_task("rounds", total=study.rounds.count * study.evaluation.folds)
+        self._bar_task = self._bar.add_task("rounds", total=study.rounds.count * study.evaluation.folds, rate="")
 
     def __enter__(self) -> "RoundLines":
         logging.getLogger(ANNOUNCING_ROOM).addHandler(self._handler)
@@ -66,7 +67,8 @@ class RoundLines:
             evaluated = record.fold == self._pending.fold
             self._print(self._pending, record.metrics if evaluated else {}, record.metrics_ci95 if evaluated else {})
         self._pending = record
-        self._bar.advance(self._bar_task)
+        num_asked = sum(site.status != "not asked" for site in record.sites)
+        self._bar.update(self._bar_task, advance=1, rate=f"{num_asked / max(record.seconds, 1e-9):,.0f} sites a second")
 
     def finish(self, result: "Result") -> None:
         """Print the line of the last round, with the final model's metrics."""
