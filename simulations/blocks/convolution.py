@@ -44,6 +44,10 @@ class StackedConv(StackedProducts):
         ])  # fmt: skip
         return self.keep(padded, given.squeeze(2) if self._flat else given)
 
+    def num_near(self) -> int:
+        """A site is worked on at a time, however many there are."""
+        return 0
+
     def sizes(self) -> tuple[int, int, int]:
         num_out = self.parts["weight"].shape[1]
         return sum(given[0].numel() // num_out for _, given in self.calls), self.parts["weight"][0, 0].numel(), num_out // self.groups

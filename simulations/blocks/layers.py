@@ -62,7 +62,7 @@ class StackedLayer(nn.Module):
         return sum(taken.numel() + 2 * given.numel() for taken, given in self.calls)
 
     def num_near(self) -> int:
-        """Those of them that are worked on at a time."""
+        """Those of them that are worked on at a time, where more sites are more."""
         return self.num_entries()
 
     def squared_norms(self) -> torch.Tensor:
