@@ -19,7 +19,7 @@ from workloads import TRAIN, WORKLOADS
 from shared.models import initial_parameters
 
 FOLDER = Path(__file__).resolve().parent
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 2.0  # a look at all pages of a process holds it up
 REQUIREMENTS = {
     "flower": ["flwr[simulation]==1.41.0", "torch==2.13.0", "opacus==1.6.0"],
     "pfl": ["pfl[pytorch]==0.6.0", "torch==2.13.0"],
