@@ -45,6 +45,7 @@ from shared.messages import (
     decode,
     encode,
     from_array_record,
+    to_array_record,
 )
 from shared.models import Parameters, initial_parameters
 from shared.results import RoundRecord, SitePrivacy, SiteRound
@@ -177,10 +178,10 @@ class Coordinator:
         start = self._resume()
         self._reopen_folds(grid, start.fold)
         self._epsilons = {site.name: site.epsilon for record in self._folder.rounds() for site in record.sites if site.epsilon is not None}
-        for fold in range(start.fold, self._study.evaluation.folds + 1):
-            if fold > start.fold:
-                start = self._first_checkpoint(fold)
-            self._run_fold(grid, start)
+        first, waiting = start.fold, [start]
+        del start  # it is as large as the model: what runs the fold lets go of it
+        for fold in range(first, self._study.evaluation.folds + 1):
+            self._run_fold(grid, waiting.pop() if waiting else self._first_checkpoint(fold))
         return self.history
 
     def _first_checkpoint(self, fold: int) -> Checkpoint:
@@ -305,31 +306,32 @@ class Coordinator:
         self._asking[node_id] = self._asking.get(node_id, NEVER_ASKED).after(reason)
 
     def _run_fold(self, grid: Grid, start: Checkpoint) -> None:
-        self._strategy.fold, self._strategy.state = start.fold, start.state
-        parameters = start.parameters
-        for number in range(start.round_number + 1, self._study.rounds.count + 1):
-            parameters = self._run_round(grid, start.fold, number, parameters)
-        name = "final" if self._study.evaluation.folds == 1 else f"fold-{start.fold}"
+        fold, first, arrays = start.fold, start.round_number + 1, to_array_record(start.parameters)
+        self._strategy.fold, self._strategy.state = fold, start.state
+        del start
+        for number in range(first, self._study.rounds.count + 1):
+            arrays = self._run_round(grid, fold, number, arrays)
+        parameters = from_array_record(arrays)
+        name = "final" if self._study.evaluation.folds == 1 else f"fold-{fold}"
         header = {"study": self._study.name, "study_hash": self._study.fingerprint(), "task": self._task.name, "architecture": self._architecture}
         self._folder.write_model(name, parameters, header)
-        statistics = self._close_fold(grid, start.fold, parameters)
-        self.history.folds.append(FoldResult(fold=start.fold, parameters=parameters, statistics=statistics))
+        statistics = self._close_fold(grid, fold, parameters)
+        self.history.folds.append(FoldResult(fold=fold, parameters=parameters, statistics=statistics))
 
-    def _run_round(self, grid: Grid, fold: int, number: int, parameters: Parameters) -> Parameters:
+    def _run_round(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> ArrayRecord:
         self._welcome(grid)
         started = time.monotonic()
         content = TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
-        record = encode(content, parameters=parameters)
+        record = encode(content, parameters=arrays)
         messages = self._strategy.configure_train(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)
         self._hold_quorum(sum(answer.status == "ok" for answer in answers.values()), _reasons(answers), what=f"round {number}")
-        arrays, _ = self._strategy.aggregate_train(number, [])
-        assert arrays is not None
-        updated = from_array_record(arrays)
+        updated, _ = self._strategy.aggregate_train(number, [])
+        assert updated is not None
         self._take_privacy(answers)
         line = self._round_record(fold, number, answers, time.monotonic() - started)
         self._folder.append_round(line)
-        self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=updated, state=self._strategy.state))
+        self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=from_array_record(updated), state=self._strategy.state))
         self._observe(line)
         return updated
 

@@ -152,11 +152,11 @@ class Refused(Content):
 ContentT = TypeVar("ContentT", bound=Content)
 
 
-def encode(content: Content, *, parameters: Parameters | None = None, statistics: Statistics | None = None) -> RecordDict:
-    """Flower records of a message."""
+def encode(content: Content, *, parameters: Parameters | ArrayRecord | None = None, statistics: Statistics | None = None) -> RecordDict:
+    """Flower records of a message; parameters that are a record already are not copied."""
     record = RecordDict({MESSAGE: ConfigRecord({JSON: content.model_dump_json()})})
     if parameters is not None:
-        record[PARAMETERS] = to_array_record(parameters)
+        record[PARAMETERS] = parameters if isinstance(parameters, ArrayRecord) else to_array_record(parameters)
     if statistics is not None:
         record[STATISTICS] = to_array_record(statistics)
     return record
