@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # Ray is an extra
 
 logger = logging.getLogger(__name__)
 
+RAY_ON_LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else Ray, which asks nobody for a key, listens on all interfaces
 WITNESS = ".witness"  # beside the runs: what the coordinator remembers of real ledgers, from run to run
 
 
@@ -143,7 +145,7 @@ def execute(
     choice = choose(setting, execution, memory, processes)
     if engine == "ray":
         choice = choice.on_ray(setting, ray_address, processes)
-        _ray_workers()  # refused before anything is begun where there is none
+        _ray_workers(ray_address)  # refused before anything is begun where there is none
     sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
@@ -200,11 +202,13 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
 def _workers(choice: Choice) -> MakeWorkers | None:
     """What starts the processes that train; None where this one does."""
     if choice.engine == "ray":
-        return functools.partial(_ray_workers(), address=choice.ray_address, num_workers=choice.num_workers or None)
+        return functools.partial(_ray_workers(choice.ray_address), address=choice.ray_address, num_workers=choice.num_workers or None)
     return functools.partial(Pool, num_workers=choice.num_workers) if choice.num_workers else None
 
 
-def _ray_workers() -> type["RayWorkers"]:
+def _ray_workers(address: str | None) -> type["RayWorkers"]:
+    if address is None:
+        os.environ.setdefault(*RAY_ON_LOOPBACK)  # it is read when Ray is imported
     with root_log_unchanged():
         try:
             from simulations.blocks.ray_workers import RayWorkers
