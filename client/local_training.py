@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from client.noise import KeyedStream
-from client.optimizers import ProximalTerm, local_optimizer
+from client.optimizers import LocalOptimizer, ProximalTerm
 from client.sampling import shuffled_batches
 from shared.cohort import Cohort, IntArray
 from shared.study import Study
@@ -56,8 +56,8 @@ class LocalRound:
 def train_round(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.random.Generator) -> int:
     """Train `model` in place on every record of `cohort`; the number of steps taken comes back. No promise about privacy."""
     batches = round_batches(cohort.num_records, local.study, rng)
-    optimizer = local_optimizer(local.study, model.parameters(), local.round_number)
-    proximal = ProximalTerm(local.study, list(model.parameters()))
+    optimizer = LocalOptimizer(local.study, model.parameters(), local.round_number)
+    proximal = ProximalTerm(local.study, optimizer.parameters)
     model.train()
     for batch in batches:
         local.still_wanted()

@@ -65,6 +65,7 @@ def probe_model(task: Task, study: Study) -> None:
 
 def _probe(task: Task, study: Study) -> None:
     cohort = task.synthetic_cohort(NUM_PROBE_PATIENTS, 0)
+    cohort = cohort.select(np.arange(cohort.num_patients) < NUM_PROBE_PATIENTS)  # a task may make whole sites at a time
     model = task.model()
     local = LocalRound(study=study, task=task, round_number=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

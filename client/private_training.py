@@ -37,19 +37,17 @@ more records than that, in pieces, is clipped once all the same; a buffer or fro
 a parameter, ends the round with a refusal.
 """
 
-import contextlib
 import logging
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.local_training import LocalRound, record_losses
 from client.noise import GaussianNoise, KeyedStream, Noise, NoiseGrid, SimulatedNoise, subkey
-from client.optimizers import ProximalTerm, local_optimizer
+from client.optimizers import LocalOptimizer, ProximalTerm
 from client.record_gradients import RecordGradients, record_gradients
 from client.sampling import PatientIndex, sample_units, whole_patients
 from shared.cohort import Cohort, IntArray
@@ -79,60 +77,56 @@ class Randomness:
         return cls(sampling=KeyedStream(subkey(key, b"sampling")), noise=SimulatedNoise(subkey(key, b"noise")))
 
 
-class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyped
-    """Opacus' flat-clipping optimizer with sums in float64 and noise from a keyed stream on a grid.
+class NoisedSum:
+    """The sum of clipped gradients of a batch, in float64, and its release: with noise from a keyed stream, on a grid.
 
-    `summed_grad` of every parameter is a float64 view into one vector of all d trainable parameters.
+    Attributes:
+        values: `(d,)` float64, the sum before rounding and noise.
+
+    Args:
+        parameters: the trainable ones, d entries in all; `release` sets their `grad`.
+        gradients: of the records of the last backward pass.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, gradients: RecordGradients, *, plan: SitePlan, noise: Noise) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=plan.expected_batch_size,
-            loss_reduction="sum",
-        )
+    def __init__(self, parameters: list[nn.Parameter], gradients: RecordGradients, *, plan: SitePlan, noise: Noise) -> None:
+        assert plan.noise_multiplier is not None and plan.max_grad_norm is not None
         self.num_without_gradient = 0
+        self.expected_batch_size = plan.expected_batch_size
+        self._max_grad_norm = plan.max_grad_norm
+        self._noise_multiplier = plan.noise_multiplier
         self._gradients = gradients
         self._noise = noise
-        self._parameters = self.params
-        size = sum(parameter.numel() for parameter in self._parameters)
-        self._grid = NoiseGrid.of(self.max_grad_norm, size)
-        self._total = torch.zeros(size, dtype=torch.float64)
+        self._parameters = parameters
+        size = sum(parameter.numel() for parameter in parameters)
+        self._grid = NoiseGrid.of(plan.max_grad_norm, size)
+        self.values = torch.zeros(size, dtype=torch.float64)
         self._unit = torch.empty(0, dtype=torch.float64)  # gradient of the unit under way; only where a unit has several records
-        for parameter, part in zip(self._parameters, self._views(self._total), strict=True):
-            parameter.summed_grad = part
+        self._parts = self._views(self.values)
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         parts = torch.split(flat, [parameter.numel() for parameter in self._parameters])
         return [part.view(parameter.shape) for part, parameter in zip(parts, self._parameters, strict=True)]
 
-    def close(self) -> None:
-        """Leave no sum on the parameters."""
-        for parameter in self._parameters:
-            parameter.grad = parameter.summed_grad = None
-
     def clear(self) -> None:
         """The sum becomes zero."""
-        self._total.zero_()
+        self.values.zero_()
 
     def clip_and_accumulate(self, num_records: int) -> None:
         """Add the gradient of each of the first `num_records` records of the last backward pass, clipped alone; every record is a unit."""
         norms = self._gradients.norms(self._parameters)[:num_records]
-        factors = (self.max_grad_norm / norms).clamp_(max=1.0)
+        factors = (self._max_grad_norm / norms).clamp_(max=1.0)
         usable = norms.isfinite()
         rows: torch.Tensor | slice = slice(0, num_records)
         if not usable.all():
             self.num_without_gradient += int((~usable).sum())
             rows, factors = usable.nonzero().squeeze(1), factors[usable]
-        for parameter in self._parameters:
-            self._gradients.add_weighted_sum(parameter, factors, parameter.summed_grad, rows)
+        for parameter, part in zip(self._parameters, self._parts, strict=True):
+            self._gradients.add_weighted_sum(parameter, factors, part, rows)
 
     def add_to_unit(self, rows: slice, share: float) -> None:
         """Add share x the gradient of each of these records of the last backward pass to the unit under way."""
         if not len(self._unit):
-            self._unit = torch.zeros_like(self._total)
+            self._unit = torch.zeros_like(self.values)
         weights = torch.full((rows.stop - rows.start,), share, dtype=torch.float64)
         for parameter, part in zip(self._parameters, self._views(self._unit), strict=True):
             self._gradients.add_weighted_sum(parameter, weights, part, rows)
@@ -141,14 +135,14 @@ class KeyedNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # opacus is untyp
         """Add the gradient of the unit under way, clipped as one, and begin another."""
         norm = float(torch.linalg.vector_norm(self._unit))
         if norm < float("inf"):
-            self._total.add_(self._unit, alpha=min(1.0, self.max_grad_norm / norm) if norm else 1.0)
+            self.values.add_(self._unit, alpha=min(1.0, self._max_grad_norm / norm) if norm else 1.0)
         else:
             self.num_without_gradient += 1
         self._unit.zero_()
 
-    def add_noise(self) -> None:
+    def release(self) -> None:
         """The sum of the whole batch plus noise, over the public expected batch size, becomes the gradient of each parameter."""
-        release = self._grid.release(self._total, self._noise, self.noise_multiplier).div_(self.expected_batch_size)
+        release = self._grid.release(self.values, self._noise, self._noise_multiplier).div_(self.expected_batch_size)
         for parameter, part in zip(self._parameters, self._views(release), strict=True):
             parameter.grad = part.to(parameter.dtype)
 
@@ -162,41 +156,38 @@ def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, 
     """
     still = untrained_state(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = local_optimizer(local.study, trainable, local.round_number)
+    optimizer = LocalOptimizer(local.study, trainable, local.round_number)
     proximal = ProximalTerm(local.study, trainable)
     index = PatientIndex(cohort)
     model.train()
-    with (
-        record_gradients(model) as gradients,
-        contextlib.closing(KeyedNoiseOptimizer(inner, gradients, plan=plan, noise=randomness.noise)) as optimizer,
-    ):
+    with record_gradients(model) as gradients:
+        total = NoisedSum(trainable, gradients, plan=plan, noise=randomness.noise)
         for _ in range(plan.steps_per_round):
             local.still_wanted()
-            optimizer.clear()
+            total.clear()
             units = sample_units(cohort, index, plan, local.study.privacy.records_per_patient, randomness.sampling)
-            sum_clipped_gradients(optimizer, gradients, cohort, units, local)
-            optimizer.add_noise()
+            sum_clipped_gradients(total, gradients, cohort, units, local)
+            total.release()
             proximal.add_to_gradients()
-            inner.step()
+            optimizer.step()
+    optimizer.zero_grad()
     check_untrained(model, still)
-    if optimizer.num_without_gradient:
-        logger.warning("%d gradients were not finite and were counted as zero", optimizer.num_without_gradient)
+    if total.num_without_gradient:
+        logger.warning("%d gradients were not finite and were counted as zero", total.num_without_gradient)
     return plan.steps_per_round
 
 
-def sum_clipped_gradients(
-    optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, units: IntArray | list[IntArray], local: LocalRound
-) -> None:
-    """Add the clipped gradient of every unit to the optimizer's sum, in physical batches of one shape."""
-    size = physical_size(optimizer.expected_batch_size, local.study.privacy.physical_batch_size)
+def sum_clipped_gradients(total: NoisedSum, gradients: RecordGradients, cohort: Cohort, units: IntArray | list[IntArray], local: LocalRound) -> None:
+    """Add the clipped gradient of every unit to the sum, in physical batches of one shape."""
+    size = physical_size(total.expected_batch_size, local.study.privacy.physical_batch_size)
     if isinstance(units, list):
         for patients in whole_patients(units, size):
-            _sum_patients(optimizer, gradients, cohort, patients, local, size)
+            _sum_patients(total, gradients, cohort, patients, local, size)
         return
     for start in range(0, len(units), size):
         records = units[start : start + size]
         _backward(gradients, cohort, records, local, size)
-        optimizer.clip_and_accumulate(len(records))
+        total.clip_and_accumulate(len(records))
 
 
 def physical_size(expected_batch_size: float, most: int) -> int:
@@ -208,24 +199,22 @@ def physical_size(expected_batch_size: float, most: int) -> int:
     return max(SHAPE, min(wanted, most // SHAPE * SHAPE))
 
 
-def _sum_patients(
-    optimizer: KeyedNoiseOptimizer, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound, size: int
-) -> None:
+def _sum_patients(total: NoisedSum, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound, size: int) -> None:
     """Several patients that fit into one physical batch, or one that may not and comes in pieces; each is clipped once, over all its records."""
     if len(patients) == 1:
         [records] = patients
         for start in range(0, len(records), size):
             piece = records[start : start + size]
             _backward(gradients, cohort, piece, local, size)
-            optimizer.add_to_unit(slice(0, len(piece)), 1 / len(records))
-        optimizer.close_unit()
+            total.add_to_unit(slice(0, len(piece)), 1 / len(records))
+        total.close_unit()
         return
     _backward(gradients, cohort, np.concatenate(patients), local, size)
     stop = 0
     for records in patients:
         start, stop = stop, stop + len(records)
-        optimizer.add_to_unit(slice(start, stop), 1 / len(records))
-        optimizer.close_unit()
+        total.add_to_unit(slice(start, stop), 1 / len(records))
+        total.close_unit()
 
 
 def _backward(gradients: RecordGradients, cohort: Cohort, records: IntArray, local: LocalRound, size: int) -> None:

@@ -2,17 +2,19 @@
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.superlink.grid import HttpGrid
 
 from server.coordinator import Coordinator
-from server.deployed_run import run_deployed
-from shared.bundle import RUN
 
 app = ServerApp()  # of a deployment: named in the bundle of every study
 
 
 @app.main()
 def _deployed(grid: Grid, context: Context) -> None:
+    from flwr.superlink.grid import HttpGrid  # with these come parts of Flower that a simulation need not wait for
+
+    from server.deployed_run import run_deployed
+    from shared.bundle import RUN
+
     assert isinstance(grid, HttpGrid), "a deployed run is started by Flower's SuperExec"
     run_deployed(grid, str(context.run_config[RUN]))
 

@@ -150,6 +150,7 @@ def check_alike(task: Task) -> Footprint:
         NotStackableError: it cannot be stacked, or does not.
     """
     cohort = task.synthetic_cohort(NUM_PROBE_PATIENTS, 0)
+    cohort = cohort.select(np.arange(cohort.num_patients) < NUM_PROBE_PATIENTS)
     inputs = tuple(torch.from_numpy(values) for values in cohort.inputs)
     model, stacked = task.model(), StackedModel(task.model(), 2)
     expected = []

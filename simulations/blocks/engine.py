@@ -5,6 +5,7 @@ coordinator in one piece. Which sites share a block depends on the sites, the st
 """
 
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class Workers(Protocol):
     """Others that train blocks: `blocks.workers.Pool` on this machine, `blocks.ray_workers.RayWorkers` on a cluster."""
+
+    def ready(self) -> bool:
+        """Whether all have started; until then somebody else trains."""
 
     @property
     def slots(self) -> list[Slot]:
@@ -68,7 +72,7 @@ class BlockEngine(InProcessGrid):
         sites: virtual ones, all with seeded noise or none.
         block_size: sites that are trained at once, at most.
         stacked: the sites of a block are trained at once; else one after another, which only several processes make sooner.
-        make_workers: others that train; None: this process does.
+        make_workers: others that train, from when they are ready; None: this process does all the time.
     """
 
     def __init__(
@@ -86,13 +90,14 @@ class BlockEngine(InProcessGrid):
         self._make_workers = make_workers
         self._fold = 0
         self._steps: dict[str, int] = {}
-        self._trainer: BlockTrainer | Workers | None = None
+        self._trainer: BlockTrainer | None = None  # here; None once there are workers
+        self._workers: Workers | None = None
 
     def close(self) -> None:
         """End the workers."""
-        if self._trainer is not None and not isinstance(self._trainer, BlockTrainer):
-            self._trainer.close()
-        self._trainer = None
+        if self._workers is not None:
+            self._workers.close()
+        self._trainer = self._workers = None
 
     def send_in_blocks(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message | Block]:
         """The replies to these messages; training comes in blocks. After `timeout` seconds no further block is begun, and none waited for."""
@@ -102,17 +107,12 @@ class BlockEngine(InProcessGrid):
             return
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
         task = decode(waiting[0].content, TrainTask)  # all of a round share one record
-        trainer = self._trainer_of(task.fold)
+        self._make_trainers(task.fold)
         by_name = {self._names[message.metadata.dst_node_id]: message for message in waiting}
         names = sorted(by_name, key=lambda name: (-self._steps[name], name))
         received = decode_parameters(waiting[0].content, self._sites[names[0]].template)
-        blocks = [names[start : start + self._block_size] for start in range(0, len(names), self._block_size)]
-        outcomes = (
-            self._here(trainer, task, received, blocks, deadline)
-            if isinstance(trainer, BlockTrainer)
-            else self._in_workers(trainer, task, received, blocks, deadline)
-        )
-        for block in outcomes:
+        blocks = deque(names[start : start + self._block_size] for start in range(0, len(names), self._block_size))
+        for block in itertools.chain(self._here(task, received, blocks, deadline), self._in_workers(task, received, blocks, deadline)):
             if isinstance(block, Block):
                 yield from [block] if time.monotonic() < deadline else []
                 continue
@@ -125,44 +125,50 @@ class BlockEngine(InProcessGrid):
         self._sites[self._names[message.metadata.dst_node_id]].forget_parts()
         return reply
 
-    def _trainer_of(self, fold: int) -> BlockTrainer | Workers:
-        if self._trainer is None or self._fold != fold:
-            self.close()
-            patients = Patients.of(self._sites, self._study, fold)
-            counts = {name: patients.training.num_records(number) for name, number in self._numbers.items()}
-            self._steps = {
-                name: steps_of(self._study, counts[name], site.settings.declared_size) for name, site in self._sites.items()
-            }  # fmt: skip
-            self._fold = fold
-            self._trainer = (
-                make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
-                if self._make_workers is None
-                else self._make_workers(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
-            )
-        return self._trainer
+    def _make_trainers(self, fold: int) -> None:
+        if self._fold == fold:
+            return
+        self.close()
+        patients = Patients.of(self._sites, self._study, fold)
+        counts = {name: patients.training.num_records(number) for name, number in self._numbers.items()}
+        self._steps = {name: steps_of(self._study, counts[name], site.settings.declared_size) for name, site in self._sites.items()}
+        self._fold = fold
+        if self._make_workers is not None:
+            self._workers = self._make_workers(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
+        if not self._ready():
+            self._trainer = make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
 
-    def _here(self, trainer: BlockTrainer, task: TrainTask, received: Parameters, blocks: list[list[str]], deadline: float) -> Iterator[Answered]:
+    def _ready(self) -> bool:
+        return self._workers is not None and self._workers.ready()
+
+    def _here(self, task: TrainTask, received: Parameters, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
+        """Train here where there are no workers, or until all have started: that takes them seconds."""
         digest = arrays_digest(received)
-        for names in blocks:
-            if time.monotonic() >= deadline:
+        while blocks and time.monotonic() < deadline:
+            if self._trainer is None or self._ready():
+                self._trainer = None
                 return
+            names = blocks.popleft()
             begun, refused = self._begin(task, digest, names)
             try:
-                outcome = trainer.train(task.round, task.fold, [self._numbers[name] for name in begun], received)
+                outcome = self._trainer.train(task.round, task.fold, [self._numbers[name] for name in begun], received)
             except Exception as error:  # of one site's patients: alone, only that site fails
                 logger.debug("%s", type(error).__name__, exc_info=True)
                 yield names
             else:
                 yield self._end(begun, refused, outcome, received)
 
-    def _in_workers(self, workers: Workers, task: TrainTask, received: Parameters, blocks: list[list[str]], deadline: float) -> Iterator[Answered]:
+    def _in_workers(self, task: TrainTask, received: Parameters, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
         """Every worker holds up to two blocks, so that it trains one while another is begun or read here."""
-        digest, waiting, free = arrays_digest(received), deque(blocks), deque(workers.slots)
+        if self._workers is None or self._trainer is not None:
+            return
+        workers = self._workers
+        digest, free = arrays_digest(received), deque(workers.slots)
         workers.receive(received)
         under_way: dict[Slot, tuple[dict[str, BegunRound], dict[str, Refused]]] = {}
-        while waiting or under_way:
-            while waiting and free and time.monotonic() < deadline:
-                slot, (begun, refused) = free.popleft(), self._begin(task, digest, waiting.popleft())
+        while blocks or under_way:
+            while blocks and free and time.monotonic() < deadline:
+                slot, (begun, refused) = free.popleft(), self._begin(task, digest, blocks.popleft())
                 under_way[slot] = (begun, refused)
                 workers.submit(slot, task.round, task.fold, [self._numbers[name] for name in begun])
             if not under_way or time.monotonic() >= deadline:

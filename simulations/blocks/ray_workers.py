@@ -95,6 +95,10 @@ class RayWorkers:
                 "install this version, with the study's task, on every node, or ask for fewer with --processes",
             ) from None
 
+    def ready(self) -> bool:
+        """They are: one that is not made is an error."""
+        return True
+
     @property
     def slots(self) -> list[Slot]:
         """Where blocks can be under way."""

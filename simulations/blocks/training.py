@@ -19,7 +19,7 @@ from torch import nn
 
 from client.local_training import LocalRound, round_batches
 from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normals, subkey
-from client.optimizers import ProximalTerm, local_optimizer
+from client.optimizers import LocalOptimizer, ProximalTerm
 from client.sampling import PatientIndex, poisson_batches, sample_units
 from shared.cohort import Cohort, IntArray
 from shared.models import Parameters
@@ -83,7 +83,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
         flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
     steps = np.array([steps_of(local.study, site.part.num_records, site.plan.declared_size) for site in sites])
     batches = _draw(sites, local, steps)
-    optimizer = local_optimizer(local.study, [flat], local.round_number)
+    optimizer = LocalOptimizer(local.study, [flat], local.round_number)
     proximal = ProximalTerm(local.study, [flat])
     noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
     done = len(sites)  # sites from here on have taken all their steps

@@ -37,6 +37,7 @@ MEMORY_FILES = Path("/dev/shm")
 SLOTS = 2  # blocks that a worker holds: one that it trains, and one that is read or waits
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 SETTING, RECEIVED, LOG = "setting.json", "received.npy", "log.txt"
+READY = b"ready"
 Slot = tuple[int, int]  # worker, and which of its two
 
 
@@ -56,6 +57,7 @@ class Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._replies = selectors.DefaultSelector()
         self._busy = 0
+        self._starting = set(range(num_workers))
         self._lines: deque[tuple[int, bytes]] = deque()  # worker and reply
         self._begun: dict[int, bytes] = {}  # by worker: a reply's beginning
         try:
@@ -89,6 +91,16 @@ class Pool:
         os.close(writing)
         self._processes.append(process)
         self._replies.register(reading, selectors.EVENT_READ, number)
+
+    def ready(self) -> bool:
+        """Whether all have started.
+
+        Raises:
+            WorkerFailedError: one ended instead.
+        """
+        while self._starting and self._read(timeout=0):
+            pass
+        return not self._starting
 
     @property
     def slots(self) -> list[Slot]:
@@ -132,15 +144,19 @@ class Pool:
         sums: Sums = {name: results[name][:count] for name in self._shapes}
         return slot, Outcome(steps=steps, updates=results["updates"][:count], digests=tuple(reply["digests"]), sums=sums)
 
-    def _read(self) -> None:
-        """Wait until a worker says something; whole lines are kept, and the beginning of one until the rest has come."""
-        for key, _ in self._replies.select():
+    def _read(self, timeout: float | None = None) -> bool:
+        """Whether a worker has said something, for which it waits; whole lines are kept, and the beginning of one until the rest has come."""
+        said = self._replies.select(timeout)
+        for key, _ in said:
             worker = int(key.data)
             part = os.read(key.fd, 65_536)
             if not part:
                 raise self._failed(worker)
             *lines, self._begun[worker] = (self._begun.get(worker, b"") + part).split(b"\n")
-            self._lines += [(worker, line) for line in lines]
+            if READY in lines:
+                self._starting.discard(worker)
+            self._lines += [(worker, line) for line in lines if line != READY]
+        return bool(said)
 
     def _failed(self, worker: int) -> WorkerFailedError:
         status = self._processes[worker].poll()  # and nothing of what it said: an exception's own text may hold a patient's value
@@ -188,6 +204,8 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
     shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
     results = [_mapped_results(folder, shapes, number, slot) for slot in range(SLOTS)]
     received = np.load(folder / RECEIVED, mmap_mode="r")
+    replies.write(READY + b"\n")
+    replies.flush()
     for line in jobs:
         job = json.loads(line)
         reply: dict[str, object] = {"slot": job["slot"], "steps": None}

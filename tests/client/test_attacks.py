@@ -1,6 +1,5 @@
 """What an attacker found, each as a test: models and parameters made to tell of patients, states that tell of a cohort."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from client.local_training import LocalRound
 from client.policy import SiteFile
 from client.private_probe import probe_model
 from client.private_training import (
-    KeyedNoiseOptimizer,
+    NoisedSum,
     Randomness,
     physical_size,
     sum_clipped_gradients,
@@ -134,13 +133,10 @@ def test_parameters_that_make_much_of_a_last_bit_move_a_sum_by_no_more_than_c(
         units: Any = np.arange(cohort.num_records)
         if records == "all":
             units = [np.flatnonzero(cohort.patient_of_record == patient) for patient in range(cohort.num_patients)]
-        with (
-            record_gradients(model) as gradients,
-            contextlib.closing(KeyedNoiseOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gradients, plan=plan, noise=None)) as optimizer,  # type: ignore[arg-type]  # none is drawn
-        ):
-            optimizer.clear()
-            sum_clipped_gradients(optimizer, gradients, cohort, units, local)
-            return optimizer._total.clone()
+        with record_gradients(model) as gradients:
+            total = NoisedSum(list(model.parameters()), gradients, plan=plan, noise=None)  # type: ignore[arg-type]  # none is drawn
+            sum_clipped_gradients(total, gradients, cohort, units, local)
+            return total.values.clone()
 
     for seed in range(3):
         cohort = make_patients(num_patients, seed=seed)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from client.local_training import LocalRound, record_losses
 from client.noise import GaussianNoise, KeyedStream, NoiseGrid
-from client.optimizers import local_optimizer
-from client.private_training import KeyedNoiseOptimizer, Randomness, sum_clipped_gradients, train_round_private
+from client.private_training import NoisedSum, Randomness, sum_clipped_gradients, train_round_private
 from client.record_gradients import record_gradients
 from shared.cohort import Cohort, IntArray
 from shared.models import get_parameters, initial_parameters, set_parameters
@@ -62,9 +61,9 @@ def noiseless_sum(model: torch.nn.Module, cohort: Cohort, units: IntArray | list
     """The sum as the trainer makes it, before rounding and noise."""
     with record_gradients(model) as gradients:
         trainable = [p for p in model.parameters() if p.requires_grad]
-        optimizer = KeyedNoiseOptimizer(local_optimizer(local.study, trainable, 1), gradients, plan=plan, noise=GaussianNoise(KEY))
-        sum_clipped_gradients(optimizer, gradients, cohort, units, local)
-        return np.concatenate([p.summed_grad.numpy().ravel() for p in trainable])
+        total = NoisedSum(trainable, gradients, plan=plan, noise=GaussianNoise(KEY))
+        sum_clipped_gradients(total, gradients, cohort, units, local)
+        return total.values.numpy().copy()
 
 
 def grid_noise(model: torch.nn.Module, plan: SitePlan, steps: int = 1) -> list[np.ndarray]:

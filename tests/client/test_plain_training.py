@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from client.local_training import LocalRound, record_losses, round_batches, torch_keyed, train_round
 from client.noise import KeyedStream
-from client.optimizers import learning_rate_at, local_optimizer
+from client.optimizers import LocalOptimizer, learning_rate_at
 from shared.cohort import Cohort
 from shared.models import initial_parameters, set_parameters
 from shared.study import Study
@@ -106,8 +108,32 @@ def test_schedules(make_study: Studies) -> None:
 
 def test_every_round_has_a_fresh_optimizer_at_its_rate(task: Task, make_study: Studies) -> None:
     study = make_study(training={"learning_rate": 1.0, "schedule": "linear"}, rounds={"count": 4})
-    optimizers = [local_optimizer(study, task.model().parameters(), number) for number in (1, 3)]
-    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == pytest.approx([1.0, 0.5]) and not optimizers[1].state
+    assert [LocalOptimizer(study, task.model().parameters(), number).rate for number in (1, 3)] == pytest.approx([1.0, 0.5])
+
+
+@pytest.mark.parametrize("training", [
+    {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adam", "weight_decay": 0.1}, {"optimizer": "adamw", "weight_decay": 0.1},
+])  # fmt: skip
+def test_the_optimizers_are_torchs_own_bit_for_bit(training: dict[str, Any], make_study: Studies) -> None:
+    """Frozen parameters, and ones that have a gradient only sometimes, stay as they are meanwhile."""
+    study = make_study(training={"learning_rate": 0.1, **training})
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(3)]
+    others = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    classes = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    rest = {"momentum": study.training.momentum} if study.training.optimizer == "sgd" else {}
+    theirs = classes[study.training.optimizer](others, lr=0.1, weight_decay=study.training.weight_decay, **rest)
+    ours = LocalOptimizer(study, parameters, 1)
+    for step in range(5):
+        ours.zero_grad()
+        theirs.zero_grad()
+        for place, (parameter, other) in enumerate(zip(parameters, others, strict=True)):
+            if place == 0 or (place == 1 and step % 2):
+                parameter.grad = torch.randn(3, 4, generator=generator)
+                other.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+        assert all(torch.equal(parameter, other) for parameter, other in zip(parameters, others, strict=True))
 
 
 def test_torchs_generator_is_seeded_inside_and_restored_after() -> None:

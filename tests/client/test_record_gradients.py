@@ -11,7 +11,7 @@ from torch import nn
 
 from client.local_training import LocalRound, record_losses
 from client.noise import GaussianNoise
-from client.private_training import KeyedNoiseOptimizer, Randomness, sum_clipped_gradients, train_round_private
+from client.private_training import NoisedSum, Randomness, sum_clipped_gradients, train_round_private
 from client.record_gradients import record_gradients
 from client.sampling import PatientIndex
 from shared.cohort import Cohort
@@ -132,9 +132,9 @@ def by_hand(model: nn.Module, cohort: Cohort, units: list[np.ndarray], task: Tas
 def clipped_sum(model: nn.Module, cohort: Cohort, units: np.ndarray | list[np.ndarray], local: LocalRound, plan: SitePlan) -> np.ndarray:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with record_gradients(model) as gradients:
-        optimizer = KeyedNoiseOptimizer(torch.optim.SGD(trainable, lr=0.1), gradients, plan=plan, noise=GaussianNoise(bytes(32)))
-        sum_clipped_gradients(optimizer, gradients, cohort, units, local)
-        return np.concatenate([parameter.summed_grad.numpy().ravel() for parameter in trainable])
+        total = NoisedSum(trainable, gradients, plan=plan, noise=GaussianNoise(bytes(32)))
+        sum_clipped_gradients(total, gradients, cohort, units, local)
+        return total.values.numpy().copy()
 
 
 @pytest.mark.parametrize("per_patient", ["one", "all"])

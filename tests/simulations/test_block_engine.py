@@ -51,16 +51,39 @@ def test_the_ledgers_of_both_hold_the_same_charges(runner) -> None:
     assert all(one == other and len(one) == 2 for one, other in charges.values())
 
 
+def ready_after(patch: pytest.MonkeyPatch, num_blocks: int) -> list[int]:
+    """Workers that have started when so many blocks were trained here, and not sooner; how many they are given is counted in what comes back."""
+    given, asked, submit = [0], [0], Pool.submit
+
+    def ready(pool: Pool) -> bool:
+        asked[0] += 1
+        while asked[0] > num_blocks + 1 and pool._starting:  # the first time, nobody waits to train
+            pool._read()
+        return asked[0] > num_blocks + 1
+
+    def counted(pool: Pool, slot: tuple[int, int], round_number: int, fold: int, sites: list[int]) -> None:
+        given[0] += 1
+        submit(pool, slot, round_number, fold, sites)
+
+    patch.setattr(Pool, "ready", ready)
+    patch.setattr(Pool, "submit", counted)
+    return given
+
+
 @pytest.mark.slow  # starts processes that import torch
+@pytest.mark.parametrize("here", [0, 1, 4], ids=["workers from the start", "from the second block on", "workers that come too late"])
 @pytest.mark.parametrize("how", ["blocks", "sequential"])
-def test_processes_make_no_difference_to_any_bit(runner, how: Execution) -> None:
+def test_processes_make_no_difference_to_any_bit(runner, how: Execution, here: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = runner.run(five_sites(runner), execution=how, processes=1)
+    given = ready_after(monkeypatch, here)
     several = runner.run(five_sites(runner), execution=how, processes=2)
+    assert given == [4 - here]  # two rounds of two blocks
     assert several.model() == alone.model() and several.comparable == alone.comparable
 
 
 @pytest.mark.slow  # starts processes that import torch
 def test_a_worker_that_dies_ends_the_run_by_name_and_it_can_be_resumed(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready_after(monkeypatch, 0)
     submit = Pool.submit
 
     def killed(pool: Pool, slot: tuple[int, int], round_number: int, fold: int, sites: list[int]) -> None:
