@@ -1,11 +1,12 @@
 """A round of a simulation beside the same round made by others: same model, first parameters, patients and noise level, in one run, in turn.
 
 python benchmarks/simulation.py --workload tabular|image|sequence [--private] --sites N --rounds R
-    --against flower-ray|opacus-loop|pfl|fused|plain|sequential [--processes P] [--peers FOLDER] [--json]
+    --against flower-ray|opacus-loop|pfl|fused|plain|sequential|os-noise [--processes P] [--peers FOLDER] [--json]
 
 Every side is a script of `sides/` in a process of its own, of one thread: flower-ray: Flower's simulation on Ray, with Opacus. opacus-loop: a loop over
 the sites with Opacus' engine made at every site and round, as users do. pfl: pfl-research under torchrun. fused: tensors batched by hand for this one
-model, the floor. plain: a PyTorch loop with a DataLoader. sequential: our own site-by-site path.
+model, the floor. plain: a PyTorch loop with a DataLoader. sequential: our own site-by-site path. os-noise: the same
+with noise from the operating system.
 
 `ratio` is their seconds a site and round over ours, each the median of the rounds after the first, so that start-up is left out; each side runs three
 times, in turn, with as many processes that train. Flower and pfl are installed by pip in `benchmarks/.peers`, unless --peers names a folder that has
@@ -30,6 +31,7 @@ SIDES = {
     "fused": Side(script="fused", workloads=("tabular",)),
     "plain": Side(script="plain", privacy=(False,)),
     "sequential": Side(script="sequential"),
+    "os-noise": Side(script="os_noise", privacy=(True,)),
 }
 
 

@@ -289,12 +289,9 @@ def confusion_accuracy(matrix: FloatArray) -> float | None:
 
 def macro_f1(matrix: FloatArray) -> float | None:
     """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
-    of_class, given = matrix.sum(axis=1), matrix.sum(axis=0)
-    occurring = of_class > 0
-    if not occurring.any():
-        return None
-    f1 = np.clip(2 * matrix.diagonal() / np.maximum(given + of_class, 1e-12), 0, 1)
-    return float(f1[occurring].mean())
+    counts = zip(matrix.diagonal().tolist(), matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist(), strict=True)
+    f1 = [min(max(2 * hits / max(of_class + given, 1e-12), 0.0), 1.0) for hits, of_class, given in counts if of_class > 0]
+    return sum(f1) / len(f1) if f1 else None
 
 
 # A number: clipped error sums ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Worker processes that train blocks: patients, parameters and updates are files that all of them map, and only a line of text is sent a block.
 
-A worker is a process of its own and no fork: it has threads, BLAS and torch of its own, and a script or notebook need not be importable.
-`python -m simulations.blocks.workers FOLDER NUMBER` is one; jobs come on its standard input and replies leave on a pipe of their own.
+Workers are no forks of the simulation: they have threads, BLAS and torch of their own, and a script or notebook need not be importable. Where it
+is safe they are forks of the first of them, which imports what all need and has done nothing yet. `python -m simulations.blocks.workers FOLDER
+NUMBER:JOBS:REPLIES ...` is the first: a number and the ends of two pipes for each.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ SLOTS = 2  # blocks that a worker holds: one that it trains, and one that is rea
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 SETTING, RECEIVED, LOG = "setting.json", "received.npy", "log.txt"
 READY = b"ready"
+FORKS = sys.platform == "linux"  # elsewhere system libraries do not survive it
 Slot = tuple[int, int]  # worker, and which of its two
 
 
@@ -55,6 +57,7 @@ class Pool:
         in_memory = os.access(MEMORY_FILES, os.W_OK) and shutil.disk_usage(MEMORY_FILES).free > 2 * needed
         self._folder = Path(tempfile.mkdtemp(prefix="wardround-", dir=MEMORY_FILES if in_memory else None))
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._jobs: list[int] = []  # by worker, where its jobs are written
         self._replies = selectors.DefaultSelector()
         self._busy = 0
         self._starting = set(range(num_workers))
@@ -62,8 +65,8 @@ class Pool:
         self._begun: dict[int, bytes] = {}  # by worker: a reply's beginning
         try:
             self._write(study, patients, block_size, num_workers, stacked)
-            for number in range(num_workers):
-                self._start(number)
+            for numbers in [range(num_workers)] if FORKS else [range(number, number + 1) for number in range(num_workers)]:
+                self._start(numbers)
         except OSError as error:
             self.close()
             raise StorageError(f"{self._folder}: could not share the patients among processes: {error.strerror}", "use fewer sites") from error
@@ -81,16 +84,28 @@ class Pool:
             (worker, slot): _mapped_results(self._folder, self._shapes, worker, slot) for worker in range(num_workers) for slot in range(SLOTS)
         }
 
-    def _start(self, number: int) -> None:
-        reading, writing = os.pipe()
-        command = [sys.executable, "-m", "simulations.blocks.workers", str(self._folder), str(number), str(writing)]
-        with open(self._folder / LOG, "ab") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(writing,), env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            )  # fmt: skip
-        os.close(writing)
+    def _start(self, numbers: range) -> None:
+        """A process for these workers, which become as many."""
+        theirs: list[int] = []
+        workers = []
+        for number in numbers:
+            jobs, write_jobs = os.pipe()
+            read_replies, replies = os.pipe()
+            self._jobs.append(write_jobs)
+            self._replies.register(read_replies, selectors.EVENT_READ, number)
+            theirs += [jobs, replies]
+            workers.append(f"{number}:{jobs}:{replies}")
+        environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            with open(self._folder / LOG, "ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "simulations.blocks.workers", str(self._folder), *workers], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    pass_fds=theirs, env=environment, process_group=0,
+                )  # fmt: skip
+        finally:
+            for end in theirs:
+                os.close(end)
         self._processes.append(process)
-        self._replies.register(reading, selectors.EVENT_READ, number)
 
     def ready(self) -> bool:
         """Whether all have started.
@@ -105,7 +120,7 @@ class Pool:
     @property
     def slots(self) -> list[Slot]:
         """Where blocks can be under way."""
-        return [(worker, slot) for slot in range(SLOTS) for worker in range(len(self._processes))]
+        return [(worker, slot) for slot in range(SLOTS) for worker in range(len(self._jobs))]
 
     def receive(self, received: Parameters) -> None:
         """These are the parameters of the round to come; blocks of an earlier one that nobody waited for are let go."""
@@ -117,11 +132,8 @@ class Pool:
         """Have a worker train this block."""
         worker, number = slot
         line = json.dumps({"slot": number, "round": round_number, "fold": fold, "sites": sites})
-        pipe = self._processes[worker].stdin
-        assert pipe is not None
         try:
-            pipe.write(line.encode() + b"\n")
-            pipe.flush()
+            os.write(self._jobs[worker], line.encode() + b"\n")
         except OSError:
             raise self._failed(worker) from None
         self._busy += 1
@@ -159,22 +171,21 @@ class Pool:
         return bool(said)
 
     def _failed(self, worker: int) -> WorkerFailedError:
-        status = self._processes[worker].poll()  # and nothing of what it said: an exception's own text may hold a patient's value
+        """Nothing of what it said is repeated: an exception's own text may hold a patient's value."""
+        status = next((f" (exit status {process.returncode})" for process in self._processes if process.poll()), "")
         return WorkerFailedError(
-            f"worker {worker}: expected a trained block, got none (exit status {status})", "resume the run; with --processes 1 there are no workers"
+            f"worker {worker}: expected a trained block, got none{status}", "resume the run; with --processes 1 there are no workers"
         )
 
     def close(self) -> None:
         """End the workers and remove all files."""
-        for key in list(self._replies.get_map().values()):
-            os.close(key.fd)
-        self._replies.close()
         for process in self._processes:
-            process.kill()
-            if process.stdin is not None:
-                with contextlib.suppress(OSError):
-                    process.stdin.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for end in [*self._jobs, *(key.fd for key in list(self._replies.get_map().values()))]:
+            os.close(end)
+        self._replies.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -223,11 +234,18 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
 
 
 def main() -> None:
-    """A worker's process; it ends when nobody holds the other end of its standard input."""
+    """Workers' processes; each ends when nobody holds the other end of its pipe of jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulation decides when it ends
     torch.set_num_threads(1)
-    with open(int(sys.argv[3]), "wb") as replies:
-        work(Path(sys.argv[1]), int(sys.argv[2]), replies, iter(sys.stdin.buffer.readline, b""))
+    workers = [tuple(map(int, text.split(":"))) for text in sys.argv[2:]]
+    own = next((worker for worker in workers[1:] if not os.fork()), workers[0])
+    for _, jobs, replies in workers:
+        if jobs != own[1]:  # else nobody would see that another ends
+            os.close(jobs)
+            os.close(replies)
+    number, jobs, replies = own
+    with open(jobs, "rb") as asked, open(replies, "wb") as answers:
+        work(Path(sys.argv[1]), number, answers, iter(asked.readline, b""))
 
 
 if __name__ == "__main__":
