@@ -183,6 +183,15 @@ class Site:
             ledger_head=self._head(plan),
         )
 
+    def plan_of(self, study: Study) -> tuple[PrivacyEvent | None, PrivacyEvent | None]:
+        """What all of a study would ask of the ledger: of the training patients, and of the test patients. Nothing is agreed to.
+
+        Raises:
+            ConfigurationError: no noise fits the study's budget.
+        """
+        plan = plan_site(study, self.settings.declared_size, limit=self.settings.limit)
+        return plan.study_event() if plan.private else None, self._evaluation_event(study)
+
     def _admit(self, admission: Admission, witnessed: WitnessedHead | None) -> None:
         """The ledger agrees to the whole plan: before the cohort is opened that there is room, after it that these are its patients."""
         settings = self.settings

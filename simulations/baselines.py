@@ -22,12 +22,18 @@ from shared.task import Task
 POOLED = "all sites\n"  # no site's name has a line break, so no site shares the pooled model's randomness
 
 
-def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study) -> dict[str, Baseline]:
-    """The baselines of a study on these sites: two without privacy, and two with it where the study is private."""
+def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True) -> dict[str, Baseline]:
+    """The baselines of a study on these sites: two without privacy, and two with it where the study is private.
+
+    Args:
+        plain: also those without privacy of a private study.
+    """
     parts = {name: _split(cohort) for name, cohort in cohorts.items()}
-    plain = study.replace(privacy={"unit": "none"})
+    variants = {"": study.replace(privacy={"unit": "none"})} if plain or not study.private else {}
+    if study.private:
+        variants["_private"] = study
     baselines = {}
-    for suffix, variant in (("", plain), ("_private", study)) if study.private else (("", plain),):
+    for suffix, variant in variants.items():
         baselines[f"local_only{suffix}"] = _local_only(parts, task, variant)
         baselines[f"pooled{suffix}"] = _pooled(parts, task, variant)
     return baselines

@@ -15,7 +15,6 @@ from client.real_site import open_site
 from client.site import Site, SiteSettings
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
-from shared.files import storage_errors
 from shared.privacy import default_delta_of_sites
 from shared.results import SiteSummary
 from shared.schema import TableSchema
@@ -24,7 +23,6 @@ from shared.task import Task
 from simulations.partitioners import partition_cohort
 
 DEFAULT_SYNTHETIC_PATIENTS = 800
-SITE_FILE = "site.toml"
 MOST_PLANS = 16  # different declared sizes in one simulation
 
 
@@ -133,18 +131,6 @@ def declared_sizes(sizes: Sequence[int]) -> list[int]:
 def _to_digits(size: int, digits: int) -> int:
     unit = 10 ** max(0, len(str(size)) - digits)
     return max(1, int((size + unit // 2) // unit * unit))
-
-
-def site_files(data: Path | None) -> list[Path]:
-    """The site files at `data`: itself, the one in it, or `*/site.toml` in it; none where `data` is a cohort."""
-    if data is None or not data.exists():
-        return []
-    if data.is_file():
-        return [data] if data.name == SITE_FILE else []
-    if (data / SITE_FILE).is_file():
-        return [data / SITE_FILE]
-    with storage_errors(data, "read the folder"):
-        return sorted(data.glob(f"*/{SITE_FILE}"))
 
 
 def real_sites(files: list[Path], task: Task) -> dict[str, Site]:

@@ -30,9 +30,10 @@ from simulations.baselines import run_baselines
 from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Engine, Execution, choose
 from simulations.blocks.engine import BlockEngine, MakeWorkers
 from simulations.blocks.workers import Pool
-from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, site_files, virtual_federation, virtual_sites
+from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.setting import Setting
+from simulations.site_files import site_files
 
 if TYPE_CHECKING:  # Ray is an extra
     from simulations.blocks.ray_workers import RayWorkers
@@ -124,7 +125,7 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
 def execute(
     setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None,
     execution: Execution = "auto", memory: int = DEFAULT_MEMORY, processes: int | None = None, engine: Engine = "in-process",
-    ray_address: str | None = None,
+    ray_address: str | None = None, plain_baselines: bool = True,
 ) -> None:  # fmt: skip
     """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
 
@@ -134,6 +135,7 @@ def execute(
         processes: that train blocks; None: one for each core where there is enough to do, else this one.
         engine: where blocks are trained: on this machine, or on a Ray cluster.
         ray_address: of the cluster; None: one on this machine alone.
+        plain_baselines: with baselines, those without privacy too where the study has some.
 
     Raises:
         WardroundError: what stopped the study; the folder's outcome is then "failed".
@@ -162,7 +164,7 @@ def execute(
             logger.info("run  %s", folder.path)
             logger.info("sites are trained %s", choice)
             _run_apps(coordinator, sites, setting, choice)
-            compared = _baselines(setting) if baselines else {}
+            compared = _baselines(setting, plain=plain_baselines) if baselines else {}
         except BaseException as error:
             outcome: Outcome = "failed" if isinstance(error, Exception) else "interrupted"
             logger.warning("%s", error if isinstance(error, WardroundError) else type(error).__name__)
@@ -222,11 +224,11 @@ def _federation(setting: Setting) -> VirtualFederation:
     return setting.federation
 
 
-def _baselines(setting: Setting) -> dict[str, Baseline]:
+def _baselines(setting: Setting, *, plain: bool) -> dict[str, Baseline]:
     """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
     federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    return run_baselines(federation.cohorts, setting.task, setting.study)
+    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain)
 
 
 @contextlib.contextmanager

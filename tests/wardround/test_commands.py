@@ -13,8 +13,8 @@ import pytest
 from shared.errors import ConnectionFailedError, DataError
 from shared.study import Study
 from tests.wardround.conftest import Command
-from wardround.cli.options import studies_folder
 from wardround.fetch import SOURCES, fetch_data
+from wardround.studies import shipped_studies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,7 +74,7 @@ def test_study_show_says_where_every_value_came_from(command: Command) -> None:
 
 def test_study_schema_describes_the_shipped_studies(command: Command) -> None:
     schema = json.loads(command("study", "schema").out)
-    for path in studies_folder().glob("*.toml"):
+    for path in shipped_studies():
         table = tomllib.loads(path.read_text())
         assert set(table) <= set(schema["properties"])
         assert Study.load(path).name == path.stem

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from wardround.cli import audit, checking, coordinator, data, federation, ledger, privacy, report, simulate, site, study, task
+from wardround.cli import attack, audit, checking, coordinator, data, federation, ledger, privacy, report, simulate, site, study, sweep, task
 
 app = typer.Typer(
     help="Federated learning across hospitals, in rounds, with a promise about privacy that is kept in a ledger.",
@@ -30,6 +30,8 @@ def _root(
 
 
 app.command("simulate")(simulate.simulate)
+app.command("sweep")(sweep.sweep)
+app.command("attack")(attack.attack)
 app.command("report")(report.report)
 app.command("provision")(federation.provision)
 app.command("renew")(federation.renew)

@@ -58,6 +58,7 @@ def study_table(name: str | None, task: str | None) -> tuple[dict[str, object], 
     its named sites (or five) at epsilon 3 where none is.
     """
     from shared.config import read_toml
+    from wardround.studies import shipped_study
 
     if name is None and task is not None:
         from shared.schema import TableSchema
@@ -80,28 +81,3 @@ def study_table(name: str | None, task: str | None) -> tuple[dict[str, object], 
     if not (path.is_file() or path.suffix == ".toml" or len(path.parts) > 1):
         path = shipped_study(name)
     return read_toml(path), str(path)
-
-
-def shipped_study(name: str) -> Path:
-    """The file of a shipped study.
-
-    Raises:
-        ConfigurationError: there is none of that name; near names are proposed.
-    """
-    from shared.config import nearest
-
-    folder = studies_folder()
-    path = folder / f"{name}.toml"
-    if not path.is_file():
-        known = sorted(file.stem for file in folder.glob("*.toml"))
-        raise ConfigurationError(
-            f"no study file or shipped study {name!r}{nearest(name, known)}", f"shipped: {', '.join(known)}; or give a TOML file"
-        )
-    return path
-
-
-def studies_folder() -> Path:
-    """Where the shipped studies are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "studies"
-    return inside if inside.is_dir() else package.parent / "studies"

@@ -9,6 +9,10 @@ from rich.table import Table
 from shared.errors import INTERRUPTED_EXIT_CODE, WardroundError
 
 SCHEMA_VERSION = 1
+GOES_ON = {
+    "simulate": "if a run's folder was printed above, go on with 'wardround simulate --resume FOLDER', and --data as before",
+    "sweep": "if a sweep's folder was printed above, go on with 'wardround sweep FOLDER': what is done is kept",
+}  # by command
 PLAIN_WIDTH = 140  # columns, where the output is no terminal
 
 
@@ -30,8 +34,7 @@ def report_error(error: WardroundError, *, as_json: bool) -> int:
 
 def report_interruption(verb: str, *, as_json: bool) -> int:
     """Print that somebody ended the command `wardround VERB`, and how it goes on where it does; its exit code."""
-    remedy = "if a run's folder was printed above, go on with 'wardround simulate --resume FOLDER', and --data as before"
-    return _report("E130", "interrupted", remedy if verb == "simulate" else "", INTERRUPTED_EXIT_CODE, as_json=as_json)
+    return _report("E130", "interrupted", GOES_ON.get(verb, ""), INTERRUPTED_EXIT_CODE, as_json=as_json)
 
 
 def _report(code: str, what: str, remedy: str, exit_code: int, *, as_json: bool) -> int:

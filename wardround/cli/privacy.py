@@ -159,17 +159,24 @@ def parse_event(text: str) -> "PrivacyEvent":
 
 @app.command("explain")
 def explain(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(metavar="RUN|SWEEP", help="A run's folder, a sweep's folder, or a sweep's TOML file.", show_default=False)],
+    patients: Annotated[
+        list[int] | None, typer.Option("--patients", metavar="N", min=1, help="Of a sweep: declared training patients of a site; repeat for several.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what a run promises to whom, and what it does not, in plain sentences."""
+    """Say what a run promises to whom, and what it does not, in plain sentences; or what a sweep would cost on real patients."""
     from wardround.cli.output import console, print_envelope
     from wardround.explanation import claim_of, explain_run
     from wardround.report.run_files import read_run
+    from wardround.sweep_cost import is_sweep, sweep_costs
 
-    files = read_run(run)
-    sections = explain_run(files)
+    if is_sweep(run):
+        sections, data = sweep_costs(run, patients or [])
+    else:
+        files = read_run(run)
+        sections, data = explain_run(files), {"claim": claim_of(files).model_dump(mode="json")}
     terminal = console(as_json=as_json)
     for section in sections:
         terminal.print(section.title, style="bold", markup=False)
@@ -177,12 +184,7 @@ def explain(
             terminal.print(f"  {sentence[0].upper()}{sentence[1:]}", markup=False)
         terminal.print()
     if as_json:
-        print_envelope(
-            {
-                "claim": claim_of(files).model_dump(mode="json"),
-                "sections": [{"title": section.title, "sentences": list(section.sentences)} for section in sections],
-            }
-        )
+        print_envelope({**data, "sections": [{"title": section.title, "sentences": list(section.sentences)} for section in sections]})
 
 
 app.command("spent")(spent)

@@ -16,7 +16,6 @@ from wardround.cli.options import (
     StudyArgument,
     TaskOption,
     overrides,
-    studies_folder,
     study_table,
 )
 
@@ -119,7 +118,9 @@ def list_studies(
     if coordinator is not None:
         _list_runs(coordinator, as_json=as_json)
         return
-    studies = [Study.load(path) for path in sorted(studies_folder().glob("*.toml"))]
+    from wardround.studies import shipped_studies
+
+    studies = [Study.load(path) for path in shipped_studies()]
     console(as_json=as_json).print(
         table("shipped studies", ["name", "task", "purpose"], [[study.name, study.task, study.purpose] for study in studies])
     )

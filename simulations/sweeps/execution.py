@@ -1,0 +1,142 @@
+"""Run what is left of a sweep: each process takes the next cell as soon as it is done with one. A cell's process that dies takes that cell alone with it."""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from shared.errors import WorkerFailedError
+from simulations.blocks.workers import ONE_THREAD
+from simulations.site_files import site_files
+from simulations.sweeps.cell import CellResult, run_cell
+from simulations.sweeps.folder import SweepFolder
+from simulations.sweeps.grid import Cell
+
+LOG = "log.txt"
+TABLE_SECONDS = 2.0  # between writings of the table while cells come in
+Observer = Callable[[CellResult], None]
+
+
+def run_sweep(folder: SweepFolder, *, processes: int | None = None, observe: Observer = lambda result: None) -> list[CellResult]:
+    """Run every cell that is not done yet; what came of all of them.
+
+    Args:
+        processes: that run cells; None: one for each core. With 1, cells run in this process, one after another.
+        observe: called with every cell that is done or has failed.
+
+    Raises:
+        WorkerFailedError: process after process ends before its first cell.
+        StorageError: the sweep's folder cannot be written.
+        KeyboardInterrupt: passed on; what is done is kept.
+    """
+    waiting = folder.waiting()
+    wanted = 1 if site_files(folder.data) else min(processes or os.cpu_count() or 1, len(waiting))  # a real site answers one at a time
+    written = time.monotonic()
+    try:
+        for result in _here(folder, waiting) if wanted < 2 else _in_processes(folder, waiting, wanted):
+            observe(result)
+            if time.monotonic() > written + TABLE_SECONDS:
+                folder.write_table()
+                written = time.monotonic()
+    finally:
+        folder.write_table()
+    return folder.results()
+
+
+def _here(folder: SweepFolder, waiting: list[Cell]) -> Iterator[CellResult]:
+    data = folder.data
+    for cell in waiting:
+        result = run_cell(cell, data, baselines=folder.sweep.baselines, scratch=folder.scratch)
+        folder.write(result)
+        yield result
+
+
+@dataclass(slots=True, kw_only=True)
+class _Worker:
+    """A process, the ends of its two pipes, and the cell that it runs."""
+
+    process: subprocess.Popen[bytes]
+    jobs: int
+    replies: int
+    cell: Cell
+
+    def give(self, cell: Cell) -> None:
+        """Have it run this cell; where it has ended, that is seen on its other pipe."""
+        self.cell = cell
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.jobs, f"{cell.number}\n".encode())
+
+    def close(self) -> None:
+        os.close(self.jobs)
+        os.close(self.replies)
+        self.process.kill()
+        self.process.wait()
+
+
+def _in_processes(folder: SweepFolder, cells: list[Cell], num_workers: int) -> Iterator[CellResult]:
+    waiting, workers, said, finished = deque(cells), selectors.DefaultSelector(), num_workers, 0
+    try:
+        for _ in range(num_workers):
+            _start(folder, waiting.popleft(), workers)
+        while workers.get_map():
+            for key, _ in workers.select():
+                worker: _Worker = key.data
+                answered = bool(os.read(worker.replies, 64))
+                finished += answered
+                result = _result(folder, worker, answered)
+                if not answered:
+                    workers.unregister(worker.replies)
+                    worker.close()
+                    if not finished and (said := said - 1) <= 0:  # none has come to anything
+                        raise WorkerFailedError(
+                            f"{folder.path / LOG}: no process of the sweep could run a cell", "read that file; or use --processes 1"
+                        )
+                yield result
+                if waiting and not answered:
+                    _start(folder, waiting.popleft(), workers)
+                elif waiting:
+                    worker.give(waiting.popleft())
+                elif answered:
+                    workers.unregister(worker.replies)
+                    worker.close()
+    finally:
+        for key in list(workers.get_map().values()):
+            key.data.close()
+        workers.close()
+
+
+def _start(folder: SweepFolder, cell: Cell, workers: selectors.BaseSelector) -> None:
+    jobs, write_jobs = os.pipe()
+    replies, write_replies = os.pipe()
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "simulations.sweeps.worker", str(folder.path), str(jobs), str(write_replies)]
+    with open(folder.path / LOG, "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(jobs, write_replies), env=environment
+        )  # fmt: skip
+    os.close(jobs)
+    os.close(write_replies)
+    worker = _Worker(process=process, jobs=write_jobs, replies=replies, cell=cell)
+    workers.register(replies, selectors.EVENT_READ, worker)
+    worker.give(cell)
+
+
+def _result(folder: SweepFolder, worker: _Worker, answered: bool) -> CellResult:
+    """What the worker wrote; where it died, that, in its cell's file."""
+    if answered:
+        return folder.result(worker.cell.number)
+    status = worker.process.wait()
+    error = f"{WorkerFailedError.code} its process ended (exit status {status}{_by_signal(status)})"
+    result = CellResult.failed(worker.cell, error)
+    folder.write(result)
+    return result
+
+
+def _by_signal(status: int) -> str:
+    return f", {signal.Signals(-status).name}" if status < 0 else ""
