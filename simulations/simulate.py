@@ -209,14 +209,25 @@ def _workers(choice: Choice) -> MakeWorkers | None:
 
 
 def _ray_workers(address: str | None) -> type["RayWorkers"]:
+    with ray_imported(address):
+        from simulations.blocks.ray_workers import RayWorkers
+    return RayWorkers
+
+
+@contextlib.contextmanager
+def ray_imported(address: str | None) -> Iterator[None]:
+    """Within it, what uses Ray may be imported.
+
+    Raises:
+        ConfigurationError: Ray is not installed.
+    """
     if address is None:
         os.environ.setdefault(*RAY_ON_LOOPBACK)  # it is read when Ray is imported
     with root_log_unchanged():
         try:
-            from simulations.blocks.ray_workers import RayWorkers
+            yield
         except ModuleNotFoundError as error:
             raise ConfigurationError("--engine ray: expected Ray, found it not installed", "pip install 'wardround[ray]'") from error
-    return RayWorkers
 
 
 def _federation(setting: Setting) -> VirtualFederation:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shared.errors import ConfigurationError
 from shared.root_log import root_log_unchanged
@@ -102,12 +102,15 @@ def open_sweep(path: Path, *, data: Path | None, out: Path, resume: bool) -> Swe
     return folder
 
 
-def run(folder: SweepFolder, *, processes: int | None = None, observe: Callable[[CellResult], None] = lambda result: None) -> list[CellResult]:
+def run(
+    folder: SweepFolder, *, processes: int | None = None, observe: Callable[[CellResult], None] = lambda result: None,
+    engine: Literal["in-process", "ray"] = "in-process", ray_address: str | None = None,
+) -> list[CellResult]:  # fmt: skip
     """Run what is left, write the table and the report; what came of all cells. As `run_sweep`."""
     from wardround.report.sweep_page import write_sweep_report
 
     quiet_flower_log()
-    results = run_sweep(folder, processes=processes, observe=observe)
+    results = run_sweep(folder, processes=processes, observe=observe, engine=engine, ray_address=ray_address)
     write_sweep_report(folder.path)
     return results
 
@@ -141,7 +144,7 @@ class SweepRun:
 
 def sweep(
     path: str | Path, *, data: str | Path | None = None, out: str | Path = "runs", resume: bool = False, processes: int | None = None,
-    observe: Callable[[CellResult], None] = lambda result: None,
+    observe: Callable[[CellResult], None] = lambda result: None, engine: Literal["in-process", "ray"] = "in-process", ray_address: str | None = None,
 ) -> SweepRun:  # fmt: skip
     """Run a study once for every combination of a grid's settings.
 
@@ -150,11 +153,12 @@ def sweep(
         data: as for `simulate`.
         resume: go on with the newest folder of this sweep in `out`.
         processes: that run cells; None: one for each core.
+        engine, ray_address: "ray" runs cells on a Ray cluster (extra `ray`), as for `simulate`; data must be at the same path on every node.
         observe: called with what came of every cell. A cell that fails is among them, and the others go on.
 
     Raises:
         WardroundError: what is wrong with the sweep, or where its folder cannot be written.
     """
     folder = open_sweep(Path(path), data=None if data is None else Path(data), out=Path(out), resume=resume)
-    run(folder, processes=processes, observe=observe)
+    run(folder, processes=processes, observe=observe, engine=engine, ray_address=ray_address)
     return SweepRun(folder.path)

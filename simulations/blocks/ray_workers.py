@@ -1,6 +1,6 @@
 """Workers on a Ray cluster: an actor a core, wherever in the cluster it runs, that trains whole blocks.
 
-The one file that imports Ray. Flower's own Ray engine gives an actor one message at a time, keeps an actor that died in its pool, and fails
+Flower's own Ray engine gives an actor one message at a time, keeps an actor that died in its pool, and fails
 all that it is given from then on; here an actor's death is seen, another takes its place or its blocks go to those that are left, and the
 result is the same to the bit, since a block does not depend on who trains it.
 """
@@ -77,7 +77,7 @@ class RayWorkers:
     ) -> None:  # fmt: skip
         self._started = not ray.is_initialized()
         if self._started:
-            _connect(address, num_workers)
+            connect(address, num_workers)
         count = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._make = ray.remote(Worker).options(num_cpus=1, runtime_env={"env_vars": ONE_THREAD}).remote
         self._arguments = (study.to_table(), task.fingerprint(), ray.put(patients), block_size, stacked)
@@ -165,7 +165,12 @@ def _no_workers() -> WorkerFailedError:
     return WorkerFailedError("workers on the Ray cluster: expected one that lives, got none", "look at the cluster's nodes, and resume the run")
 
 
-def _connect(address: str | None, num_workers: int | None) -> None:
+def connect(address: str | None, num_workers: int | None) -> None:
+    """Have Ray use the cluster at `address`, or one of its own on this machine with as many CPUs.
+
+    Raises:
+        ConfigurationError: nobody is there.
+    """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}  # an actor's log may hold what a task prints of patients
     if address is None:
         path = os.pathsep.join(filter(None, sys.path))

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from shared.errors import WorkerFailedError
+from shared.errors import ConfigurationError, WorkerFailedError
+from simulations.blocks.choice import Engine
 from simulations.blocks.workers import ONE_THREAD
 from simulations.site_files import site_files
 from simulations.sweeps.cell import CellResult, run_cell
@@ -23,12 +24,17 @@ TABLE_SECONDS = 2.0  # between writings of the table while cells come in
 Observer = Callable[[CellResult], None]
 
 
-def run_sweep(folder: SweepFolder, *, processes: int | None = None, observe: Observer = lambda result: None) -> list[CellResult]:
+def run_sweep(
+    folder: SweepFolder, *, processes: int | None = None, observe: Observer = lambda result: None, engine: Engine = "in-process",
+    ray_address: str | None = None,
+) -> list[CellResult]:  # fmt: skip
     """Run every cell that is not done yet; what came of all of them.
 
     Args:
         processes: that run cells; None: one for each core. With 1, cells run in this process, one after another.
         observe: called with every cell that is done or has failed.
+        engine: "ray" runs cells on a Ray cluster.
+        ray_address: of the cluster; None: one on this machine alone.
 
     Raises:
         WorkerFailedError: process after process ends before its first cell.
@@ -36,10 +42,9 @@ def run_sweep(folder: SweepFolder, *, processes: int | None = None, observe: Obs
         KeyboardInterrupt: passed on; what is done is kept.
     """
     waiting = folder.waiting()
-    wanted = 1 if site_files(folder.data) else min(processes or os.cpu_count() or 1, len(waiting))  # a real site answers one at a time
     written = time.monotonic()
     try:
-        for result in _here(folder, waiting) if wanted < 2 else _in_processes(folder, waiting, wanted):
+        for result in _run(folder, waiting, processes, engine, ray_address):
             observe(result)
             if time.monotonic() > written + TABLE_SECONDS:
                 folder.write_table()
@@ -47,6 +52,20 @@ def run_sweep(folder: SweepFolder, *, processes: int | None = None, observe: Obs
     finally:
         folder.write_table()
     return folder.results()
+
+
+def _run(folder: SweepFolder, waiting: list[Cell], processes: int | None, engine: Engine, ray_address: str | None) -> Iterator[CellResult]:
+    real = bool(site_files(folder.data))
+    if engine == "ray":
+        from simulations.simulate import ray_imported
+
+        if real:
+            raise ConfigurationError("--engine ray: expected virtual sites, got real ones, which stay where they are", "leave it out")
+        with ray_imported(ray_address):
+            from simulations.sweeps.on_ray import run_on_ray
+        return run_on_ray(folder, waiting, address=ray_address, processes=processes)
+    wanted = 1 if real else min(processes or os.cpu_count() or 1, len(waiting))  # a real site answers one at a time
+    return _here(folder, waiting) if wanted < 2 else _in_processes(folder, waiting, wanted)
 
 
 def _here(folder: SweepFolder, waiting: list[Cell]) -> Iterator[CellResult]:

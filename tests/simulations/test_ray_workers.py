@@ -13,6 +13,13 @@ import pytest
 
 from shared.errors import ConfigurationError
 from shared.results import RoundRecord
+from shared.study import Study
+from simulations.simulate import RAY_ON_LOOPBACK
+from simulations.sweeps.cell import CellResult
+from simulations.sweeps.execution import run_sweep
+from simulations.sweeps.folder import TABLE, SweepFolder
+from simulations.sweeps.grid import Sweep
+from tests.simulations.conftest import STUDY
 
 ray = pytest.importorskip("ray", reason="Ray is an extra, and not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -93,3 +100,67 @@ def test_a_node_that_is_killed_costs_no_round_and_no_bit(runner, cluster: Cluste
 def test_a_cluster_that_is_not_there_is_named(runner) -> None:
     with pytest.raises(ConfigurationError, match="--ray-address: expected a Ray cluster at '127.0.0.1:1'"):
         runner.run(runner.study(), engine="ray", ray_address="127.0.0.1:1")
+
+
+def test_a_sweep_on_a_cluster_has_the_table_of_one_here(tmp_path: Path, cluster: Cluster) -> None:
+    """A node is killed while cells run on it; they run again on the other."""
+    sweep = Sweep.model_validate({"name": "tried", "study": STUDY, "baselines": False, "grid": {"seed": [1, 2, 3, 4], "epsilon": [2, "none"]}})
+    here, there = (SweepFolder.create(tmp_path / name, sweep, Study.from_table(STUDY), None) for name in ("here", "there"))
+    run_sweep(here, processes=1)
+    killed: list[int] = []
+
+    def kill_one(result: CellResult) -> None:
+        if not killed:
+            killed.append(result.number)
+            cluster.kill(1)
+
+    run_sweep(there, engine="ray", ray_address=cluster.address, observe=kill_one)
+    assert (there.path / TABLE).read_bytes() == (here.path / TABLE).read_bytes()
+
+
+LISTENING = """
+import os, sys
+from pathlib import Path
+
+def parent(pid):
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+def ours(pid):
+    while pid > 1:
+        if pid == os.getpid():
+            return True
+        pid = parent(pid)
+    return False
+
+def sockets(pid):
+    try:
+        return {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    except OSError:
+        return set()
+
+def look(result):
+    held = set().union(*(sockets(int(path.name)) for path in Path("/proc").iterdir() if path.name.isdigit() and ours(int(path.name))))
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    listening = [line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in held]
+    print(len(listening), [address for address in listening if set(address) <= {"0"}])
+
+from shared.study import Study
+from simulations.sweeps.execution import run_sweep
+from simulations.sweeps.folder import SweepFolder
+run_sweep(SweepFolder(Path(sys.argv[1])), engine="ray", processes=1, observe=look)
+"""
+
+
+def test_a_ray_that_is_started_here_listens_on_loopback_alone(tmp_path: Path) -> None:
+    """It is asked nothing by whoever connects. In a process of its own: Ray reads the setting when it is imported."""
+    sweep = Sweep.model_validate({"name": "tried", "study": STUDY, "baselines": False, "grid": {"seed": [1]}})
+    folder = SweepFolder.create(tmp_path, sweep, Study.from_table(STUDY), None)
+    environment = {key: value for key, value in os.environ.items() if key != RAY_ON_LOOPBACK[0]} | {"RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING, str(folder.path)], capture_output=True, text=True, timeout=120, check=True, env=environment
+    )
+    count, _, elsewhere = done.stdout.strip().splitlines()[-1].partition(" ")
+    assert int(count) > 2 and elsewhere == "[]"

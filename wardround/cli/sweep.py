@@ -1,7 +1,7 @@
 """`wardround sweep SWEEP`: one study over a grid of settings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,10 +21,18 @@ def sweep(
     processes: Annotated[
         int | None, typer.Option("--processes", metavar="N", min=1, help="That run cells; default: one a core.", show_default=False)
     ] = None,
+    engine: Annotated[
+        Literal["in-process", "ray"], typer.Option("--engine", help="Where cells are run: on this machine, or on a Ray cluster (extra 'ray').")
+    ] = "in-process",
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", metavar="A", help="Of the cluster; default: one on this machine alone.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Run a study once for every combination of a grid's settings, in parallel; what a kill leaves is gone on with."""
+    if ray_address is not None and engine != "ray":
+        raise typer.BadParameter("goes with --engine ray", param_hint="--ray-address")
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from wardround.cli.output import console, print_envelope
@@ -49,7 +57,7 @@ def sweep(
             bar.advance(task)
             terminal.print(cell_line(result, len(folder.cells)), markup=False, style="red" if result.status == "failed" else None, soft_wrap=True)
 
-        results = run(folder, processes=processes, observe=observe)
+        results = run(folder, processes=processes, observe=observe, engine=engine, ray_address=ray_address)
     failed = [result for result in results if result.status == "failed"]
     print_summary(results, terminal)
     terminal.print(f"\ntable   {folder.path / 'table.csv'}\nreport  {folder.path / 'report.html'}", soft_wrap=True)
