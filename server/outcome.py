@@ -12,13 +12,16 @@ from server.run_folder import RunFolder
 from shared.claim import privacy_claim
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
-from shared.results import Interval, MetricValues, Outcome, Result, RunPrivacy, SiteSummary, StoredStatistics, Timing
+from shared.results import Interval, MetricValues, Outcome, PairedTest, Result, RunPrivacy, SiteSummary, StoredStatistics, SubgroupResult, Timing
 from shared.schema import TableSchema
 from shared.seeding import Step
 from shared.study import Study
 from shared.task import Task
 
 PACKAGES = ("flwr", "torch", "opacus", "dp-accounting", "numpy")
+
+
+Subgroups = Mapping[str, dict[str, SubgroupResult]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +31,12 @@ class Baseline:
     Attributes:
         models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together.
         own: per site, the statistics of its model (or the pooled one) on its own test patients.
+        gains: of sites' own models, what federation gains each site on its own test patients.
     """
 
     models: dict[str, Statistics]
     own: dict[str, Statistics]
+    gains: dict[str, PairedTest] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +67,9 @@ class RunOutcome:
         return evaluate(self.task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=path, noise_std=noise)
 
 
-def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float) -> None:
+def write_outcome(
+    run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], *, seconds: float, subgroups: Subgroups | None = None
+) -> None:  # fmt: skip
     """Write result.json, and where anything was learned privacy.json and evaluation.json.
 
     Raises:
@@ -72,7 +79,7 @@ def write_outcome(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseli
     run.folder.write_statistics(
         StoredStatistics(sources={name: _as_lists(total) for name, total in totals.items() if not name.startswith("local_only")})
     )
-    result = _result(run, outcome, baselines, totals, seconds)
+    result = _result(run, outcome, baselines, totals, seconds, subgroups or {})
     claim = privacy_claim(
         run.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
     )
@@ -101,7 +108,9 @@ def _totals(run: RunOutcome, baselines: dict[str, Baseline]) -> dict[str, Statis
     return totals | {name: add_statistics(baseline.models.values()) for name, baseline in baselines.items()}
 
 
-def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float) -> Result:
+def _result(
+    run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], totals: dict[str, Statistics], seconds: float, subgroups: Subgroups
+) -> Result:
     study, task, history = run.study, run.task, run.coordinator.history
     records = run.folder.rounds()
     noised = {"federated": len(history.folds[0].statistics)} if study.noised_statistics and history.folds else {}  # baselines carry no noise
@@ -132,6 +141,8 @@ def _result(run: RunOutcome, outcome: Outcome, baselines: dict[str, Baseline], t
         per_site=_per_site(run, history.folds),
         per_site_support={} if study.noised_statistics else _support(run, history.folds),
         per_site_baselines={name: {site: finish_metrics(task.metrics, own) for site, own in item.own.items()} for name, item in baselines.items()},
+        per_site_gains={name: item.gains for name, item in baselines.items() if item.gains},
+        subgroups=dict(subgroups),
         folds=[run.evaluation(add_statistics(fold.statistics.values()), "fold", fold.fold).metrics for fold in history.folds]
         if study.evaluation.folds > 1
         else [],
@@ -167,16 +178,19 @@ def _per_site(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, f
 
 def _support(run: RunOutcome, folds: list[FoldResult]) -> dict[str, dict[str, int]]:
     """Test patients of each site by class: the row sums of a statistic whose rows are the classes."""
-    statistics = {metric.statistic.name: metric.statistic for metric in run.task.metrics}
-    by_class = next((statistic.name for statistic in statistics.values() if statistic.is_counts and len(statistic.shape) == 2), None)
     sites = sorted({name for fold in folds for name in fold.statistics})
-    support = {}
-    for site in sites if by_class else []:
-        total = add_statistics(fold.statistics.get(site) for fold in folds)
-        if by_class in total:
-            counts = total[by_class].sum(axis=1)
-            support[site] = {name: round(float(count)) for name, count in zip(class_names(run.task, len(counts)), counts, strict=True)}
-    return support
+    support = {site: count_by_class(run.task, add_statistics(fold.statistics.get(site) for fold in folds)) for site in sites}
+    return {site: counts for site, counts in support.items() if counts}
+
+
+def count_by_class(task: Task, total: Statistics) -> dict[str, int]:
+    """Patients by class, where a statistic counts them: the row sums of one whose rows are the classes."""
+    statistics = {metric.statistic.name: metric.statistic for metric in task.metrics}
+    by_class = next((statistic.name for statistic in statistics.values() if statistic.is_counts and len(statistic.shape) == 2), None)
+    if by_class is None or by_class not in total:
+        return {}
+    counts = total[by_class].sum(axis=1)
+    return {name: round(float(count)) for name, count in zip(class_names(task, len(counts)), counts, strict=True)}
 
 
 def class_names(task: Task, num_classes: int) -> list[str]:

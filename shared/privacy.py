@@ -147,6 +147,21 @@ def epsilon_of_best(events: Iterable[PrivacyEvent], delta: float, *, mean_runs: 
     return float(accountant.get_epsilon(delta))
 
 
+def attack_power(epsilon: float, delta: float, false_positive_rate: float) -> float:
+    """The largest true positive rate that (epsilon, delta)-DP leaves to any attacker who says "was in" of those who were not at this rate.
+
+    Theorem (Kairouz, Oh, Viswanath 2015, "The Composition Theorem for Differential Privacy", theorem 2.1, after Wasserman and Zhou 2010): a
+    mechanism is (epsilon, delta)-DP exactly where every test of "out" against "in" has FPR + e^epsilon FNR >= 1 - delta and
+    e^epsilon FPR + FNR >= 1 - delta. So TPR = 1 - FNR is at most e^epsilon FPR + delta, and at most 1 - e^-epsilon (1 - delta - FPR).
+
+    >>> round(attack_power(1.0, 0.0, 0.01), 4)
+    0.0272
+    """
+    steep = math.exp(min(epsilon, 700.0)) * false_positive_rate + delta
+    flat = 1 - math.exp(-epsilon) * (1 - delta - false_positive_rate)
+    return max(0.0, min(1.0, steep, flat))
+
+
 def _as_dp_event(event: PrivacyEvent) -> "dp_event.DpEvent":
     """One step of it."""
     from dp_accounting import dp_event

@@ -90,6 +90,24 @@ class Timing(Record):
     seconds_per_round: list[float]
 
 
+class PairedTest(Record):
+    """The federated model's primary metric minus another's on the same test patients, and the two-sided p-value of an exchange test."""
+
+    difference: float
+    p_value: float
+    num_test: int
+    resamples: int
+
+
+class SubgroupResult(Record):
+    """The final model on one group of test patients over all sites. Of fewer than ten patients nothing is told: `num_test` is null."""
+
+    num_test: int | None
+    support: dict[str, int]  # class -> patients, where the statistics count classes
+    metrics: MetricValues
+    ci95: dict[str, Interval]
+
+
 class Result(Record):
     """result.json. Two runs with one seed on one machine differ in `run` and `timing` alone."""
 
@@ -112,6 +130,10 @@ class Result(Record):
     per_site: dict[str, dict[str, float | int | Interval]]
     per_site_support: dict[str, dict[str, int]]  # site -> class -> test patients, where the statistics count classes
     per_site_baselines: dict[str, dict[str, MetricValues]]  # baseline -> site -> metrics on the site's own test patients
+    per_site_gains: dict[str, dict[str, PairedTest]] = Field(
+        default_factory=dict, description="baseline of a site alone -> site -> whether federation does better there"
+    )
+    subgroups: dict[str, dict[str, SubgroupResult]] = Field(default_factory=dict, description="attribute -> group; simulation only")
     folds: list[MetricValues]  # one per fold of a cross-validation; empty without
     evaluation_epsilon: float | None = (
         None  # the test patients' budget, where metrics of the sites' statistics carry noise; their intervals are of that noise alone

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from shared.config import Settings, nearest
 from shared.errors import DataMissingError, SchemaError
 from shared.study import NAME_PATTERN, Real
+from shared.subgroups import Subgroup
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -84,6 +85,9 @@ class TableSchema(Settings):
     patient: str | None = Field(default=None, description="column with the patient's identifier; omitted: every row is a patient")
     site: str | None = Field(default=None, description="column that names the hospital, for partition = 'natural'")
     columns: tuple[Column, ...] = Field(min_length=1, strict=False)
+    subgroups: tuple[Subgroup, ...] = Field(
+        default=(), strict=False, description="columns, also such that are no feature, by which reports tell patients apart"
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

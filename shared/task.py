@@ -15,6 +15,7 @@ from shared.config import nearest
 from shared.errors import ConfigurationError, UnknownTaskError, WardroundError
 from shared.metrics import Metric
 from shared.schema import Schema, schema_fingerprint
+from shared.subgroups import Subgroup
 
 ENTRY_POINT_GROUP = "wardround.tasks"
 BUILT_IN = {
@@ -40,6 +41,7 @@ class Task:
         sites: names of the hospitals of the real data, where it has several.
         bundled: True when real patients come with the package, so that no path is needed.
         default_study: file name of the shipped study, for `simulate --task`.
+        subgroups: by which attributes of patients a report tells how well the model does.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Task:
     sites: tuple[str, ...] = ()
     bundled: bool = False
     default_study: str | None = None
+    subgroups: tuple[Subgroup, ...] = ()
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: hundreds of sites ask
 
     def __post_init__(self) -> None:

@@ -15,18 +15,23 @@ from shared.messages import Statistics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.plan import plan_site
 from shared.privacy import default_delta
+from shared.results import PairedTest
 from shared.seeding import derive_key, generator_of
 from shared.study import Study
 from shared.task import Task
+from simulations.paired_test import paired_test
 
 POOLED = "all sites\n"  # no site's name has a line break, so no site shares the pooled model's randomness
 
 
-def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True) -> dict[str, Baseline]:
+def run_baselines(
+    cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True, federated: Parameters | None = None
+) -> dict[str, Baseline]:  # fmt: skip
     """The baselines of a study on these sites: two without privacy, and two with it where the study is private.
 
     Args:
         plain: also those without privacy of a private study.
+        federated: the federated model, which every site's own is tested against on that site's test patients.
     """
     parts = {name: _split(cohort) for name, cohort in cohorts.items()}
     variants = {"": study.replace(privacy={"unit": "none"})} if plain or not study.private else {}
@@ -34,7 +39,7 @@ def run_baselines(cohorts: dict[str, Cohort], task: Task, study: Study, *, plain
         variants["_private"] = study
     baselines = {}
     for suffix, variant in variants.items():
-        baselines[f"local_only{suffix}"] = _local_only(parts, task, variant)
+        baselines[f"local_only{suffix}"] = _local_only(parts, task, variant, federated)
         baselines[f"pooled{suffix}"] = _pooled(parts, task, variant)
     return baselines
 
@@ -44,11 +49,18 @@ def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
     return cohort.select(~test), cohort.select(test)
 
 
-def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
+def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, federated: Parameters | None) -> Baseline:
     trained = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
     tested = {name: _tested_everywhere(parts, task, parameters) for name, parameters in trained.items()}
+    gains: dict[str, PairedTest] = {}
+    if federated is not None and not study.noised_statistics:
+        for name, (_, test) in parts.items():
+            gain = paired_test(task, test, federated, trained[name], resamples=study.evaluation.bootstrap, seed=study.seed)
+            gains |= {} if gain is None else {name: gain}
     return Baseline(
-        models={name: add_statistics(by_site.values()) for name, by_site in tested.items()}, own={name: tested[name][name] for name in parts}
+        models={name: add_statistics(by_site.values()) for name, by_site in tested.items()},
+        own={name: tested[name][name] for name in parts},
+        gains=gains,
     )
 
 

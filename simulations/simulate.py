@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from flwr.app import Context, RecordDict
 
 from client.app import client_app
@@ -22,7 +21,7 @@ from server.run_folder import RunFolder
 from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.plan import plan_site
-from shared.results import Outcome, RoundRecord
+from shared.results import Outcome, RoundRecord, SubgroupResult
 from shared.root_log import root_log_unchanged
 from shared.study import Study
 from shared.task import resolve_task
@@ -32,8 +31,10 @@ from simulations.blocks.engine import BlockEngine, MakeWorkers
 from simulations.blocks.workers import Pool
 from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
+from simulations.one_thread import one_thread
 from simulations.setting import Setting
 from simulations.site_files import site_files
+from simulations.subgroups import evaluate_subgroups
 
 if TYPE_CHECKING:  # Ray is an extra
     from simulations.blocks.ray_workers import RayWorkers
@@ -158,13 +159,14 @@ def execute(
         synthetic=federation is not None and federation.synthetic, notes={} if federation is None else federation.notes,
     )  # fmt: skip
     rooms = ("simulations", "server") if setting.real else ("simulations", "server", "client", "shared")  # what a real site logs stays with it
-    with _one_thread(), _logging_to(folder, rooms):
+    with one_thread(), _logging_to(folder, rooms):
         try:
             logger.info("%s", describe(setting))
             logger.info("run  %s", folder.path)
             logger.info("sites are trained %s", choice)
             _run_apps(coordinator, sites, setting, choice)
-            compared = _baselines(setting, plain=plain_baselines) if baselines else {}
+            compared = _baselines(setting, coordinator, plain=plain_baselines) if baselines else {}
+            subgroups = _subgroups(setting, coordinator)
         except BaseException as error:
             outcome: Outcome = "failed" if isinstance(error, Exception) else "interrupted"
             logger.warning("%s", error if isinstance(error, WardroundError) else type(error).__name__)
@@ -174,7 +176,7 @@ def execute(
         finally:
             for site in sites.values():
                 site.close()
-        write_outcome(run, "completed", compared, seconds=time.monotonic() - started)
+        write_outcome(run, "completed", compared, seconds=time.monotonic() - started, subgroups=subgroups)
 
 
 def describe(setting: Setting) -> str:
@@ -235,22 +237,19 @@ def _federation(setting: Setting) -> VirtualFederation:
     return setting.federation
 
 
-def _baselines(setting: Setting, *, plain: bool) -> dict[str, Baseline]:
+def _subgroups(setting: Setting, coordinator: Coordinator) -> dict[str, dict[str, SubgroupResult]]:
+    """Of the final model; real patients are not told apart here."""
+    if setting.federation is None:
+        return {}
+    return evaluate_subgroups(setting.task, setting.study, setting.federation.cohorts, coordinator.history.folds[-1].parameters)
+
+
+def _baselines(setting: Setting, coordinator: Coordinator, *, plain: bool) -> dict[str, Baseline]:
     """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
     federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One intra-op thread: on small tensors two are slower, and sums of floats depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    final = coordinator.history.folds[-1].parameters
+    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=final)
 
 
 @contextlib.contextmanager

@@ -85,6 +85,17 @@ class Run:
         """Write report.html anew and give its path."""
         return write_report(self.path)
 
+    def export(self, to: Literal["tensorboard", "mlflow"], path: str | Path) -> Path:
+        """Write the history and the final metrics for TensorBoard or MLflow into the folder `path`; gives what to open.
+
+        Raises:
+            ConfigurationError: that package is not installed; it is no dependency.
+            StorageError: the run has no result, or `path` cannot be written.
+        """
+        from wardround.exporting import export_run
+
+        return export_run(self, to, Path(path))
+
 
 def check_places(data: Path | None, out: Path) -> None:
     """Look at both places before seconds are spent on imports and data.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shared.cohort import Cohort
 from shared.errors import DataAccessError, DataMissingError, SchemaError
 from shared.schema import MISSING_MARKS, Column, TableSchema
+from shared.subgroups import Subgroup
 from shared.task import Task
 from shared.tasks.tabular import ModelOptions, cohort_from_frame, read_csv, reject_options, table_task
 
@@ -43,6 +44,7 @@ SCHEMA = TableSchema(
         Column(name="exang", type="binary"),
         Column(name="oldpeak", type="number", unit="mm", low=-3, high=7),
     ),
+    subgroups=(Subgroup(attribute="sex", names={"0": "female", "1": "male"}), Subgroup(attribute="age", edges=(50, 65))),
 )
 
 if TYPE_CHECKING:

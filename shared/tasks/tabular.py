@@ -103,6 +103,7 @@ def table_task(schema: TableSchema, *, load_cohort: LoadCohort, model: ModelOpti
         loss=rule.loss,
         predict=rule.predict,
         metrics=rule.metrics,
+        subgroups=schema.subgroups,
         **fields,  # type: ignore[arg-type]  # Task's own constructor checks the names
     )
 

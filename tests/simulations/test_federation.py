@@ -9,8 +9,9 @@ from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.study import Study
 from shared.task import Task, resolve_task
-from simulations.federation import resolve_delta, site_files, virtual_federation, virtual_sites
+from simulations.federation import resolve_delta, virtual_federation, virtual_sites
 from simulations.simulate import prepare
+from simulations.site_files import site_files
 
 
 @pytest.fixture(scope="module")

@@ -342,6 +342,19 @@ def test_learning_curve_ends_with_the_final_model(usual: Path) -> None:
     assert "<title>after round 0: " not in page
 
 
+def test_the_json_beside_the_page_holds_the_curves(usual: Path) -> None:
+    result = Result.model_validate_json((usual / "result.json").read_text())
+    content = json.loads(write_report(usual).with_suffix(".json").read_text(encoding="utf-8"))
+    blocks = {section["id"]: section["blocks"] for section in content["sections"]}
+    series = blocks["training"][0]["series"]
+    assert series["All sites together"][-1] == [12, result.metrics["federated"]["auroc"]]
+    assert set(series) == {"All sites together", *(site.name for site in result.sites)}
+    [roc, calibration] = blocks["model"]
+    assert roc["series"]["Federated"][0] == [0, 0] and roc["series"]["Federated"][-1] == [1, 1]
+    assert len(calibration["series"]["Federated"]) >= 2
+    assert [row["name"] for row in blocks["sites"][0]["rows"]] == [site.name for site in result.sites]
+
+
 @pytest.mark.slow
 def test_absent_sites_are_named_with_rounds_and_reason(tmp_path: Path) -> None:
     text = outline(page_of(build_run(tmp_path / "run", MANY))).text
@@ -448,7 +461,7 @@ def test_the_report_depends_on_the_files_alone(usual: Path) -> None:
 
 
 def test_meaning_of_epsilon_bounds_every_test() -> None:
-    from wardround.report.summary import attack_power
+    from shared.privacy import attack_power
 
     assert attack_power(0.0, 0.0, 0.01) == pytest.approx(0.01)
     assert attack_power(1.0, 1e-4, 0.01) == pytest.approx(np.e * 0.01 + 1e-4)

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file, made from the files of the run's folder."""
+"""The reports of a run: self-contained HTML files, each with its content as JSON, made from the files of the run's folder."""
 
 from wardround.report.page import write_report
 

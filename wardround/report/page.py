@@ -1,16 +1,18 @@
-"""The report as one HTML page: no script, no request, complete in print."""
+"""A run's reports as HTML pages and JSON: no script, no request, complete in print."""
 
-import math
+import json
 from pathlib import Path
 
 import jinja2
-import numpy as np
-from numpy.typing import NDArray
 
 from shared.files import write_atomic
-from shared.metrics import SCORE_HISTOGRAM
+from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
+from wardround.report.document import NAMES, Document, Reader, content
+from wardround.report.markdown import markdown
 from wardround.report.run_files import RunFiles, read_run
+from wardround.report.statistics import drawable
+from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
 from wardround.report.summary import banners, federation_sentence, key_numbers, lead, meaning_sentence, shares_by_row
 from wardround.report.tables import (
     absence_table,
@@ -22,40 +24,84 @@ from wardround.report.tables import (
     privacy_table,
     site_table,
 )
-from wardround.report.wording import metric_title, ordered_sources, source_title
+from wardround.report.wording import metric_title, source_title
 
 _HERE = Path(__file__).parent
 
 
-def write_report(run_folder: Path) -> Path:
-    """The path of report.html, written whole or not at all into `run_folder` from the files there.
+def write_report(run_folder: Path, reader: Reader = "researcher") -> Path:
+    """The path of the reader's page, written into `run_folder` from the files there; its content as JSON stands beside it, and a model card as Markdown.
 
-    The page makes no request and runs no script. What a run has not come to (privacy.json, evaluation.json, a final model) is left
-    out with a sentence that says so.
+    Each file is written whole or not at all. A page makes no request and runs no script. What a run has not come to (privacy.json, evaluation.json,
+    a final model) is left out with a sentence that says so.
 
     Raises:
         StorageError: a file of the run is missing or damaged, or the report cannot be written.
         ConfigurationError: the run's study.toml is no study.
+        KitError: IT security reads the coordinator's kit around the run, and it is damaged.
 
     Example:
-        write_report(Path("runs/heart-disease-20250101T000000Z-1a2b"))
+        write_report(Path("runs/heart-disease-20250101T000000Z-1a2b"), "ethics")
     """
-    path = run_folder / "report.html"
-    write_atomic(path, render(read_run(run_folder)))
+    run = read_run(run_folder)
+    document = document_for(run, reader)
+    path = run_folder / f"{NAMES[reader]}.html"
+    write_content(document, path)
+    if reader == "model-card":
+        from wardround.report.model_card import front_matter
+
+        write_atomic(path.with_suffix(".md"), front_matter(run) + "\n" + markdown(document))
+    write_atomic(path, render(run) if reader == "researcher" else render_document(document))
     return path
 
 
+def write_content(document: Document, page: Path) -> None:
+    """The document as JSON, beside its page."""
+    write_atomic(page.with_suffix(".json"), json.dumps(content(document), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def document_for(run: RunFiles, reader: Reader) -> Document:
+    """The report's content. Each reader's room is imported when it is asked for: the researcher's, which every run writes, needs neither torch nor a kit."""
+    if reader == "ethics":
+        from wardround.report.ethics import ethics_document
+
+        return ethics_document(run)
+    if reader == "it-security":
+        from wardround.report.it_security import it_security_document
+
+        return it_security_document(run)
+    if reader == "model-card":
+        from wardround.report.model_card import model_card_document
+
+        return model_card_document(run)
+    from wardround.report.researcher import researcher_document
+
+    return researcher_document(run)
+
+
 def render(run: RunFiles) -> str:
-    """The HTML text."""
+    """The researcher's page."""
+    return _template("page.html.j2").render(style=_style(), **_context(run))
+
+
+def render_document(document: Document) -> str:
+    """Any other reader's page."""
+    return _template("document.html.j2").render(style=_style(), document=document)
+
+
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("page.html.j2").render(style=style, **_context(run))
+    return environment.get_template(name)
+
+
+def _style() -> str:
+    return (_HERE / "style.css").read_text(encoding="utf-8")
 
 
 def _context(run: RunFiles) -> dict[str, object]:
-    histograms, confusions = _statistics(run, "score_histogram"), _statistics(run, "confusion")
+    histograms, confusions = drawable(run, "score_histogram"), drawable(run, "confusion")
     return {
         "run": run,
         "result": run.result,
@@ -72,6 +118,8 @@ def _context(run: RunFiles) -> dict[str, object]:
         "class_names": dict(enumerate(next(iter(run.result.per_site_support.values()), {}))),
         "confusions": [(source_title(source), shares_by_row(matrix)) for source, matrix in confusions.items()],
         "sites": site_table(run),
+        "worst_site": worst_site_sentence(run),
+        "subgroups": subgroup_blocks(run),
         "baselines": baseline_table(run),
         "gains": gain_table(run),
         "partition": partition_table(run),
@@ -82,21 +130,5 @@ def _context(run: RunFiles) -> dict[str, object]:
         "absences": absence_table(run),
         "num_unasked": sum(site.status == "not asked" for record in run.rounds for site in record.sites),
         "notes": notes_table(run),
+        "measured": attack_blocks(run),
     }
-
-
-def _statistics(run: RunFiles, name: str) -> dict[str, NDArray[np.float64]]:
-    """The summed statistic by source, federated first; what is not a finite matrix of counts, or carries noise, is left out."""
-    sources = run.statistics.sources if run.statistics else {}
-    noised = {"federated"} if run.result.evaluation_epsilon is not None else set()  # it counts nobody, and its curves would be noise
-    found = {}
-    for source in ordered_sources(sources.keys() - noised):
-        values = sources[source].get(name)
-        try:
-            matrix = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError):
-            continue
-        fits = matrix.ndim == 2 and (matrix.shape[0] == matrix.shape[1] if name == "confusion" else matrix.shape == SCORE_HISTOGRAM.shape)
-        if fits and bool(np.isfinite(matrix).all()) and matrix.min() >= 0 and math.fsum(matrix.ravel()) > 0:
-            found[source] = matrix
-    return found

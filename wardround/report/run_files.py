@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from shared.attacks import Attack, read_attacks
 from shared.errors import StorageError
 from shared.files import storage_errors
 from shared.results import PrivacyClaim, Record, Result, RoundRecord, StoredStatistics
@@ -19,6 +20,7 @@ Model = TypeVar("Model", bound=Record)
 class RunFiles:
     """What a run left behind. `claim` and `statistics` are None where the run did not get so far; `task` is as the study file says it."""
 
+    folder: Path
     study: Study
     study_toml: str
     task: str
@@ -26,6 +28,7 @@ class RunFiles:
     rounds: tuple[RoundRecord, ...]
     claim: PrivacyClaim | None
     statistics: StoredStatistics | None
+    attacks: tuple[Attack, ...]
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -46,6 +49,7 @@ def read_run(folder: Path) -> RunFiles:
     study_toml = (_read(folder / "study.toml") or b"").decode(errors="replace")
     study = Study.load(folder / "study.toml")
     return RunFiles(
+        folder=folder,
         study=study,
         study_toml=study_toml,
         task=str(tomllib.loads(study_toml).get("task", study.task)),
@@ -53,6 +57,7 @@ def read_run(folder: Path) -> RunFiles:
         rounds=_read_rounds(folder / "rounds.jsonl"),
         claim=_read_model(folder / "privacy.json", PrivacyClaim),
         statistics=_read_model(folder / "evaluation.json", StoredStatistics),
+        attacks=tuple(read_attacks(folder)),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.privacy import attack_power
 from shared.results import Interval
 from wardround.plural import plural
 from wardround.report.history import fold_curves
@@ -194,11 +195,6 @@ def meaning_sentence(run: RunFiles) -> str:
         f"knows all other {privacy.unit}s and wrongly names only 1 in 100 {privacy.unit}s that were not trained on "
         f"would recognise at most {_per_cent_up(power)} of those that were."
     )
-
-
-def attack_power(epsilon: float, delta: float, false_alarms: float) -> float:
-    """The largest true positive rate of a membership test with this false positive rate."""
-    return max(0.0, min(1.0, math.exp(min(epsilon, 50.0)) * false_alarms + delta, 1 - math.exp(-epsilon) * (1 - delta - false_alarms)))
 
 
 def _per_cent_up(share: float) -> str:

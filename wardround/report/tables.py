@@ -1,11 +1,11 @@
 """The rows of the report's tables: values as text, strips as drawings. The template lays them out and escapes every name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from shared.results import Interval, RoundRecord, SiteRound, SiteSummary
+from shared.results import RoundRecord, SiteRound, SiteSummary
 from wardround.report.charts import change_strip, interval_strip, share_bar, source_css, status_strip, strip_axis, strip_scale
 from wardround.report.run_files import RunFiles
 from wardround.report.wording import (
@@ -30,15 +30,27 @@ from wardround.report.wording import (
 )
 
 MAX_SUPPORT = 4  # classes whose test patients are written below their number
+FEWEST = 10  # test patients of a class; of fewer, numbers describe these patients and no others
+DESCRIPTIVE = "descriptive only"
+DESCRIPTIVE_NOTE = (
+    f"“{DESCRIPTIVE.capitalize()}”: fewer than ten test patients of a class stand behind the row; its numbers describe these patients, and are no "
+    "estimate for others. "
+)
+UNTESTED = "Whether the change at one site is more than chance was not tested in this run."
+TESTED = (
+    "p: the chance of such a change, either way, if it made no difference which of the two models looked at a patient (exchange test on the site's own test patients, "
+    "Noreen 1989; of all sites together by Holm 1979)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """A value as text, with a smaller line below it (an interval)."""
+    """A value as text, with a smaller line below it (an interval), and a remark that it must not be read without."""
 
     text: str
     below: str = ""
     css: str = ""
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +61,6 @@ class Row:
     cells: tuple[Cell, ...]
     strip: Markup | None = None
     css: str = ""
-    below: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +87,7 @@ def site_table(run: RunFiles) -> Table:
         Row(
             name=name,
             cells=(
-                *_size_cells(summaries.get(name), result.per_site.get(name, {}), result.per_site_support.get(name, {})),
+                *_size_cells(run, name, summaries.get(name)),
                 *(_site_metric(run, name, metric) for metric in metrics),
             ),
             strip=interval_strip(axis, value, interval) if axis else None,
@@ -91,7 +102,23 @@ def site_table(run: RunFiles) -> Table:
     note = f"“{DASH}” means that there is no number: the site did not report it, or its {statistics} not determine it." if missing else ""
     strip_head, scale = (metric_title(primary), strip_scale(axis)) if axis else ("", None)
     noise = "" if result.evaluation_epsilon is None else noise_sentence(result.evaluation_epsilon) + " "
-    return Table(heads=heads, rows=rows, strip_head=strip_head, scale=scale, note=noise + support + note)
+    few = DESCRIPTIVE_NOTE if any(descriptive(run, name) for name in names) else ""
+    return Table(heads=heads, rows=rows, strip_head=strip_head, scale=scale, note=noise + support + few + note)
+
+
+def positives(run: RunFiles, site: str) -> tuple[str, int] | None:
+    """The class with the fewest test patients of a site, and how many they are; None where classes are not counted, or carry noise."""
+    support = run.result.per_site_support.get(site, {})
+    return min(support.items(), key=lambda item: item[1]) if len(support) > 1 else None
+
+
+def descriptive(run: RunFiles, site: str) -> str:
+    """ "descriptive only" where fewer than ten test patients of a class, or in all, stand behind a site's numbers; else nothing."""
+    found = positives(run, site)
+    if found is not None:
+        return DESCRIPTIVE if found[1] < FEWEST else ""
+    tested = finite(run.result.per_site.get(site, {}).get("num_test"))
+    return DESCRIPTIVE if tested is not None and tested < FEWEST else ""
 
 
 def metric_names(run: RunFiles) -> list[str]:
@@ -102,12 +129,14 @@ def metric_names(run: RunFiles) -> list[str]:
     return [primary, *(name for name in found if name != primary)]
 
 
-def _size_cells(site: SiteSummary | None, values: dict[str, float | int | Interval], support: dict[str, int]) -> tuple[Cell, ...]:
+def _size_cells(run: RunFiles, name: str, site: SiteSummary | None) -> tuple[Cell, ...]:
+    mark = descriptive(run, name)
     if site is not None:
+        support = run.result.per_site_support.get(name, {})
         by_class = " + ".join(count(number) for number in support.values()) if 1 < len(support) <= MAX_SUPPORT else ""
-        return Cell(text=count(site.num_patients)), Cell(text=count(site.num_train)), Cell(text=count(site.num_test), below=by_class)
-    tested = finite(values.get("num_test"))
-    return Cell(text=DASH), Cell(text=DASH), Cell(text=DASH if tested is None else count(round(tested)))
+        return Cell(text=count(site.num_patients)), Cell(text=count(site.num_train)), Cell(text=count(site.num_test), below=by_class, mark=mark)
+    tested = finite(run.result.per_site.get(name, {}).get("num_test"))
+    return Cell(text=DASH), Cell(text=DASH), Cell(text=DASH if tested is None else count(round(tested)), mark=mark)
 
 
 def _site_metric(run: RunFiles, site: str, metric: str) -> Cell:
@@ -151,11 +180,12 @@ def _baseline_cell(run: RunFiles, source: str, metric: str) -> Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gains:
-    """Federated against each site's own model, site by site; `better` of `compared` sites gained."""
+    """Federated against each site's own model, site by site; `better` of `compared` sites gained. `test` says how, or that it was not."""
 
     table: Table
     better: int
     compared: int
+    test: str = UNTESTED
 
 
 def gain_table(run: RunFiles) -> Gains | None:
@@ -167,23 +197,40 @@ def gain_table(run: RunFiles) -> Gains | None:
     together = {site: finite(result.per_site.get(site, {}).get(primary)) for site in alone}
     axis = strip_axis([value for value in (*alone.values(), *together.values()) if value is not None])
     sign = 1 if higher_is_better(primary) else -1
+    chances = holm({site: test.p_value for site, test in result.per_site_gains.get("local_only", {}).items()})
     rows, gains = [], []
     for site, before in alone.items():
         after = together[site]
         change = after - before if before is not None and after is not None else None
         gains += [] if change is None else [sign * change]
         css = "" if change is None or round(change, 3) == 0 else "gain" if sign * change > 0 else "loss"
-        cells = (Cell(text=number(before)), Cell(text=number(after)), Cell(text=signed(change), css=css))
-        rows.append(Row(name=site, cells=cells, strip=change_strip(axis, before, after) if axis else None))
+        cells = (Cell(text=number(before)), Cell(text=number(after)), Cell(text=signed(change), css=css, mark=descriptive(run, site)))
+        chance = (Cell(text=p_value(chances.get(site))),) if chances else ()
+        rows.append(Row(name=site, cells=(*cells, *chance), strip=change_strip(axis, before, after) if axis else None))
+    few = DESCRIPTIVE_NOTE if any(descriptive(run, site) for site in alone) else ""
     noise = "" if result.evaluation_epsilon is None else "A change holds the noise of the federated model’s metrics. "
     table = Table(
-        heads=("Alone", "Federated", "Change"),
+        heads=("Alone", "Federated", "Change", *(("p (Holm)",) if chances else ())),
         rows=tuple(rows),
         strip_head=metric_title(primary) if axis else "",
         scale=strip_scale(axis) if axis else None,
-        note=noise + (f"“{DASH}”: the site’s own test patients do not determine {metric_title(primary)}." if len(gains) < len(rows) else ""),
+        note=noise + few + (f"“{DASH}”: the site’s own test patients do not determine {metric_title(primary)}." if len(gains) < len(rows) else ""),
     )
-    return Gains(table=table, better=sum(round(gain, 3) > 0 for gain in gains), compared=len(gains))
+    return Gains(table=table, better=sum(round(gain, 3) > 0 for gain in gains), compared=len(gains), test=TESTED if chances else UNTESTED)
+
+
+def holm(chances: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several tests together: the smallest times their number, and so on; none below one before it (Holm 1979)."""
+    adjusted, least = {}, 0.0
+    for place, (name, chance) in enumerate(sorted(chances.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, chance * (len(chances) - place)))
+        adjusted[name] = least
+    return adjusted
+
+
+def p_value(chance: float | None) -> str:
+    """0.012; below what three decimals tell, that."""
+    return DASH if chance is None else "< 0.001" if chance < 0.001 else f"{chance:.3f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,6 +120,14 @@ def upper_bound(value: float | None) -> str:
     return f"{rounded:,.3f}".rstrip("0").rstrip(".")
 
 
+def lower_bound(value: float | None) -> str:
+    """A lower bound with at most three decimals, rounded down, so that what is printed is still a bound."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    rounded = math.floor(value * 1000 + 1e-9) / 1000
+    return f"{rounded:,.3f}".rstrip("0").rstrip(".")
+
+
 def noise_sentence(evaluation_epsilon: float) -> str:
     """What noise in the evaluation statistics means for the metrics."""
     return (
