@@ -7,10 +7,18 @@ if TYPE_CHECKING:
     from shared.study import Study
     from shared.task import Task
     from wardround.run import Run, simulate
+    from wardround.sweeping import SweepRun, sweep
 
-__all__ = ["Run", "Study", "Task", "simulate"]
+__all__ = ["Run", "Study", "SweepRun", "Task", "simulate", "sweep"]
 
-_HOMES = {"Study": "shared.study", "Task": "shared.task", "Run": "wardround.run", "simulate": "wardround.run"}
+_HOMES = {
+    "Study": "shared.study",
+    "Task": "shared.task",
+    "Run": "wardround.run",
+    "simulate": "wardround.run",
+    "SweepRun": "wardround.sweeping",
+    "sweep": "wardround.sweeping",
+}
 
 
 def __getattr__(name: str) -> object:

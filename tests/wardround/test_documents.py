@@ -12,6 +12,7 @@ from client.policy import SiteFile
 from shared.config import validate
 from shared.study import Study, flatten
 from shared.tasks.tabular import TabularTask
+from simulations.sweeps.grid import Sweep, cells_of
 from tests.wardround.conftest import Command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,9 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
-def test_readme_command(command: Command, line: str) -> None:
+def test_readme_command(command: Command, line: str, tmp_path: Path) -> None:
+    sweep, _ = blocks(README, "toml")
+    (tmp_path / "sweep.toml").write_text(sweep.replace("[1, 2, 3]", "[1]").replace("rounds = [5]", "rounds = [1]"))
     arguments = shlex.split(line)
     assert arguments[0] == "wardround"
     arguments = arguments[1:]
@@ -70,9 +73,10 @@ def test_readme_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_readme_study_is_a_study() -> None:
-    [text] = blocks(README, "toml")
+    sweep, text = blocks(README, "toml")
     study = Study.from_table(tomllib.loads(text))
     assert study.privacy.epsilon == 3.0
+    assert len(cells_of(validate(Sweep, tomllib.loads(sweep), "README.md"), study)) == 18
 
 
 def test_site_file_of_the_documents_is_one() -> None:

@@ -131,7 +131,7 @@ def _calibration_dot(point: tuple[float, float, float], points: Sequence[tuple[f
 
 def source_css(source: str) -> str:
     """The class that colours a source alike in every figure and table."""
-    known = ("federated", "pooled", "pooled_private")
+    known = ("federated", "pooled", "pooled_private", "local_only", "local_only_private")
     return source.replace("_", "-") if source in known else "other"
 
 
