@@ -30,6 +30,9 @@ def list_tasks(as_json: JsonOption = False, debug: DebugOption = False) -> None:
 @app.command("show")
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A task's name, 'package.module:factory', or a schema TOML file.", show_default=False)],
+    page: Annotated[
+        Path | None, typer.Option("--page", metavar="FILE", help="Write the task's page (Markdown) there; what stands below its mark is kept.")
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -40,6 +43,11 @@ def show(
 
     task = resolve_task(name)
     terminal = console(as_json=as_json)
+    if page is not None:
+        from shared.files import write_atomic
+        from wardround.task_page import written_page
+
+        write_atomic(page, written_page(page, task))
     terminal.print(f"{task.title}\n", style="bold", markup=False)
     if isinstance(task.schema, TableSchema):
         columns = [*task.schema.columns, task.schema.label]
