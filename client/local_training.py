@@ -36,6 +36,13 @@ def torch_keyed(key: bytes) -> Iterator[None]:
         generator.set_state(before)
 
 
+def keyed_generator(key: bytes) -> torch.Generator:
+    """A generator that draws what torch's own draws inside `torch_keyed(key)`."""
+    generator = torch.Generator()
+    generator.set_state(_state_from(key))
+    return generator
+
+
 def _state_from(key: bytes) -> torch.Tensor:
     words = KeyedStream(key).words(_STATE_WORDS) >> np.uint64(32)
     state = _UNUSED_STATE.clone()

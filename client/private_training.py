@@ -38,7 +38,6 @@ a parameter, ends the round with a refusal.
 """
 
 import logging
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,14 +48,12 @@ from client.local_training import LocalRound, record_losses
 from client.noise import GaussianNoise, KeyedStream, Noise, NoiseGrid, SimulatedNoise, subkey
 from client.optimizers import LocalOptimizer, ProximalTerm
 from client.record_gradients import RecordGradients, record_gradients
-from client.sampling import PatientIndex, sample_units, whole_patients
+from client.sampling import PatientIndex, physical_size, sample_units, whole_patients
 from shared.cohort import Cohort, IntArray
 from shared.errors import ModelRefusedError
 from shared.plan import SitePlan
 
 logger = logging.getLogger(__name__)
-
-SHAPE = 16  # records: kernels work on rows in blocks of up to 16, and treat what is left over differently
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,15 +185,6 @@ def sum_clipped_gradients(total: NoisedSum, gradients: RecordGradients, cohort: 
         records = units[start : start + size]
         _backward(gradients, cohort, records, local, size)
         total.clip_and_accumulate(len(records))
-
-
-def physical_size(expected_batch_size: float, most: int) -> int:
-    """How many records every physical batch has, filled up where there are fewer: a multiple of 16, from public numbers alone.
-
-    Room for the expected batch and two standard deviations, so that most batches are one, but no more than `most`.
-    """
-    wanted = math.ceil((expected_batch_size + 2 * math.sqrt(expected_batch_size)) / SHAPE) * SHAPE
-    return max(SHAPE, min(wanted, most // SHAPE * SHAPE))
 
 
 def _sum_patients(total: NoisedSum, gradients: RecordGradients, cohort: Cohort, patients: list[IntArray], local: LocalRound, size: int) -> None:

@@ -1,5 +1,6 @@
 """Who is in a batch. Poisson sampling over units, one record or all records of each sampled patient; every draw from a keyed stream."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from client.noise import KeyedStream
 from shared.cohort import BoolArray, Cohort, IntArray
 from shared.plan import SitePlan
+
+SHAPE = 16  # records: kernels work on rows in blocks of up to 16, and treat what is left over differently
 
 
 class PatientIndex:
@@ -93,3 +96,12 @@ def shuffled_batches(num_records: int, batch_size: int, rng: np.random.Generator
     """One pass over all records in random order, in batches; for training without privacy only."""
     order = rng.permutation(num_records)
     return [order[start : start + batch_size] for start in range(0, num_records, batch_size)]
+
+
+def physical_size(expected_batch_size: float, most: int) -> int:
+    """How many records every physical batch has, filled up where there are fewer: a multiple of 16, from public numbers alone.
+
+    Room for the expected batch and two standard deviations, so that most batches are one, but no more than `most`.
+    """
+    wanted = math.ceil((expected_batch_size + 2 * math.sqrt(expected_batch_size)) / SHAPE) * SHAPE
+    return max(SHAPE, min(wanted, most // SHAPE * SHAPE))

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from shared.errors import ConfigurationError
 from shared.models import initial_parameters, set_parameters
@@ -158,12 +159,15 @@ def check_alike(task: Task) -> Footprint:
         parameters = initial_parameters(model, site)
         set_parameters(model, parameters)
         model.train()
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.dropout._DropoutNd):
+                layer.eval()
         for name, (span, _) in stacked.spans.items():
             stacked.flat[site, span] = torch.from_numpy(np.array(parameters[name])).reshape(-1)
         with torch.no_grad():
             expected.append(model(*inputs))
     try:
-        outputs = stacked(*(torch.cat([values, values]) for values in inputs))
+        outputs = stacked.without_dropout(*(torch.cat([values, values]) for values in inputs))
         task.loss(outputs, torch.from_numpy(np.concatenate([cohort.labels, cohort.labels])))
     except NotStackableError:
         raise

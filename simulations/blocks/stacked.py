@@ -16,6 +16,7 @@ from torch import nn
 
 from simulations.blocks.activations import with_fast_activations
 from simulations.blocks.convolution import StackedConv
+from simulations.blocks.dropout import KINDS, StackedDropout
 from simulations.blocks.layers import NotStackableError, StackedAffine, StackedEmbedding, StackedLayer, StackedLinear
 from simulations.blocks.recurrence import StackedSteps, forward_layer, linear_layers, loops_over
 
@@ -57,13 +58,16 @@ class StackedModel:
         places = {id(parameter): slice(end - parameter.numel(), end) for parameter, end in zip(trainable, ends, strict=True)}
         state = self._module.state_dict(keep_vars=True)  # names as they cross the wire; a recurrent layer's parameters have two
         self.spans = {name: (places[id(value)], value.shape) for name, value in state.items() if id(value) in places}
-        replaced = _stacked_layers(self._module)
+        replaced: dict[nn.Module, nn.Module] = {**_stacked_layers(self._module)}
+        self.layers = [layer for layer in replaced.values() if isinstance(layer, StackedLayer)]
+        self._dropped: list[tuple[StackedDropout, tuple[int, ...]]] = []
+        self.dropouts = [StackedDropout(layer, name, self._dropped) for name, layer in _dropouts(self._module)]
+        replaced |= dict(zip((layer for _, layer in _dropouts(self._module)), self.dropouts, strict=True))
         self._module = with_fast_activations(replaced.get(self._module) or self._module)
         for parent in list(self._module.modules()):
             for name, child in list(parent._modules.items()):
                 if child in replaced:
                     setattr(parent, name, replaced[child])
-        self.layers = list(replaced.values())
         dtypes = {parameter.dtype for parameter in trainable}
         if len(dtypes) != 1:
             raise NotStackableError("its trainable parameters are not all of one type")
@@ -84,8 +88,30 @@ class StackedModel:
         for layer in self.layers:
             layer.num_sites = num_sites
 
+    def dropped(self, *inputs: torch.Tensor) -> list[tuple[StackedDropout, tuple[int, ...]]]:
+        """The layers of dropout in the order in which they are called, with the shape of a row's mask; noted in a pass of these rows, once.
+
+        Raises:
+            NotStackableError: dropout is along another axis than that of records.
+        """
+        if self.dropouts and not self._dropped:
+            with torch.no_grad():
+                self.without_dropout(*inputs)
+        return self._dropped
+
+    def without_dropout(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The outputs of R rows of which nothing is dropped."""
+        self._dropped.clear()
+        for dropout in self.dropouts:
+            dropout.noting = len(inputs[0])
+        try:
+            return self(*inputs)
+        finally:
+            for dropout in self.dropouts:
+                dropout.noting = None
+
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The outputs of R rows."""
+        """The outputs of R rows; of layers of dropout, the masks must have been drawn."""
         for layer in self.layers:
             layer.forget()
         outputs: torch.Tensor = self._module(*inputs)
@@ -118,8 +144,14 @@ def _check_modules(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.instancenorm._InstanceNorm):
             raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) looks at other records, or keeps what it saw")
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
-            raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) draws its mask site by site")
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 and (type(layer) not in KINDS or layer.p == 1):
+            raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) draws from its site's own randomness")
+        if isinstance(layer, _recurrent()) and any(isinstance(inner, KINDS) and inner.p > 0 for inner in layer.modules()):
+            raise NotStackableError(f"layer {name!r} ({type(layer).__name__}) drops along its steps")
+
+
+def _dropouts(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, KINDS) and layer.p > 0]
 
 
 def _stacked_layers(module: nn.Module) -> dict[nn.Module, StackedLayer]:

@@ -20,12 +20,13 @@ from torch import nn
 from client.local_training import LocalRound, round_batches
 from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normals, subkey
 from client.optimizers import LocalOptimizer, ProximalTerm
-from client.sampling import PatientIndex, poisson_batches, sample_units
+from client.sampling import PatientIndex, physical_size, poisson_batches, sample_units
 from shared.cohort import Cohort, IntArray
 from shared.models import Parameters
 from shared.plan import SitePlan, shape_site
 from shared.seeding import generator_of
 from shared.study import Study
+from simulations.blocks.dropout import Masks
 from simulations.blocks.stacked import StackedModel
 
 
@@ -86,6 +87,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     optimizer = LocalOptimizer(local.study, [flat], local.round_number)
     proximal = ProximalTerm(local.study, [flat])
     noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
+    masks = _masks(stacked, sites, records, local)
     done = len(sites)  # sites from here on have taken all their steps
     finished = flat[done:].clone()
     flat.grad = gradients
@@ -97,6 +99,8 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
         local.still_wanted()
         stacked.use(active)
         rows, mask = batches.padded(step, active)
+        if masks is not None:
+            masks.draw(batches.counts[step, :active].tolist(), mask.shape[1])
         _sum_gradients(stacked, records, rows, mask, local)
         if noise is not None:
             noise.release(gradients[:active])
@@ -104,6 +108,18 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
         optimizer.step()
         flat[done:] = finished
     return steps
+
+
+def _masks(stacked: StackedModel, sites: list[SiteWork], records: Records, local: LocalRound) -> Masks | None:
+    """What draws the masks of dropout; None where nothing is dropped."""
+    if not stacked.dropouts:
+        return None
+    stacked.use(1)
+    calls = stacked.dropped(*(values[:1] for values in records.inputs))
+    stacked.use(len(sites))
+    most = local.study.privacy.physical_batch_size
+    sizes = [physical_size(site.plan.expected_batch_size, most) if local.study.private else None for site in sites]
+    return Masks(calls, [site.key for site in sites], physical=sizes, dtype=stacked.flat.dtype)
 
 
 def _sum_gradients(stacked: StackedModel, records: Records, rows: torch.Tensor, mask: torch.Tensor, local: LocalRound) -> None:

@@ -18,12 +18,12 @@ from client.private_probe import probe_model
 from client.private_training import (
     NoisedSum,
     Randomness,
-    physical_size,
     sum_clipped_gradients,
     train_round_private,
 )
 from client.real_site import open_site
 from client.record_gradients import record_gradients
+from client.sampling import physical_size
 from shared.cohort import Cohort
 from shared.errors import BudgetExhaustedError, ModelRefusedError
 from shared.models import initial_parameters, set_parameters
