@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shared.errors import ConfigurationError, WorkerFailedError
+from shared.supervision import single_instance
 from simulations.blocks.choice import Engine
 from simulations.blocks.workers import ONE_THREAD
 from simulations.site_files import site_files
@@ -38,19 +39,20 @@ def run_sweep(
 
     Raises:
         WorkerFailedError: process after process ends before its first cell.
+        AlreadyRunningError: another process runs this sweep.
         StorageError: the sweep's folder cannot be written.
         KeyboardInterrupt: passed on; what is done is kept.
     """
-    waiting = folder.waiting()
-    written = time.monotonic()
-    try:
-        for result in _run(folder, waiting, processes, engine, ray_address):
-            observe(result)
-            if time.monotonic() > written + TABLE_SECONDS:
-                folder.write_table()
-                written = time.monotonic()
-    finally:
-        folder.write_table()
+    with single_instance(folder.path):
+        written = time.monotonic()
+        try:
+            for result in _run(folder, folder.waiting(), processes, engine, ray_address):
+                observe(result)
+                if time.monotonic() > written + TABLE_SECONDS:
+                    folder.write_table()
+                    written = time.monotonic()
+        finally:
+            folder.write_table()
     return folder.results()
 
 

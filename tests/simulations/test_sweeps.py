@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from client.ledger import reading
-from shared.errors import BudgetExhaustedError, ConfigurationError, ModelMismatchError, WorkerFailedError
+from shared.errors import AlreadyRunningError, BudgetExhaustedError, ConfigurationError, ModelMismatchError, WorkerFailedError
 from shared.study import Study
+from shared.supervision import single_instance
 from simulations.sweeps import execution
 from simulations.sweeps.cell import CellResult
 from simulations.sweeps.execution import run_sweep
@@ -136,6 +137,13 @@ def test_processes_that_cannot_begin_end_the_sweep(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(WorkerFailedError, match="no process of the sweep could run a cell"):
         run_sweep(folder, processes=2)
+
+
+def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    with single_instance(folder.path), pytest.raises(AlreadyRunningError, match=f"process {os.getpid()}"):
+        run_sweep(folder, processes=1)
+    assert not folder.results()
 
 
 def test_other_data_are_not_gone_on_with(tmp_path: Path) -> None:
