@@ -212,29 +212,7 @@ class Ledger:
         if plan is not None and (plan.entry.study_hash, plan.planned("training"), plan.planned("evaluation")) != asked:
             raise ProtocolError("run: expected a name of its own, got that of a run with another study, noise or sample rate")
         if self.limit is not None:
-            self._check_filter(study, reopened=plan)
-
-    def _check_filter(self, study: PlannedStudy, *, reopened: Plan | None) -> None:
-        limit, account = self.limit, self.account
-        assert limit is not None and account.genesis is not None and account.genesis.order is not None
-        order, merged = account.genesis.order, account.merged or study.cross_validated
-        budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
-        wanted: list[tuple[AccountName, PrivacyEvent | None]] = [("training", study.training), ("evaluation", study.evaluation)]
-        asked = {name: 0.0 if event is None else renyi_divergence(event, order) for name, event in wanted}
-        if reopened is not None:  # what it counts is in the total already: an open plan asks for nothing more, and must still fit
-            asked = {name: max(0.0, value - reopened.divergence(name, order)) for name, value in asked.items()}
-        if merged:
-            asked = dict.fromkeys(asked, sum(asked.values()))
-        for name, _ in wanted:
-            spent = account.divergence(name, merged=merged)
-            if spent + asked[name] > budget * WITHIN and (asked[name] or reopened is not None):
-                before, after = (renyi_epsilon(value, order=order, delta=limit.delta) if value else 0.0 for value in (spent, spent + asked[name]))
-                raise BudgetExhaustedError(
-                    f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort ({name} patients); "
-                    f"spent {before:.3g}, with the whole study {after:.3g} (Renyi filter of order {order:g})",
-                    "ask for less (epsilon, rounds), or let the hospital raise its limit; 'wardround privacy spent' says there what room is left",
-                    rule="policy.max_epsilon",
-                )
+            check_filter(self.account, self.limit, [study], reopened=plan)
 
     def _check_still_fits(self, plan: Plan) -> None:
         entry, training = plan.entry, plan.planned("training")
@@ -242,7 +220,7 @@ class Ledger:
             study = PlannedStudy(
                 run=entry.run, study=entry.study, study_hash=entry.study_hash, training=training, evaluation=plan.planned("evaluation")
             )
-            self._check_filter(study, reopened=plan)
+            check_filter(self.account, self.limit, [study], reopened=plan)
 
     def admit(self, study: PlannedStudy) -> None:
         """Agree to the whole plan of `study`, durably; a plan that is open already is not admitted twice.
@@ -413,6 +391,42 @@ class Ledger:
         row = self._chain.append_entry(kind, entry)
         account.take(row, entry)
         return row.sequence
+
+
+def check_filter(account: Account | None, limit: Limit, studies: Sequence[PlannedStudy], *, reopened: Plan | None = None) -> None:
+    """Return where a Renyi filter for `limit` has room for all of these studies beside what the account holds; None: of a ledger not begun yet.
+
+    Args:
+        reopened: the open plan of the one study, which the account counts already.
+
+    Raises:
+        BudgetExhaustedError: it has not.
+    """
+    genesis = None if account is None else account.genesis
+    order = filter_order(limit.epsilon, limit.delta) if genesis is None else genesis.order
+    assert order is not None
+    merged = (account is not None and account.merged) or any(study.cross_validated for study in studies)
+    budget = renyi_budget(limit.epsilon, order=order, delta=limit.delta)
+    events: dict[AccountName, list[PrivacyEvent]] = {
+        "training": [study.training for study in studies if study.training is not None],
+        "evaluation": [study.evaluation for study in studies if study.evaluation is not None],
+    }
+    asked = {name: sum(renyi_divergence(event, order) for event in found) for name, found in events.items()}
+    if reopened is not None:  # what it counts is in the total already: an open plan asks for nothing more, and must still fit
+        asked = {name: max(0.0, value - reopened.divergence(name, order)) for name, value in asked.items()}
+    if merged:
+        asked = dict.fromkeys(asked, sum(asked.values()))
+    for name in events:
+        spent = 0.0 if account is None or genesis is None else account.divergence(name, merged=merged)
+        if spent + asked[name] > budget * WITHIN and (asked[name] or reopened is not None):
+            before, after = (renyi_epsilon(value, order=order, delta=limit.delta) if value else 0.0 for value in (spent, spent + asked[name]))
+            whole = "the whole study" if len(studies) == 1 else f"all {len(studies)} studies"
+            raise BudgetExhaustedError(
+                f"ledger: expected at most epsilon {limit.epsilon:g} at delta {limit.delta:g} on this cohort ({name} patients); "
+                f"spent {before:.3g}, with {whole} {after:.3g} (Renyi filter of order {order:g})",
+                "ask for less (epsilon, rounds), or let the hospital raise its limit; 'wardround privacy spent' says there what room is left",
+                rule="policy.max_epsilon",
+            )
 
 
 def missing_row(path: Path, remembered: str) -> LedgerError:

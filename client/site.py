@@ -6,7 +6,7 @@ comes from. A refusal is an ordinary answer; an exception's own text never leave
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from client.charging import KIND, Ask, Charging
 from client.evaluation import evaluate_parameters, predictions_of, rounded
 from client.evaluation_noise import bounded_statistics, noise_statistics
 from client.exact_answers import ExactAnswers
-from client.ledger import Ledger, PlannedStudy, begun_mark, check_overlap, missing_row
+from client.ledger import Ledger, PlannedStudy, begun_mark, check_filter, check_overlap, missing_row, reading
 from client.local_training import LocalRound
 from client.local_update import local_update
 from client.memory_chain import Journal
@@ -183,14 +183,28 @@ class Site:
             ledger_head=self._head(plan),
         )
 
-    def plan_of(self, study: Study) -> tuple[PrivacyEvent | None, PrivacyEvent | None]:
-        """What all of a study would ask of the ledger: of the training patients, and of the test patients. Nothing is agreed to.
+    def check_room_for(self, studies: Sequence[Study]) -> None:
+        """Return where this site's budget covers all of these studies together; nothing is agreed to, and nothing written.
 
         Raises:
-            ConfigurationError: no noise fits the study's budget.
+            BudgetExhaustedError: it does not.
+            ConfigurationError: no noise fits a study's budget.
         """
-        plan = plan_site(study, self.settings.declared_size, limit=self.settings.limit)
-        return plan.study_event() if plan.private else None, self._evaluation_event(study)
+        limit, path = self.settings.limit, self.settings.ledger_path
+        if limit is None:
+            return
+        planned = []
+        for study in studies:
+            plan = plan_site(study, self.settings.declared_size, limit=limit)
+            planned.append(PlannedStudy(
+                run="", study=study.name, study_hash=study.fingerprint(), training=plan.study_event() if plan.private else NOTHING,
+                evaluation=self._evaluation_event(study), cross_validated=study.evaluation.folds > 1,
+            ))  # fmt: skip
+        if not path.exists():
+            check_filter(None, limit, planned)
+            return
+        with reading(path) as ledger:
+            check_filter(ledger.account, limit, planned)
 
     def _admit(self, admission: Admission, witnessed: WitnessedHead | None) -> None:
         """The ledger agrees to the whole plan: before the cohort is opened that there is room, after it that these are its patients."""

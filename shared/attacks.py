@@ -55,6 +55,7 @@ class MembershipAttack(Record):
     tpr_at_fpr: dict[str, float]  # "0.001", "0.01" -> true positive rate
     roc: list[tuple[float, float]]  # false and true positive rates, thinned
     epsilon_claimed: float | None
+    delta: float | None = None  # of the claim
 
 
 class InversionAttack(Record):

@@ -100,7 +100,7 @@ class PairedTest(Record):
 
 
 class SubgroupResult(Record):
-    """The final model on one group of test patients over all sites. Of fewer than ten patients nothing is told: `num_test` is null."""
+    """The final model on one group of test patients over all sites. Of fewer than ten patients, and of a group that would give them away, nothing is told: `num_test` is null."""
 
     num_test: int | None
     support: dict[str, int]  # class -> patients, where the statistics count classes

@@ -20,7 +20,15 @@ from shared.subgroups import Subgroup
 ENTRY_POINT_GROUP = "wardround.tasks"
 BUILT_IN = {
     "breast-cancer": "shared.tasks.breast_cancer:breast_cancer",
+    "breast-ultrasound": "shared.tasks.breast_ultrasound:breast_ultrasound",
+    "chest-xray": "shared.tasks.chest_xray:chest_xray",
     "heart-disease": "shared.tasks.heart_disease:heart_disease",
+    "icu-apache": "shared.tasks.icu_apache:icu_apache",
+    "icu-attention": "shared.tasks.icu_attention:icu_attention",
+    "icu-mortality": "shared.tasks.icu_mortality:icu_mortality",
+    "length-of-stay": "shared.tasks.length_of_stay:length_of_stay",
+    "lesion-segmentation": "shared.tasks.lesion_segmentation:lesion_segmentation",
+    "surgical-risk": "shared.tasks.surgical_risk:surgical_risk",
 }
 
 LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]

@@ -37,6 +37,8 @@ def run_baselines(
     variants = {"": study.replace(privacy={"unit": "none"})} if plain or not study.private else {}
     if study.private:
         variants["_private"] = study
+    if study.noised_statistics:  # test patients were promised something: nothing exact is said of the federated model on them
+        federated = None
     baselines = {}
     for suffix, variant in variants.items():
         baselines[f"local_only{suffix}"] = _local_only(parts, task, variant, federated)
@@ -53,7 +55,7 @@ def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Stud
     trained = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
     tested = {name: _tested_everywhere(parts, task, parameters) for name, parameters in trained.items()}
     gains: dict[str, PairedTest] = {}
-    if federated is not None and not study.noised_statistics:
+    if federated is not None:
         for name, (_, test) in parts.items():
             gain = paired_test(task, test, federated, trained[name], resamples=study.evaluation.bootstrap, seed=study.seed)
             gains |= {} if gain is None else {name: gain}

@@ -18,6 +18,7 @@ from shared.task import Task
 from simulations.baselines import pool
 
 SMALLEST = 10  # patients: of fewer no number is given
+NOTHING_TOLD = SubgroupResult(num_test=None, support={}, metrics={}, ci95={})
 
 
 def evaluate_subgroups(task: Task, study: Study, cohorts: dict[str, Cohort], parameters: Parameters) -> dict[str, dict[str, SubgroupResult]]:
@@ -38,14 +39,24 @@ def evaluate_subgroups(task: Task, study: Study, cohorts: dict[str, Cohort], par
         totals = {
             group: evaluate_parameters(task, together.select(groups == group), parameters, model=model) for group in mark.ordered(groups.tolist())
         }
+        sizes = {group: int((groups == group).sum()) for group in totals}
+        hidden = suppressed(sizes)
         found[mark.title or mark.attribute] = {
-            group: _result(task, study, mark, group, total, int((groups == group).sum())) for group, total in totals.items()
+            group: NOTHING_TOLD if group in hidden else _result(task, study, mark, group, total, sizes[group]) for group, total in totals.items()
         }
     return found
 
 
+def suppressed(sizes: dict[str, int]) -> set[str]:
+    """The groups of which nothing is told: those with fewer than `SMALLEST` patients, and as many of the next smallest as it takes for all that is
+    hidden together, which the total gives away, to be at least so many patients of at least two groups."""
+    hidden = {group for group, size in sizes.items() if size < SMALLEST}
+    rest = sorted((group for group in sizes if group not in hidden), key=lambda group: (sizes[group], group))
+    while hidden and rest and (len(hidden) < 2 or sum(sizes[group] for group in hidden) < SMALLEST):
+        hidden.add(rest.pop(0))
+    return hidden
+
+
 def _result(task: Task, study: Study, mark: Subgroup, group: str, total: dict[str, np.ndarray], num_patients: int) -> SubgroupResult:
-    if num_patients < SMALLEST:
-        return SubgroupResult(num_test=None, support={}, metrics={}, ci95={})
     evaluation = evaluate(task, total, resamples=study.evaluation.bootstrap, seed=study.seed, path=("subgroup", mark.attribute, group))
     return SubgroupResult(num_test=num_patients, support=count_by_class(task, total), metrics=evaluation.metrics, ci95=evaluation.ci95)

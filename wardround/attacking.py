@@ -9,7 +9,7 @@ from typing import Literal
 
 from server.run_folder import RunFolder
 from shared.attacks import Attack, CanaryAudit, add_attacks
-from shared.errors import ClaimError, ConfigurationError
+from shared.errors import ClaimError, ConfigurationError, ModelMismatchError
 from shared.files import storage_errors, write_atomic
 from shared.root_log import root_log_unchanged
 from shared.study import Study
@@ -118,7 +118,10 @@ def check_same_patients(run: Path, data: Path | None) -> None:
     check_places(data, run)
     with root_log_unchanged():
         from simulations.simulate import prepare, resume_run
-    resume_run(prepare(RunFolder.open(run).study, data), run)
+    try:
+        resume_run(prepare(RunFolder.open(run).study, data), run)
+    except ModelMismatchError as error:
+        raise ModelMismatchError(error.what, "give the same --data as the run had") from None
 
 
 def check_gate(study: Study, kinds: Sequence[AttackKind]) -> None:

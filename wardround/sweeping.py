@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shared.errors import ConfigurationError
 from shared.root_log import root_log_unchanged
 from wardround.quiet import quiet_flower_log, switch_off_telemetry
 from wardround.studies import base_study, sweep_file
@@ -19,7 +18,6 @@ with root_log_unchanged():
     from simulations.sweeps.execution import run_sweep
     from simulations.sweeps.folder import SweepFolder
     from simulations.sweeps.grid import Sweep
-    from simulations.sweeps.real_ledgers import check_ledgers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,14 +43,15 @@ class Row:
         return statistics.fmean(self.values[source]) if self.values.get(source) else None
 
     def interval(self, source: str) -> tuple[float, float] | None:
-        """95 % interval of the mean over the seeds, by Student's t; None of fewer than two."""
+        """95 % interval of the mean over the seeds, by Student's t, within the metric's range; None of fewer than two."""
         values = self.values.get(source, [])
         if len(values) < 2:
             return None
         from scipy.stats import t
 
         half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-        return statistics.fmean(values) - half, statistics.fmean(values) + half
+        low, high, run = statistics.fmean(values) - half, statistics.fmean(values) + half, self.runs[0]
+        return low if run.lowest is None else max(low, run.lowest), high if run.highest is None else min(high, run.highest)
 
     def text(self, source: str) -> str:
         """`0.812 ± 0.010`, or a dash."""
@@ -87,18 +86,18 @@ def open_sweep(path: Path, *, data: Path | None, out: Path, resume: bool) -> Swe
 
     Raises:
         ConfigurationError: the file does not fit, a cell is no study, or there is nothing to resume.
-        BudgetExhaustedError: the sites are real, and their budgets do not cover all cells.
     """
     if SweepFolder.is_one(path):
-        if data is not None:
-            raise ConfigurationError("--data: expected none with a sweep's folder, which has its own, got some", "leave it out")
         folder = SweepFolder(path)
+        folder.check_data(data)
     else:
         file = sweep_file(path)
         sweep = Sweep.load(file)
         base = base_study(sweep, file)
-        folder = SweepFolder.latest(out, sweep, base) if resume else SweepFolder.create(out, sweep, base, data)
-    check_ledgers(folder)
+        if not resume:
+            return SweepFolder.create(out, sweep, base, data)
+        folder = SweepFolder.latest(out, sweep, base)
+        folder.check_data(data)
     return folder
 
 

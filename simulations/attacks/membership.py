@@ -28,7 +28,7 @@ from shared.attacks import MembershipAttack
 from shared.cohort import SIMULATION_SPLIT_KEY, BoolArray, Cohort, held_out_patients
 from shared.errors import ConfigurationError
 from shared.models import Parameters, predict_in_batches, set_parameters
-from shared.privacy import DELTA_CEILING, attack_power
+from shared.privacy import attack_power
 from shared.seeding import derive, generator
 from shared.study import Study
 from shared.task import Task
@@ -114,6 +114,7 @@ def _result(method: Literal["loss", "lira"], scores: FloatArray, num_shadows: in
         num_shadows=num_shadows, auroc=roc.auroc, auroc_ci95=roc.auroc_ci95,
         tpr_at_fpr={f"{rate:g}": roc.true_positives_at(rate) for rate in FALSE_POSITIVE_RATES},
         roc=roc.points(), epsilon_claimed=about.attacked.claim.epsilon if about.attacked.claim is not None else None,
+        delta=about.attacked.claim.delta if about.attacked.claim is not None else None,
     )  # fmt: skip
 
 
@@ -260,12 +261,8 @@ def most_tpr(fpr: FloatArray | float, epsilon: float, delta: float) -> FloatArra
     return np.asarray(power(np.asarray(fpr, dtype=np.float64)))
 
 
-def roc_picture(attacks: Sequence[MembershipAttack], *, delta: float = DELTA_CEILING) -> bytes:
-    """A PNG of the curves on logarithmic axes, as in the paper (figure 1), with chance and what each claim leaves to any attacker.
-
-    Args:
-        delta: of the claims.
-    """
+def roc_picture(attacks: Sequence[MembershipAttack]) -> bytes:
+    """A PNG of the curves on logarithmic axes, as in the paper (figure 1), with chance and what each claim leaves to any attacker."""
     from matplotlib.figure import Figure  # half a second to import: only here
 
     left = min([1e-3, *(0.5 / attack.non_members for attack in attacks)])
@@ -273,7 +270,7 @@ def roc_picture(attacks: Sequence[MembershipAttack], *, delta: float = DELTA_CEI
     axes = figure.add_subplot()
     rates = np.geomspace(left, 1, 300)
     axes.plot(rates, rates, color="#8a8f98", linestyle=":", label="chance")
-    for epsilon in sorted({attack.epsilon_claimed for attack in attacks if attack.epsilon_claimed is not None}):
+    for epsilon, delta in sorted({(attack.epsilon_claimed, attack.delta or 0.0) for attack in attacks if attack.epsilon_claimed is not None}):
         axes.plot(rates, most_tpr(rates, epsilon, delta), color="#b3261e", linestyle="--", label=f"most at epsilon {epsilon:.2f}, delta {delta:g}")
     for attack in attacks:
         points = np.array(attack.roc)

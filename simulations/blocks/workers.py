@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,10 +30,10 @@ from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import Outcome, Sums, make_trainer
 from simulations.blocks.training import flat, named
+from simulations.memory_files import make_folder
 
 logger = logging.getLogger(__name__)
 
-MEMORY_FILES = Path("/dev/shm")
 SLOTS = 2  # blocks that a worker holds: one that it trains, and one that is read or waits
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 SETTING, RECEIVED, LOG = "setting.json", "received.npy", "log.txt"
@@ -54,8 +53,7 @@ class Pool:
         self._template = get_parameters(task.model())
         self._shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
         needed = patients.num_bytes + num_workers * SLOTS * sum(array.nbytes for array in _results(self._template, self._shapes, block_size).values())
-        in_memory = os.access(MEMORY_FILES, os.W_OK) and shutil.disk_usage(MEMORY_FILES).free > 2 * needed
-        self._folder = Path(tempfile.mkdtemp(prefix="wardround-", dir=MEMORY_FILES if in_memory else None))
+        self._folder = make_folder(needed)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._jobs: list[int] = []  # by worker, where its jobs are written
         self._replies = selectors.DefaultSelector()
@@ -246,6 +244,7 @@ def main() -> None:
     number, jobs, replies = own
     with open(jobs, "rb") as asked, open(replies, "wb") as answers:
         work(Path(sys.argv[1]), number, answers, iter(asked.readline, b""))
+    shutil.rmtree(sys.argv[1], ignore_errors=True)  # the simulation was killed, else it would have ended its workers
 
 
 if __name__ == "__main__":

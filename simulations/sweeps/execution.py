@@ -10,18 +10,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from shared.errors import ConfigurationError, WorkerFailedError
+from shared.errors import ConfigurationError, StorageError, WorkerFailedError
 from shared.supervision import single_instance
+from simulations import memory_files
 from simulations.blocks.choice import Engine
 from simulations.blocks.workers import ONE_THREAD
 from simulations.site_files import site_files
 from simulations.sweeps.cell import CellResult, run_cell
 from simulations.sweeps.folder import SweepFolder
 from simulations.sweeps.grid import Cell
+from simulations.sweeps.real_ledgers import check_ledgers
+from simulations.sweeps.worker import READY
 
 LOG = "log.txt"
-TABLE_SECONDS = 2.0  # between writings of the table while cells come in
+TABLE_SECONDS = 2.0  # at least, between writings of the table while cells come in
+MOST_OF_TIME = 20  # of the time that it takes
 Observer = Callable[[CellResult], None]
 
 
@@ -38,19 +43,22 @@ def run_sweep(
         ray_address: of the cluster; None: one on this machine alone.
 
     Raises:
+        BudgetExhaustedError: the sites are real, and their ledgers have no room for all of it.
         WorkerFailedError: process after process ends before its first cell.
         AlreadyRunningError: another process runs this sweep.
         StorageError: the sweep's folder cannot be written.
         KeyboardInterrupt: passed on; what is done is kept.
     """
     with single_instance(folder.path):
-        written = time.monotonic()
+        check_ledgers(folder)
+        written, pause = time.monotonic(), TABLE_SECONDS
         try:
             for result in _run(folder, folder.waiting(), processes, engine, ray_address):
                 observe(result)
-                if time.monotonic() > written + TABLE_SECONDS:
+                if (now := time.monotonic()) > written + pause:
                     folder.write_table()
                     written = time.monotonic()
+                    pause = max(TABLE_SECONDS, MOST_OF_TIME * (written - now))  # a table of many cells takes its time
         finally:
             folder.write_table()
     return folder.results()
@@ -71,11 +79,12 @@ def _run(folder: SweepFolder, waiting: list[Cell], processes: int | None, engine
 
 
 def _here(folder: SweepFolder, waiting: list[Cell]) -> Iterator[CellResult]:
-    data = folder.data
-    for cell in waiting:
-        result = run_cell(cell, data, baselines=folder.sweep.baselines, scratch=folder.scratch)
-        folder.write(result)
-        yield result
+    data, real = folder.data, bool(site_files(folder.data))
+    with memory_files.folder() as scratch:
+        for cell in waiting:
+            result = run_cell(cell, data, baselines=folder.sweep.baselines, scratch=folder.path if real else scratch)
+            folder.write(result)
+            yield result
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +95,7 @@ class _Worker:
     jobs: int
     replies: int
     cell: Cell
+    began: bool = False
 
     def give(self, cell: Cell) -> None:
         """Have it run this cell; where it has ended, that is seen on its other pipe."""
@@ -101,42 +111,45 @@ class _Worker:
 
 
 def _in_processes(folder: SweepFolder, cells: list[Cell], num_workers: int) -> Iterator[CellResult]:
-    waiting, workers, said, finished = deque(cells), selectors.DefaultSelector(), num_workers, 0
-    try:
-        for _ in range(num_workers):
-            _start(folder, waiting.popleft(), workers)
-        while workers.get_map():
-            for key, _ in workers.select():
-                worker: _Worker = key.data
-                answered = bool(os.read(worker.replies, 64))
-                finished += answered
-                result = _result(folder, worker, answered)
-                if not answered:
-                    workers.unregister(worker.replies)
-                    worker.close()
-                    if not finished and (said := said - 1) <= 0:  # none has come to anything
-                        raise WorkerFailedError(
-                            f"{folder.path / LOG}: no process of the sweep could run a cell", "read that file; or use --processes 1"
-                        )
-                yield result
-                if waiting and not answered:
-                    _start(folder, waiting.popleft(), workers)
-                elif waiting:
-                    worker.give(waiting.popleft())
-                elif answered:
-                    workers.unregister(worker.replies)
-                    worker.close()
-    finally:
-        for key in list(workers.get_map().values()):
-            key.data.close()
-        workers.close()
+    waiting, workers, left = deque(cells), selectors.DefaultSelector(), num_workers  # deaths in the beginning, before nothing can be hoped for
+    with memory_files.folder() as scratch:
+        try:
+            for _ in range(num_workers):
+                _start(folder, waiting.popleft(), workers, scratch)
+            while workers.get_map():
+                for key, _ in workers.select():
+                    worker: _Worker = key.data
+                    said = os.read(worker.replies, 64).splitlines(keepends=True)
+                    worker.began = worker.began or READY in said
+                    if said and said[-1] == READY:
+                        continue
+                    if not said:
+                        workers.unregister(worker.replies)
+                        worker.close()
+                        left -= not worker.began
+                        if left <= 0:
+                            raise WorkerFailedError(
+                                f"{folder.path / LOG}: processes of the sweep end before they can run a cell", "read that file; or use --processes 1"
+                            )
+                    yield _result(folder, worker)
+                    if waiting and not said:
+                        _start(folder, waiting.popleft(), workers, scratch)
+                    elif waiting:
+                        worker.give(waiting.popleft())
+                    elif said:
+                        workers.unregister(worker.replies)
+                        worker.close()
+        finally:
+            for key in list(workers.get_map().values()):
+                key.data.close()
+            workers.close()
 
 
-def _start(folder: SweepFolder, cell: Cell, workers: selectors.BaseSelector) -> None:
+def _start(folder: SweepFolder, cell: Cell, workers: selectors.BaseSelector, scratch: Path) -> None:
     jobs, write_jobs = os.pipe()
     replies, write_replies = os.pipe()
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "simulations.sweeps.worker", str(folder.path), str(jobs), str(write_replies)]
+    command = [sys.executable, "-m", "simulations.sweeps.worker", str(folder.path), str(scratch), str(jobs), str(write_replies)]
     with open(folder.path / LOG, "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(jobs, write_replies), env=environment
@@ -148,13 +161,14 @@ def _start(folder: SweepFolder, cell: Cell, workers: selectors.BaseSelector) -> 
     worker.give(cell)
 
 
-def _result(folder: SweepFolder, worker: _Worker, answered: bool) -> CellResult:
-    """What the worker wrote; where it died, that, in its cell's file."""
-    if answered:
-        return folder.result(worker.cell.number)
+def _result(folder: SweepFolder, worker: _Worker) -> CellResult:
+    """What the worker wrote; where it died before, that, in its cell's file."""
+    with contextlib.suppress(StorageError):
+        written = folder.result(worker.cell.number)
+        if worker.process.poll() is None or written.status == "ok":
+            return written
     status = worker.process.wait()
-    error = f"{WorkerFailedError.code} its process ended (exit status {status}{_by_signal(status)})"
-    result = CellResult.failed(worker.cell, error)
+    result = CellResult.failed(worker.cell, f"{WorkerFailedError.code} its process ended (exit status {status}{_by_signal(status)})")
     folder.write(result)
     return result
 

@@ -3,11 +3,11 @@
 A cell's file appears whole or not at all, so a sweep that was killed goes on with the cells that have none, and its table is the same to the bit.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
 import io
-import os
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,12 +66,17 @@ class SweepFolder:
         write_atomic(path / START, json_text(start.model_dump(mode="json")))
         return cls(path)
 
-    @property
-    def scratch(self) -> Path:
-        """Where cells put a run's files: in memory where there is such a place, and here where the sites are real."""
-        from simulations.blocks.workers import MEMORY_FILES  # with torch, which a look at the results need not wait for
+    def check_data(self, data: Path | None) -> None:
+        """Return where `data` is None, or what the sweep began with.
 
-        return MEMORY_FILES if os.access(MEMORY_FILES, os.W_OK) and not site_files(self.data) else self.path
+        Raises:
+            ConfigurationError: it is another path.
+        """
+        known = SweepStart.model_validate_json((self.path / START).read_bytes()).data
+        if data is not None and str(data.resolve()) != known:
+            raise ConfigurationError(
+                f"--data: expected {known or 'none'}, with which this sweep began, got {data}", "leave it out, or begin a new sweep"
+            )
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
@@ -87,8 +92,9 @@ class SweepFolder:
         """
         cells = cells_of(sweep, base)
         for path in sorted(out.glob(f"{sweep.name}-*Z-*"), key=lambda path: path.stat().st_mtime, reverse=True):
-            if cls.is_one(path) and (found := cls(path)).cells == cells and found.sweep.baselines == sweep.baselines:
-                return found
+            with contextlib.suppress(ConfigurationError, OSError):  # another's folder
+                if cls.is_one(path) and (found := cls(path)).cells == cells and found.sweep.baselines == sweep.baselines:
+                    return found
         raise ConfigurationError(f"{out}: expected a folder of sweep {sweep.name!r} with this grid and study, found none", "leave out --resume")
 
     @functools.cached_property
@@ -120,9 +126,15 @@ class SweepFolder:
         """
         path = self._path(number)
         try:
-            return CellResult.model_validate_json(path.read_bytes())
+            result = CellResult.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise StorageError(f"{path}: expected a cell's result, could not read it ({type(error).__name__})", "remove it, and resume") from error
+        if result.settings != dict(self.cells[number - 1].settings):
+            raise ModelMismatchError(
+                f"{path}: expected the result of {self.cells[number - 1]}, got another's: sweep.toml was changed",
+                "begin a new sweep for another grid",
+            )
+        return result
 
     def waiting(self) -> list[Cell]:
         """The cells that are still to be run: those that failed are tried again."""

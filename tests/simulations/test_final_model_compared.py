@@ -16,7 +16,7 @@ from shared.subgroups import Subgroup
 from shared.task import Task, resolve_task
 from simulations.baselines import pool, train_alone
 from simulations.paired_test import exchange_test, paired_test
-from simulations.subgroups import SMALLEST, evaluate_subgroups
+from simulations.subgroups import SMALLEST, evaluate_subgroups, suppressed
 from tests.simulations.conftest import STUDY
 from wardround.report.tables import holm
 
@@ -51,13 +51,25 @@ def test_a_group_has_the_metrics_of_its_test_patients_over_all_sites(task: Task,
     model = task.model()
     set_parameters(model, parameters)
     scores = predictions_of(task, model, together).reshape(-1)
-    for group in ("A", "B"):
+    assert found["ward"]["B"].num_test is None  # with it, the total would tell of C
+    for group in ("A",):
         mine, result = ward == group, found["ward"][group]
         assert result.num_test == mine.sum() == sum(result.support.values())
         assert result.metrics["accuracy"] == pytest.approx(np.mean((scores[mine] >= 0.5) == together.labels[mine]))
         assert result.metrics["auroc"] == pytest.approx(roc_auc_score(together.labels[mine], scores[mine]), abs=0.05)  # by bins of the score
         low, high = result.ci95["auroc"]
         assert low <= result.metrics["auroc"] <= high
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden"),
+    [
+        ({"a": 50, "b": 30}, set()), ({"a": 50, "b": 30, "c": 3}, {"b", "c"}), ({"a": 50, "b": 5, "c": 6}, {"b", "c"}), ({"a": 50, "b": 2, "c": 3}, {"a", "b", "c"}),
+        ({"a": 50, "b": 30, "c": 2, "d": 3}, {"b", "c", "d"}), ({"a": 4}, {"a"}),
+    ],
+)  # fmt: skip
+def test_what_is_hidden_is_not_given_away_by_the_total(sizes: dict[str, int], hidden: set[str]) -> None:
+    assert suppressed(sizes) == hidden
 
 
 def test_of_a_few_patients_nothing_is_told(task: Task, cohorts: dict[str, Cohort]) -> None:
@@ -116,6 +128,8 @@ def test_a_run_with_baselines_tests_every_site(runner) -> None:
         alone = run.result.per_site_baselines["local_only"][site]["auroc"]
         assert test.difference == pytest.approx(run.result.per_site[site]["auroc"] - alone, abs=1e-9)
     assert not runner.run(runner.study()).result.per_site_gains
+    promised = runner.run(runner.study(privacy={"evaluation_epsilon": 1.0}), baselines=True).result
+    assert not promised.per_site_gains  # with a site's own metric it would tell the federated model's, which carries noise
 
 
 def test_holm_by_hand() -> None:

@@ -12,8 +12,9 @@ from client.ledger import reading
 from shared.errors import AlreadyRunningError, BudgetExhaustedError, ConfigurationError, ModelMismatchError, WorkerFailedError
 from shared.study import Study
 from shared.supervision import single_instance
+from simulations import simulate
 from simulations.sweeps import execution
-from simulations.sweeps.cell import CellResult
+from simulations.sweeps.cell import CellResult, run_cell
 from simulations.sweeps.execution import run_sweep
 from simulations.sweeps.folder import TABLE, SweepFolder
 from simulations.sweeps.grid import Sweep, cells_of
@@ -135,8 +136,38 @@ def test_a_process_that_is_killed_takes_its_cell_alone_with_it(tmp_path: Path, m
 def test_processes_that_cannot_begin_end_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = begun(tmp_path)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(WorkerFailedError, match="no process of the sweep could run a cell"):
+    with pytest.raises(WorkerFailedError, match="processes of the sweep end before they can run a cell"):
         run_sweep(folder, processes=2)
+
+
+class BrokenError(Exception):
+    pass
+
+
+def test_a_task_that_fails_on_a_patient_fails_its_cell_and_says_no_more_than_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare, calls = simulate.prepare, []
+
+    def broken(study: Study, data: Path | None):
+        calls.append(study.seed)
+        if study.seed == 1:
+            raise BrokenError("Jane Doe")
+        return prepare(study, data)
+
+    monkeypatch.setattr(simulate, "prepare", broken)
+    folder = begun(tmp_path, a_sweep(seed=[1, 2]))
+    failed, fine = run_sweep(folder, processes=1)
+    assert (failed.status, failed.error, fine.status) == ("failed", "E100 BrokenError", "ok")
+    assert not any("Jane" in path.read_text() for path in folder.path.rglob("*") if path.is_file())
+
+
+def test_a_sweep_file_that_was_changed_does_not_pass_for_the_old_one(tmp_path: Path) -> None:
+    folder = begun(tmp_path, a_sweep(seed=[1, 2]))
+    run_sweep(folder, processes=1)
+    (folder.path / "sweep.toml").write_text((folder.path / "sweep.toml").read_text().replace("[1, 2]", "[1, 3]"))
+    with pytest.raises(ModelMismatchError, match=r"cell 2 \(seed = 3\)"):
+        SweepFolder(folder.path).results()
+    with pytest.raises(ConfigurationError, match="--data: expected none"):
+        folder.check_data(tmp_path)
 
 
 def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
@@ -176,3 +207,32 @@ def test_a_sweep_over_real_ledgers_begins_only_where_they_cover_all_of_it(wards:
         assert len(ledger.account.plans) == 2
     with pytest.raises(BudgetExhaustedError):  # what was spent counts
         check_ledgers(wards_sweep(wards, tmp_path / "runs", epsilon=[2.5]))
+
+
+def test_after_a_cross_validation_both_sides_of_a_ledger_count(wards: Wards, tmp_path: Path) -> None:
+    """Then everybody is on both sides, so what the closing evaluations ask of test patients counts with training, as the ledger's filter counts it."""
+    evaluated = wards.study.replace(privacy={"epsilon": 1.6, "evaluation_epsilon": 1.6})
+    fits = SweepFolder.create(
+        tmp_path / "runs", Sweep.model_validate({"name": "wards", "study": real_table(evaluated), "grid": {"seed": [1]}}), evaluated, wards.path
+    )
+    check_ledgers(fits)
+    folds = wards.study.replace(privacy={"epsilon": 1.8}, evaluation={"folds": 2})
+    crossed = SweepFolder.create(
+        tmp_path / "runs", Sweep.model_validate({"name": "wards", "study": real_table(folds), "grid": {"seed": [1]}}), folds, wards.path
+    )
+    [result] = run_sweep(crossed)
+    assert result.status == "ok"
+    with pytest.raises(BudgetExhaustedError):
+        check_ledgers(fits)
+    [refused] = [cell_error(fits)]
+    assert refused.startswith("E700")
+
+
+def real_table(study: Study) -> dict[str, object]:
+    return {key: value for key, value in study.to_table().items() if key != "federation"}
+
+
+def cell_error(folder: SweepFolder) -> str:
+    """What the ledger itself says to the sweep's first cell."""
+    result = run_cell(folder.cells[0], folder.data, baselines=False, scratch=folder.path)
+    return str(result.error)

@@ -21,7 +21,7 @@ from shared.audit import AuditLog
 from shared.certificates import fingerprint_of, read_certificate
 from shared.errors import ConfigurationError, KitError, StorageError
 from shared.kit import CA_CERTIFICATE, MANIFEST, RUNS, SERVER_CERTIFICATE, SIGNING_KEY, STATE, load_signing_key
-from shared.results import PairedTest, Result, SubgroupResult
+from shared.results import FederationClaim, PairedTest, Result, SubgroupResult
 from tests.provisioned import joined, provisioned
 from tests.wardround.conftest import Command
 from tests.wardround.test_report import BROWSER_ARGUMENTS, CHROMIUM, HOSTILE, SAMPLES, MadeUp, build_run, outline, page_of
@@ -29,7 +29,7 @@ from wardround.explanation import explain_run
 from wardround.report import write_report
 from wardround.report.attacks import bound_curve
 from wardround.report.document import Reader
-from wardround.report.ethics import chance_words, fifty_fifty, odds_factor
+from wardround.report.ethics import coin_guessed, recognised
 from wardround.report.markdown import escape
 from wardround.report.png import picture_array, png
 from wardround.report.run_files import read_run
@@ -214,26 +214,36 @@ def test_groups_are_shown_with_their_gap_and_few_patients_are_not(usual: Path) -
     folder = with_result(usual, subgroups={"sex": {**groups, "not known": hidden}})
     for text in (outline(page_of(folder)).text, outline(write_report(folder, "model-card").read_text()).text):
         assert "0.070 between groups" in text and "0.810 (female) to 0.880 (male)" in text  # the small one is no part of the gap
-        assert "fewer than ten" in text and "descriptive only" in text
+        assert "not told" in text and "fewer than ten" in text and "descriptive only" in text
     assert "this run stored nothing by subgroup" not in write_report(folder, "model-card").read_text()
 
 
 # Ethics --------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("delta", [0.0, 1e-4, 0.02])
 @pytest.mark.parametrize("epsilon", [0.01, 0.5, 1.0, 2.995, 8.0, 15.0])
-def test_odds_are_bounds_that_randomised_response_attains(epsilon: float) -> None:
-    """An answer that is true with chance e^eps / (1 + e^eps) changes the odds by e^eps exactly: the printed numbers may not be below."""
+def test_what_can_be_guessed_is_what_the_extreme_mechanism_gives_away(epsilon: float, delta: float) -> None:
+    """With chance delta it tells the truth and says so, else it answers truly with chance e^eps / (1 + e^eps): (epsilon, delta)-private, and no less."""
     keep = math.exp(epsilon) / (1 + math.exp(epsilon))
-    factor = float(odds_factor(epsilon).replace(",", ""))
-    assert keep / (1 - keep) <= factor * (1 + 1e-9) and factor <= math.exp(epsilon) * 1.01
-    assert 100 * keep <= float(fifty_fifty(epsilon)) + 1e-9 and float(fifty_fifty(epsilon)) <= 100 * keep + 0.1
+    right = delta + (1 - delta) * keep
+    assert 100 * right <= float(coin_guessed(epsilon, delta)) + 1e-9 <= 100 * right + 0.2
+    flagged = min(1.0, 0.01 / ((1 - delta) * (1 - keep)))  # of those of whom it says "in" without being sure, so many are named
+    assert 100 * (delta + (1 - delta) * keep * flagged) <= float(recognised(epsilon, delta)) + 1e-9
 
 
-@pytest.mark.parametrize("delta", [1e-4, 3e-5, 1 / 3, 0.0007, 1e-9])
-def test_the_chance_of_failure_is_no_smaller_in_words(delta: float) -> None:
-    assert 1 / int(chance_words(delta).removeprefix("1 in ").replace(",", "")) >= delta * (1 - 1e-9)
-    assert chance_words(1e-4) == "1 in 10,000"
+def test_where_hospitals_share_patients_the_promise_is_of_all_of_them(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run", SAMPLES["usual"])
+    alone = read_run(folder)
+    claim = alone.claim
+    assert claim is not None
+    composed = FederationClaim(epsilon=7.5, delta=4e-4, basis="composition, patients may be shared")
+    (folder / "privacy.json").write_text(claim.model_copy(update={"federation": composed}).model_dump_json())
+    (folder / "study.toml").write_text(alone.study.replace(privacy={"patients_overlap": True}).to_toml())
+    text = flat(outline(write_report(folder, "ethics").read_text()).text)
+    assert f"at most {coin_guessed(7.5, 4e-4)} times in 100" in text and "what all of them spent counts for each" in text
+    worst = max(site.epsilon for site in alone.result.privacy.sites.values())
+    assert f"at most {coin_guessed(worst, 1e-4)} times in 100" not in text
 
 
 def test_ethics_says_the_promise_of_every_site_and_every_tested_sentence(usual: Path) -> None:
@@ -241,7 +251,7 @@ def test_ethics_says_the_promise_of_every_site_and_every_tested_sentence(usual: 
     run = read_run(usual)
     for name in run.result.privacy.sites:
         assert f"For any one patient of {name} (n = " in text
-    assert text.count("by at most a factor of 19.8.") == 4  # e^2.985 = 19.787
+    assert text.count(f"guesses the coin rightly at most {coin_guessed(2.985, 1e-4)} times in 100") == 4
     assert "with fresh noise the same study would promise" in text
     for section in explain_run(run):
         assert all(flat(sentence) in text for sentence in section.sentences), section.title
@@ -256,7 +266,7 @@ def test_ethics_of_real_noise_sets_no_condition(tmp_path: Path) -> None:
 def test_ethics_without_privacy_promises_nothing(tmp_path: Path) -> None:
     text = outline(report_of(build_run(tmp_path / "run", SAMPLES["several-classes"]), "ethics")[0]).text
     assert "No patient was promised anything" in text and "Nobody is protected by this run." in text
-    assert "at most a factor of" not in text
+    assert "guesses the coin" not in text
 
 
 def test_ethics_says_what_was_measured_or_that_nothing_was(usual: Path) -> None:
@@ -278,7 +288,8 @@ def test_a_run_that_stopped_early_is_held_to_its_whole_plan(tmp_path: Path) -> N
     for site in table["privacy"]["sites"].values():
         site |= {"epsilon": 1.0, "epsilon_planned": 2.0}
     (folder / "result.json").write_text(json.dumps(table))
-    assert "by at most a factor of 7.39." in outline(report_of(folder, "ethics")[0]).text
+    delta = next(iter(table["privacy"]["sites"].values()))["delta"]
+    assert f"at most {coin_guessed(2.0, delta)} times in 100" in flat(outline(report_of(folder, "ethics")[0]).text)
 
 
 # Attacks -------------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """`wardround sweep`, its report, and what a sweep would cost on real patients."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
-from shared.plan import plan_site
+from client.ledger import PlannedStudy, check_filter
+from shared.errors import BudgetExhaustedError
+from shared.plan import Limit, plan_site
 from shared.privacy import epsilon_of
 from shared.study import Study
 from tests.wardround.conftest import Command
@@ -115,13 +118,18 @@ def test_explain_says_what_the_sweep_would_cost_on_real_patients(command: Comman
     assert (site["private"], site["others"]) == (4, 2)
     assert site["all_runs"] == pytest.approx(epsilon_of(events, 1e-4)) and site["dearest"] == pytest.approx(epsilon_of([events[-1]], 1e-4))
     assert site["dearest"] < site["all_runs"] and site["dearest"] < site["best_of"]
-    assert "2 runs of them promise nothing" in outcome.err
+    assert site["limit"] > site["all_runs"] and site["evaluation"] is None
+    for epsilon, admitted in ((site["limit"], True), (site["limit"] * 0.998, False)):
+        studies = [PlannedStudy(run="", study="s", study_hash="", training=event, evaluation=None) for event in events]
+        with contextlib.nullcontext() if admitted else pytest.raises(BudgetExhaustedError):
+            check_filter(None, Limit(epsilon=epsilon, delta=1e-4), studies)
+    assert "2 runs of them promise nothing" in outcome.err and "baselines" in outcome.err
     assert command("privacy", "explain", str(files / "sweep.toml")).code == 3
 
 
 def test_one_more_run_never_costs_less(files: Path) -> None:
     _, cells = cells_at(files / "sweep.toml")
     costs = [cost_of(cells[:count], 200) for count in range(1, 5)]
-    for name in ("dearest", "all_runs", "best_of"):
+    for name in ("dearest", "all_runs", "best_of", "limit"):
         values = [getattr(cost, name) for cost in costs]
         assert values == sorted(values)

@@ -41,7 +41,7 @@ def attack(
         Literal["gradient", "record"], typer.Option("--canary", help="Patients with a gradient of their own, or synthetic ones with a wrong label.")
     ] = "gradient",
     epsilon: EpsilonOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="S", help="Seed of the attack.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="S", min=0, help="Seed of the attack.")] = 0,
     data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="The cohort, as for simulate.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where a study's folder is made; a run keeps its own.")] = Path("runs"),
     gate: Annotated[bool, typer.Option("--gate", help="Fail where the canary audit finds more than is claimed.")] = False,
@@ -139,6 +139,8 @@ def row_of(attack: "Attack") -> list[str]:
 def meaning(audit: "CanaryAudit") -> str:
     """What an audit's numbers say, in words."""
     found = max(audit.epsilon_lower, audit.epsilon_lower_fdp)
+    if audit.epsilon_claimed is None and not found:
+        return "Nothing is promised, and nothing was found: no more guesses were right than luck explains. That proves nothing."
     if audit.epsilon_claimed is None:
         return (
             f"Nothing is promised, and who sees the updates was right about {audit.correct} of {audit.guesses} canaries: "

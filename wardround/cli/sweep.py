@@ -76,14 +76,14 @@ def sweep(
 def cell_line(result: "CellResult", num_cells: int) -> str:
     """`cell 7/240  privacy.epsilon 1.0  seed 3  AUROC 0.81  epsilon 0.99`."""
     from wardround.cli.output import number
-    from wardround.report.wording import metric_title
+    from wardround.report.wording import metric_title, upper_bound
 
     parts = [f"cell {result.number}/{num_cells}", *(f"{name} {value}" for name, value in result.settings.items())]
     if result.status == "failed":
         return "  ".join([*parts, f"FAILED: {result.error}"])
     parts.append(f"{metric_title(result.primary_metric)} {number(result.metrics.get('federated', {}).get(result.primary_metric))}")
     spent = [site.epsilon for site in result.privacy.sites.values()] if result.privacy is not None else []
-    return "  ".join([*parts, f"epsilon {max(spent):.3g}" if spent else "no privacy"])
+    return "  ".join([*parts, f"epsilon {upper_bound(max(spent))}" if spent else "no privacy"])
 
 
 def print_summary(results: "list[CellResult]", terminal: "Console") -> None:

@@ -294,7 +294,7 @@ def _poisoning_sentence(attack: PoisoningAttack) -> str:
     trigger = "" if attack.trigger_success is None else f", and a hidden trigger works in {_in_100(attack.trigger_success)} of 100 records"
     return (
         f"If {attack.attackers} of {plural(attack.sites, 'hospital')} sent harmful updates ({attack.method}, against {attack.strategy}): {metric_title(attack.metric)} is "
-        f"{number(attack.attacked)} instead of {number(attack.clean)}{trigger}. This harms the model, not a patient’s privacy."
+        f"{number(attack.attacked)} instead of {number(attack.clean)}{trigger}."
     )
 
 

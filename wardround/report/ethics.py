@@ -2,6 +2,7 @@
 
 import math
 
+from shared.privacy import attack_power
 from shared.results import SitePrivacy
 from wardround.explanation import explain_run
 from wardround.plural import plural
@@ -11,14 +12,13 @@ from wardround.report.model_file import read_final_model
 from wardround.report.run_files import RunFiles
 from wardround.report.summary import SIMULATION_ENGINES, banners, lead, trained_sites
 from wardround.report.tables import DESCRIPTIVE_NOTE, Cell, Row, Table, descriptive
-from wardround.report.wording import DASH, count, finite, metric_title, number, upper_bound
+from wardround.report.wording import DASH, compact, count, finite, metric_title, number, upper_bound
 
 MOST_SENTENCES = 6  # sites with a sentence each; of more, the one where most was spent, and all in the table
 
 KEPT = (
     "patients’ records: no value, picture, text or label of any patient",
     "who the patients are: no identifier, name, date or key",
-    "what the model says of a single patient",
     "the gradient of a single patient, before noise was added",
     "keys, logs and the hospital’s account of the privacy spent; of its last row a fingerprint alone leaves",
 )
@@ -42,9 +42,9 @@ WORDS = (
     ("Differential privacy", "a mathematical bound on what can be learned about one patient, whatever else is known; noise is what keeps it"),
     (
         "Epsilon",
-        "the size of that bound: odds change at most by the factor e (2.718…) to the power of epsilon. 0 is nothing at all; smaller protects more",
+        "the size of that bound: 0 tells nothing at all, and smaller protects more. At 1 a coin that decided about a patient is guessed rightly at most 73.2 times in 100, at 3 at most 95.3",
     ),
-    ("Delta", "the chance, small, with which the bound may fail"),
+    ("Delta", "a small allowance on top of that bound: of so large a share of cases nothing is promised; smaller protects more"),
     ("Noise, noise multiplier", "random numbers added to every update; the multiplier compares their size with the most that one patient can change"),
     ("Clipping, L2 norm", "the norm is the size of a change; clipping cuts what one patient can change down to a maximum"),
     ("DP-SGD", "training in small steps, each with clipping and noise"),
@@ -193,7 +193,10 @@ def _leaving(run: RunFiles) -> tuple[str, ...]:
             f"with noise (epsilon {upper_bound(study.privacy.evaluation_epsilon)})"
         )
     elif run.result.per_site:
-        statistics = "after every round: how well the model does on the hospital’s test patients, as exact sums over all of them, with no noise"
+        statistics = (
+            "after every round: how well the model does on the hospital’s test patients, as exact sums over all of them, with no noise; where they are few, such "
+            "sums tell what the model says of single ones"
+        )
     else:
         statistics = "no measure of how well the model does on the hospital’s test patients: none is in this run"
     spent = ("after every round: how much of the promise was used (epsilon, delta, steps, noise)",) if study.private else ()
@@ -213,7 +216,7 @@ def _promise(run: RunFiles) -> tuple[Block, ...]:
     privacy = run.result.privacy
     blocks: list[Block] = []
     if privacy.unit != "none" and privacy.sites:
-        blocks += _in_odds(run)
+        blocks += _in_guesses(run)
     for section in explain_run(run):
         if section.title not in ("Not covered", "If this run was chosen among several"):
             blocks += [Heading(text=TITLES.get(section.title, section.title)), *_sentences(section.sentences)]
@@ -224,42 +227,48 @@ def _sentences(sentences: tuple[str, ...]) -> list[Block]:
     return [Prose(text=sentences[0])] if len(sentences) == 1 else [Bullets(items=sentences)]
 
 
-def _in_odds(run: RunFiles) -> list[Block]:
-    """The promise as odds, a sentence a site.
+def _in_guesses(run: RunFiles) -> list[Block]:
+    """The promise as what anybody can guess, a sentence a site.
 
-    (epsilon, delta)-differential privacy is pure epsilon-privacy but for a chance of at most delta (Dwork and Roth 2014, lemma 3.17), and under the
-    latter Bayes' rule bounds the change of anybody's odds by e^epsilon.
+    (epsilon, delta)-differential privacy holds exactly where every test has TPR <= e^epsilon FPR + delta, and the like for its errors (`attack_power`).
+    With both at their limit a fair coin is guessed rightly with chance (e^epsilon + delta) / (1 + e^epsilon), and no guess does better.
     """
     privacy = run.result.privacy
-    worst = sorted(privacy.sites, key=lambda name: -_epsilon(run, privacy.sites[name]))
+    worst = sorted(privacy.sites, key=lambda name: -_bound(run, privacy.sites[name])[0])
     named = worst[:1] if len(worst) > MOST_SENTENCES else list(privacy.sites)
     condition = "This simulation’s noise protects nobody; with fresh noise the same study would promise:" if privacy.seeded_noise else "The promise:"
-    rows = tuple(
-        Row(
-            name=name,
-            cells=(
-                Cell(text=_size(run, name)),
-                Cell(text=upper_bound(_epsilon(run, site))),
-                Cell(text=f"{odds_factor(_epsilon(run, site))} times"),
-                Cell(text=f"{fifty_fifty(_epsilon(run, site))} in 100"),
-                Cell(text=chance_words(site.delta)),
-            ),
-        )
-        for name, site in privacy.sites.items()
-    )
-    heads = (f"Training {privacy.unit}s", "Epsilon", "Odds change at most", "50 in 100 becomes at most", "May fail with a chance of")
+    rows = tuple(Row(name=name, cells=(Cell(text=_size(run, name)), *_bound_cells(*_bound(run, site)))) for name, site in privacy.sites.items())
+    heads = (f"Training {privacy.unit}s", "Epsilon", "Delta", "A coin guessed rightly, at most", "Recognised at one false alarm in 100, at most")
     caption = f"The promise to any one {privacy.unit}, hospital by hospital"
+    note = "A patient may be known to several hospitals, so what all of them spent counts for each." if run.study.privacy.patients_overlap else ""
     return [
         Prose(text=condition),
-        Bullets(items=tuple(_odds_sentence(run, name, privacy.sites[name]) for name in named)),
-        Grid(table=Table(heads=heads, rows=rows), caption=caption, corner="Hospital"),
+        Bullets(items=tuple(_guess_sentence(run, name, privacy.sites[name]) for name in named)),
+        Grid(table=Table(heads=heads, rows=rows, note=note), caption=caption, corner="Hospital"),
     ]
 
 
-def _epsilon(run: RunFiles, site: SitePrivacy) -> float:
-    """What was spent; of a run that stopped early the whole plan, for the moment at which it stopped may depend on patients."""
-    planned = site.epsilon_planned
-    return site.epsilon if run.result.outcome == "completed" or planned is None else max(site.epsilon, planned)
+def _bound_cells(epsilon: float, delta: float) -> tuple[Cell, ...]:
+    return (
+        Cell(text=upper_bound(epsilon)),
+        Cell(text=compact(delta)),
+        Cell(text=f"{coin_guessed(epsilon, delta)} in 100"),
+        Cell(text=f"{recognised(epsilon, delta)} in 100"),
+    )
+
+
+def _bound(run: RunFiles, site: SitePrivacy) -> tuple[float, float]:
+    """Epsilon and delta of the promise to a patient of the site; where hospitals may share patients, of all sites together.
+
+    Of a run that stopped early the whole plans count, for the moment at which it stopped may depend on patients; these are simply added.
+    """
+    completed = run.result.outcome == "completed"
+    if run.study.privacy.patients_overlap:
+        if completed and run.claim is not None and run.claim.federation is not None:
+            return run.claim.federation.epsilon, run.claim.federation.delta
+        sites = run.result.privacy.sites.values()
+        return sum(max(each.epsilon, each.epsilon_planned or 0.0) for each in sites), sum(each.delta for each in sites)
+    return site.epsilon if completed or site.epsilon_planned is None else max(site.epsilon, site.epsilon_planned), site.delta
 
 
 def _size(run: RunFiles, site: str) -> str:
@@ -267,33 +276,28 @@ def _size(run: RunFiles, site: str) -> str:
     return DASH if claim is None else count(claim.declared_size)
 
 
-def _odds_sentence(run: RunFiles, name: str, site: SitePrivacy) -> str:
-    unit, epsilon = run.result.privacy.unit, _epsilon(run, site)
+def _guess_sentence(run: RunFiles, name: str, site: SitePrivacy) -> str:
+    unit, (epsilon, delta) = run.result.privacy.unit, _bound(run, site)
     return (
-        f"For any one {unit} of {name} (n = {_size(run, name)}): whatever anybody knows or computes, seeing the model, or every update that led to it, "
-        f"changes the odds that this {unit} was trained on by at most a factor of {odds_factor(epsilon)}. Who held it for as likely as not, 50 in 100, "
-        f"can come to hold it for at most {fifty_fifty(epsilon)} in 100 likely. The chance that this promise fails is at most {chance_words(site.delta)}."
+        f"For any one {unit} of {name} (n = {_size(run, name)}): had a coin decided whether this {unit} is trained on, then whoever sees the model, or every update that led to it, "
+        f"whatever else they know and however they compute, guesses the coin rightly at most {coin_guessed(epsilon, delta)} times in 100; without looking it is 50. And who wrongly "
+        f"names one in 100 of those who were not trained on names at most {recognised(epsilon, delta)} in 100 of those who were."
     )
 
 
-def odds_factor(epsilon: float) -> str:
-    """e^epsilon, rounded up to three digits, for it is a bound."""
-    if epsilon > 20:
-        return "more than a hundred million"
-    factor = math.exp(epsilon)
-    digits = max(0, 2 - math.floor(math.log10(factor)))
-    return f"{math.ceil(factor * 10**digits - 1e-9) / 10**digits:,.{digits}f}"
+def coin_guessed(epsilon: float, delta: float) -> str:
+    """How often, in 100, a fair coin is guessed rightly at most: (e^epsilon + delta) / (1 + e^epsilon), rounded up to a tenth."""
+    share = 100 * (1 / (1 + math.exp(-min(epsilon, 700.0))) + delta / (1 + math.exp(min(epsilon, 700.0))))
+    return _up(share)
 
 
-def fifty_fifty(epsilon: float) -> str:
-    """What a chance of 50 in 100 can become, in 100: e^epsilon / (1 + e^epsilon), rounded up to a tenth."""
-    share = 100 / (1 + math.exp(-epsilon))
+def recognised(epsilon: float, delta: float) -> str:
+    """`attack_power` at one false alarm in 100, in 100, rounded up to a tenth."""
+    return _up(100 * attack_power(epsilon, delta, 0.01))
+
+
+def _up(share: float) -> str:
     return f"{min(100.0, math.ceil(share * 10 - 1e-9) / 10):g}"
-
-
-def chance_words(delta: float) -> str:
-    """1e-4 is "1 in 10,000"; rounded so that it is no smaller."""
-    return "0" if delta <= 0 else f"1 in {math.floor(1 / delta + 1e-9):,}"
 
 
 def _risk(run: RunFiles) -> tuple[Block, ...]:

@@ -9,7 +9,7 @@ from wardround.report.run_files import RunFiles
 from wardround.report.tables import DESCRIPTIVE, DESCRIPTIVE_NOTE, FEWEST, Cell, Row, Table, descriptive
 from wardround.report.wording import count, finite, finite_interval, humanise, interval_text, metric_title, number
 
-TOO_FEW = "Of a group of fewer than ten test patients no number is given."
+TOO_FEW = "Of a group of fewer than ten test patients no number is given, nor of the next smallest where the total would give it away."
 MOST_METRICS = 4
 
 
@@ -68,7 +68,7 @@ def _table(run: RunFiles, groups: Mapping[str, SubgroupResult]) -> Table:
         value, interval = finite(group.metrics.get(primary)), finite_interval(group.ci95.get(primary))
         below = " + ".join(count(patients) for patients in group.support.values()) if len(group.support) > 1 else ""
         size = (
-            Cell(text="fewer than ten", css="absent")
+            Cell(text="not told", css="absent")
             if group.num_test is None
             else Cell(text=count(group.num_test), below=below, mark="" if _enough(group) else DESCRIPTIVE)
         )

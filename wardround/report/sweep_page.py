@@ -77,7 +77,15 @@ def _lead(folder: SweepFolder, done: Sequence[CellResult], rows: Sequence[Row]) 
         return f"{runs}."
     metric, better = metric_title(done[0].primary_metric), max if done[0].higher_is_better else min
     best_mean, best = better(means, key=lambda item: item[0])
+    interval = best.interval("federated")
+    others = [row for _, row in means if row is not best]
+    if interval is None or any(_overlap(interval, row.interval("federated")) for row in others):
+        return f"{runs}. The federated model's {metric} is between {number(min(mean for mean, _ in means))} and {number(max(mean for mean, _ in means))} in the mean over seeds."
     return f"{runs}. The federated model's {metric} is best, {number(best_mean)} in the mean over {plural(best.num_runs, 'seed')}, with {_settings(best)}."
+
+
+def _overlap(one: tuple[float, float], other: tuple[float, float] | None) -> bool:
+    return other is None or (one[0] <= other[1] and other[0] <= one[1])
 
 
 def _banners(folder: SweepFolder, results: Sequence[CellResult]) -> tuple[Banner, ...]:

@@ -210,7 +210,7 @@ def gain_table(run: RunFiles) -> Gains | None:
     few = DESCRIPTIVE_NOTE if any(descriptive(run, site) for site in alone) else ""
     noise = "" if result.evaluation_epsilon is None else "A change holds the noise of the federated model’s metrics. "
     table = Table(
-        heads=("Alone", "Federated", "Change", *(("p (Holm)",) if chances else ())),
+        heads=("Alone, no privacy" if run.study.private else "Alone", "Federated", "Change", *(("p (Holm)",) if chances else ())),
         rows=tuple(rows),
         strip_head=metric_title(primary) if axis else "",
         scale=strip_scale(axis) if axis else None,
