@@ -79,6 +79,7 @@ def study() -> Iterator[Study]:
     del sys.modules["wardround_test_spots"]
 
 
+@pytest.mark.slow  # trains several studies
 def test_one_record_is_rebuilt_from_its_update_and_not_from_a_private_one(study: Study) -> None:
     bare, private, summed = invert_gradients(study, iterations=250)
     assert [attack.protection for attack in (bare, private, summed)] == ["none", "dp", "secure aggregation"]

@@ -71,6 +71,7 @@ def above_bound(attack: MembershipAttack, epsilon: float, delta: float) -> list[
     return found
 
 
+@pytest.mark.slow  # trains several studies
 def test_a_model_that_learned_its_patients_by_heart_gives_them_away_and_a_private_one_does_not(noise: MakeStudy) -> None:
     """By chance the private half fails at most about once in 60 data sets: three standard errors at two areas and eight rates. Data are frozen."""
     study, data = noise(240, easy=0.0)

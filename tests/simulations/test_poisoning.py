@@ -46,6 +46,7 @@ def cohort(task: Task) -> Cohort:
     return task.load_cohort(None, {})
 
 
+@pytest.mark.slow  # trains several studies
 def test_half_of_the_sites_open_a_back_door_under_fedavg(study: Study) -> None:
     """And nobody sees it in the metric; one site that multiplies its update needs no others."""
     [backdoor] = attack_poisoning(study, seed=1, attackers=3, methods=["backdoor"], strategies=["fedavg"])

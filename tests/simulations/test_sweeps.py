@@ -85,6 +85,7 @@ def test_a_row_a_run_with_all_settings_and_what_was_spent(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*/cell-*")) and len(results[0].rounds) == BASE.rounds.count
 
 
+@pytest.mark.slow  # trains several studies
 def test_a_sweep_broken_off_anywhere_and_gone_on_with_has_the_same_table(tmp_path: Path) -> None:
     whole = begun(tmp_path / "whole")
     run_sweep(whole, processes=1)
@@ -160,6 +161,7 @@ def test_a_task_that_fails_on_a_patient_fails_its_cell_and_says_no_more_than_how
     assert not any("Jane" in path.read_text() for path in folder.path.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow  # trains several studies
 def test_a_sweep_file_that_was_changed_does_not_pass_for_the_old_one(tmp_path: Path) -> None:
     folder = begun(tmp_path, a_sweep(seed=[1, 2]))
     run_sweep(folder, processes=1)

@@ -46,6 +46,7 @@ def done(files: Path) -> SweepRun:
     return sweep(files / "sweep.toml", out=files / "runs", processes=1)
 
 
+@pytest.mark.slow  # trains several studies
 def test_the_command_runs_resumes_and_prints_one_envelope(command: Command, files: Path) -> None:
     first = command("sweep", str(files / "sweep.toml"), "--processes", "1", "--json")
     data = json.loads(first.out)["data"]
