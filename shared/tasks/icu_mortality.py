@@ -11,18 +11,10 @@ from torch import nn
 from shared.cohort import Cohort
 from shared.schema import Column
 from shared.task import Task
-from shared.tasks.icu_series import (
-    SITES,
-    SOURCE,
-    SUBGROUPS,
-    IcuStays,
-    RecurrentModel,
-    cohort_of,
-    load_stays,
-    series_inputs,
-    series_schema,
-    synthetic_stays,
-)
+from shared.tasks.icu_series import RecurrentModel, cohort_of, series_inputs
+from shared.tasks.icu_stays import SITES, SOURCE, SUBGROUPS, IcuStays, series_schema
+from shared.tasks.icu_synthetic import synthetic_stays
+from shared.tasks.physionet_2012 import load_stays
 from shared.tasks.tabular import label_rule
 
 NAME = "icu-mortality"
@@ -32,7 +24,7 @@ HIDDEN = 16
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """The stays in a folder of records and outcomes; see `shared.tasks.icu_series.load_stays` for its form, its option and its errors."""
+    """The stays in a folder of records and outcomes; see `shared.tasks.physionet_2012.load_stays` for its form, its option and its errors."""
     return _cohort(load_stays(path, options, task=NAME))
 
 

@@ -18,18 +18,10 @@ from shared.cohort import Cohort
 from shared.errors import DataMissingError
 from shared.metrics import error_metrics
 from shared.task import Task
-from shared.tasks.icu_series import (
-    SITES,
-    SOURCE,
-    SUBGROUPS,
-    IcuStays,
-    RecurrentModel,
-    cohort_of,
-    load_stays,
-    series_inputs,
-    series_schema,
-    synthetic_stays,
-)
+from shared.tasks.icu_series import RecurrentModel, cohort_of, series_inputs
+from shared.tasks.icu_stays import SITES, SOURCE, SUBGROUPS, IcuStays, series_schema
+from shared.tasks.icu_synthetic import synthetic_stays
+from shared.tasks.physionet_2012 import load_stays
 
 NAME = "length-of-stay"
 HOURS_PER_STEP = 4
@@ -41,7 +33,7 @@ SMOOTH = 0.5  # in log-days: from there on the loss grows linearly, and a gradie
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """The stays in a folder of records and outcomes; see `shared.tasks.icu_series.load_stays` for its form, its option and its errors.
+    """The stays in a folder of records and outcomes; see `shared.tasks.physionet_2012.load_stays` for its form, its option and its errors.
 
     Raises:
         DataMissingError: also where no stay ended with a discharge after a known time.

@@ -20,21 +20,10 @@ from shared.metrics import SCORE_HISTOGRAM, FloatArray, Metric, bin_scores
 from shared.models import mlp
 from shared.schema import Column, TensorSchema
 from shared.task import Task
-from shared.tasks.icu_series import (
-    DESCRIPTOR_NAMES,
-    FAR_OUT,
-    HOURS,
-    SOURCE,
-    SUBGROUPS,
-    UNITS,
-    VARIABLES,
-    IcuStays,
-    binned,
-    cohort_of,
-    descriptors,
-    load_stays,
-    synthetic_stays,
-)
+from shared.tasks.icu_series import binned, cohort_of, descriptors
+from shared.tasks.icu_stays import DESCRIPTOR_NAMES, FAR_OUT, HOURS, SOURCE, SUBGROUPS, UNITS, VARIABLES, IcuStays
+from shared.tasks.icu_synthetic import synthetic_stays
+from shared.tasks.physionet_2012 import load_stays
 from shared.tasks.tabular import label_rule
 
 NAME = "surgical-risk"
@@ -132,7 +121,7 @@ def _scaled(values: FloatArray, counts: NDArray[np.int64]) -> FloatArray:
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """The surgical stays in a folder of records and outcomes; see `shared.tasks.icu_series.load_stays` for its form, its option and its errors.
+    """The surgical stays in a folder of records and outcomes; see `shared.tasks.physionet_2012.load_stays` for its form, its option and its errors.
 
     Raises:
         DataMissingError: also where no stay is surgical.

@@ -16,22 +16,10 @@ from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import ConfigurationError, DataAccessError, DataError, DataMissingError, SchemaError
 from shared.task import resolve_task
 from shared.tasks import icu_mortality, length_of_stay, surgical_risk
-from shared.tasks.icu_series import (
-    DESCRIPTOR_NAMES,
-    FAR_OUT,
-    NUM_VARIABLES,
-    UNITS,
-    VARIABLES,
-    IcuStays,
-    Variable,
-    binned,
-    cohort_of,
-    descriptors,
-    load_stays,
-    read_archive,
-    series_inputs,
-    synthetic_stays,
-)
+from shared.tasks.icu_series import binned, cohort_of, descriptors, series_inputs
+from shared.tasks.icu_stays import DESCRIPTOR_NAMES, FAR_OUT, NUM_VARIABLES, UNITS, VARIABLES, IcuStays, Variable
+from shared.tasks.icu_synthetic import synthetic_stays
+from shared.tasks.physionet_2012 import load_stays, read_archive
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "physionet2012"
 INDEX = {variable.name: index for index, variable in enumerate(VARIABLES)}

@@ -14,7 +14,8 @@ from shared.errors import DataMissingError
 from shared.study import Study
 from shared.task import resolve_task
 from shared.tasks import length_of_stay
-from shared.tasks.icu_series import IcuStays, synthetic_stays
+from shared.tasks.icu_stays import IcuStays
+from shared.tasks.icu_synthetic import synthetic_stays
 from shared.tasks.length_of_stay import MOST_DAYS, SMOOTH, USUAL_DAYS, load_cohort, log_days_loss, predicted_days
 from simulations.blocks.choice import check_alike
 

@@ -9,7 +9,8 @@ from client.private_probe import probe_model
 from shared.metrics import SCORE_HISTOGRAM, finish_metrics
 from shared.study import Study
 from shared.task import resolve_task
-from shared.tasks.icu_series import DESCRIPTOR_NAMES, NUM_VARIABLES, VARIABLES, synthetic_stays
+from shared.tasks.icu_stays import DESCRIPTOR_NAMES, NUM_VARIABLES, VARIABLES
+from shared.tasks.icu_synthetic import synthetic_stays
 from shared.tasks.surgical_risk import NUM_FEATURES, RISK_METRICS, observed_to_expected, risk_table, summary_inputs, surgical_risk
 from simulations.blocks.choice import check_alike
 
