@@ -30,7 +30,7 @@ from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
 from simulations.blocks.trainer import Outcome, Sums, make_trainer
 from simulations.blocks.training import flat, named
-from simulations.memory_files import make_folder
+from simulations.memory_files import make_folder, remove_folder
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ class Pool:
         for end in [*self._jobs, *(key.fd for key in list(self._replies.get_map().values()))]:
             os.close(end)
         self._replies.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_folder(self._folder)
 
 
 def _results(template: Parameters, shapes: Mapping[str, tuple[int, ...]], block_size: int) -> dict[str, NDArray[np.generic]]:
