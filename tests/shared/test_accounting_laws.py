@@ -2,7 +2,6 @@
 
 import ast
 import math
-import time
 from pathlib import Path
 
 import dp_accounting
@@ -117,13 +116,11 @@ def test_rounds_are_the_study_exactly_in_any_order(base: PrivacyEvent, rounds: i
 
 
 @pytest.mark.slow
-def test_a_long_history_of_different_releases_takes_seconds() -> None:
+def test_a_long_history_of_different_releases_is_composed_as_one() -> None:
+    """How long it takes is measured by benchmarks/accounting.py."""
     rng = np.random.default_rng(1)
     history = [event(float(rng.uniform(1, 5)), float(rng.uniform(0.005, 0.3)), int(rng.integers(20, 500))) for _ in range(200)]
-    epsilon_of([event(1.0, 0.1, 10)], DELTA)  # imports
-    started = time.process_time()
     whole = epsilon_of(history, DELTA)
-    assert time.process_time() - started < 5
     assert len(merge_events(history)) == 200
     bounds = [renyi_epsilon(sum(renyi_divergence(one, order) for one in history), order=order, delta=DELTA) for order in (2.0, 3.0)]
     assert epsilon_of(history[:20], DELTA) < whole <= min(bounds)
