@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -472,11 +471,8 @@ def test_meaning_of_epsilon_bounds_every_test() -> None:
 
 
 @pytest.mark.slow
-def test_rendering_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_rendering_imports_nothing_heavy(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run", MANY)
-    started = time.perf_counter()
-    write_report(folder)
-    assert time.perf_counter() - started < 2  # about 0.2 s; the margin is for busy machines
     heavy = "{'torch', 'pandas', 'matplotlib', 'scipy', 'flwr', 'ray', 'opacus'} & set(sys.modules)"
     code = f"import sys, pathlib; from wardround.report import write_report; write_report(pathlib.Path(sys.argv[1])); assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
