@@ -27,8 +27,9 @@ SWEEP, START, CELLS, TABLE = "sweep.toml", "sweep.json", "cells", "table.csv"
 
 
 class SweepStart(Record):
-    """sweep.json: the data that the sweep began with, so that it goes on with the same."""
+    """sweep.json: what the sweep began with, so that it goes on with the same."""
 
+    sweep_sha256: str  # of sweep.toml: results of another grid or study must not pass for its own
     data: str | None
     data_sha256: str | None  # None without data, and where they are real sites, which keep theirs
 
@@ -39,10 +40,18 @@ class SweepFolder:
     Attributes:
         sweep: with its study's tables in it, whatever becomes of the file that it came from.
         cells: all of them, done or not.
+
+    Raises:
+        ModelMismatchError: sweep.toml was changed since.
+        StorageError: the folder is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if self._start.sweep_sha256 != _text_sha256(path / SWEEP):
+            raise ModelMismatchError(
+                f"{path / SWEEP}: expected the sweep that was begun here, got a changed one", "put it back, or begin a new sweep"
+            )
         self.sweep = validate(Sweep, read_toml(path / SWEEP), str(path / SWEEP))
         assert isinstance(self.sweep.study, dict)
         self.cells = cells_of(self.sweep, Study.from_table(self.sweep.study, source=str(path / SWEEP)))
@@ -62,9 +71,23 @@ class SweepFolder:
         table = sweep.model_dump(mode="json")
         grid = table.pop("grid")
         write_atomic(path / SWEEP, toml_text({**table, "study": base.to_table(), "grid": grid}))
-        start = SweepStart(data=None if data is None else str(data.resolve()), data_sha256=None if site_files(data) else _sha256(data))
+        start = SweepStart(
+            sweep_sha256=_text_sha256(path / SWEEP),
+            data=None if data is None else str(data.resolve()),
+            data_sha256=None if site_files(data) else _sha256(data),
+        )
         write_atomic(path / START, json_text(start.model_dump(mode="json")))
         return cls(path)
+
+    @functools.cached_property
+    def _start(self) -> SweepStart:
+        path = self.path / START
+        try:
+            return SweepStart.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise StorageError(
+                f"{path}: expected what a sweep began with, could not read it ({type(error).__name__})", "begin a new sweep"
+            ) from error
 
     def check_data(self, data: Path | None) -> None:
         """Return where `data` is None, or what the sweep began with.
@@ -72,7 +95,7 @@ class SweepFolder:
         Raises:
             ConfigurationError: it is another path.
         """
-        known = SweepStart.model_validate_json((self.path / START).read_bytes()).data
+        known = self._start.data
         if data is not None and str(data.resolve()) != known:
             raise ConfigurationError(
                 f"--data: expected {known or 'none'}, with which this sweep began, got {data}", "leave it out, or begin a new sweep"
@@ -92,7 +115,7 @@ class SweepFolder:
         """
         cells = cells_of(sweep, base)
         for path in sorted(out.glob(f"{sweep.name}-*Z-*"), key=lambda path: path.stat().st_mtime, reverse=True):
-            with contextlib.suppress(ConfigurationError, OSError):  # another's folder
+            with contextlib.suppress(ConfigurationError, StorageError, OSError):  # another's folder
                 if cls.is_one(path) and (found := cls(path)).cells == cells and found.sweep.baselines == sweep.baselines:
                     return found
         raise ConfigurationError(f"{out}: expected a folder of sweep {sweep.name!r} with this grid and study, found none", "leave out --resume")
@@ -104,7 +127,7 @@ class SweepFolder:
         Raises:
             ModelMismatchError: they have changed since.
         """
-        start = SweepStart.model_validate_json((self.path / START).read_bytes())
+        start = self._start
         path = None if start.data is None else Path(start.data)
         if start.data_sha256 is not None and _sha256(path) != start.data_sha256:
             raise ModelMismatchError(f"{path}: expected the data that this sweep began with, got others", "put them back, or begin a new sweep")
@@ -126,15 +149,9 @@ class SweepFolder:
         """
         path = self._path(number)
         try:
-            result = CellResult.model_validate_json(path.read_bytes())
+            return CellResult.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise StorageError(f"{path}: expected a cell's result, could not read it ({type(error).__name__})", "remove it, and resume") from error
-        if result.settings != dict(self.cells[number - 1].settings):
-            raise ModelMismatchError(
-                f"{path}: expected the result of {self.cells[number - 1]}, got another's: sweep.toml was changed",
-                "begin a new sweep for another grid",
-            )
-        return result
 
     def waiting(self) -> list[Cell]:
         """The cells that are still to be run: those that failed are tried again."""
@@ -181,6 +198,11 @@ def _written(study: dict[str, bool | int | float | str]) -> dict[str, object]:
 
 def _epsilon(site: SitePrivacy) -> float:
     return site.epsilon
+
+
+def _text_sha256(path: Path) -> str:
+    with storage_errors(path, "read"):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sha256(data: Path | None) -> str | None:

@@ -165,9 +165,12 @@ def test_a_task_that_fails_on_a_patient_fails_its_cell_and_says_no_more_than_how
 def test_a_sweep_file_that_was_changed_does_not_pass_for_the_old_one(tmp_path: Path) -> None:
     folder = begun(tmp_path, a_sweep(seed=[1, 2]))
     run_sweep(folder, processes=1)
-    (folder.path / "sweep.toml").write_text((folder.path / "sweep.toml").read_text().replace("[1, 2]", "[1, 3]"))
-    with pytest.raises(ModelMismatchError, match=r"cell 2 \(seed = 3\)"):
-        SweepFolder(folder.path).results()
+    written = (folder.path / "sweep.toml").read_text()
+    for old, new in (("[1, 2]", "[1, 3]"), ("batch_size = 32", "batch_size = 16")):  # the grid; the base study
+        assert old in written
+        (folder.path / "sweep.toml").write_text(written.replace(old, new))
+        with pytest.raises(ModelMismatchError, match="got a changed one"):
+            SweepFolder(folder.path)
     with pytest.raises(ConfigurationError, match="--data: expected none"):
         folder.check_data(tmp_path)
 
