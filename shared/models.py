@@ -113,10 +113,11 @@ def check_parameters(parameters: Mapping[str, NDArray[np.generic]], template: Te
 
 
 def predict_in_batches(model: nn.Module, inputs: tuple[NDArray[np.generic], ...], *, batch_size: int = 1024) -> torch.Tensor:
-    """Outputs of `model` in evaluation mode, `(N, ...)`, in batches of bounded size."""
+    """Outputs of `model` in evaluation mode, `(N, ...)`, in batches of bounded size; made where its parameters are, and given on the CPU."""
     model.eval()
     outputs = []
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         for start in range(0, len(inputs[0]), batch_size):
-            outputs.append(model(*(torch.from_numpy(values[start : start + batch_size]) for values in inputs)))
+            outputs.append(model(*(torch.from_numpy(values[start : start + batch_size]).to(device) for values in inputs)).cpu())
     return torch.cat(outputs)

@@ -126,7 +126,7 @@ def resume_run(setting: Setting, path: Path) -> RunFolder:
 def execute(
     setting: Setting, folder: RunFolder, *, baselines: bool, observe: Callable[[RoundRecord], None] = lambda record: None,
     execution: Execution = "auto", memory: int = DEFAULT_MEMORY, processes: int | None = None, engine: Engine = "in-process",
-    ray_address: str | None = None, plain_baselines: bool = True,
+    ray_address: str | None = None, device: str = "cpu", plain_baselines: bool = True,
 ) -> None:  # fmt: skip
     """Run the study into `folder`, from its last checkpoint where there is one; result.json always says how it ended.
 
@@ -136,6 +136,7 @@ def execute(
         processes: that train blocks; None: one for each core where there is enough to do, else this one.
         engine: where blocks are trained: on this machine, or on a Ray cluster.
         ray_address: of the cluster; None: one on this machine alone.
+        device: where this machine trains blocks, as torch names it; `memory` is then of that device.
         plain_baselines: with baselines, those without privacy too where the study has some.
 
     Raises:
@@ -145,7 +146,7 @@ def execute(
     if baselines:
         check_baselines(setting)
     started = time.monotonic()
-    choice = choose(setting, execution, memory, processes)
+    choice = choose(setting, execution, memory, processes, device)
     if engine == "ray":
         choice = choice.on_ray(setting, ray_address, processes)
         _ray_workers(ray_address)  # refused before anything is begun where there is none
@@ -197,7 +198,8 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
         server_app(coordinator)(InProcessGrid(app, ordered), context)
         return
     engine = BlockEngine(
-        app, ordered, setting.task, setting.study, block_size=choice.block_size, stacked=choice.blocks, make_workers=_workers(choice)
+        app, ordered, setting.task, setting.study, block_size=choice.block_size, stacked=choice.blocks, make_workers=_workers(choice),
+        device=choice.device,
     )  # fmt: skip
     with contextlib.closing(engine):
         server_app(coordinator)(engine, context)

@@ -123,6 +123,7 @@ def simulate(
     memory: int = 2_000_000_000,
     engine: Literal["in-process", "ray"] = "in-process",
     ray_address: str | None = None,
+    device: str = "cpu",
     observe: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Run:
     """Run a study over virtual sites on this machine, in this process.
@@ -139,6 +140,7 @@ def simulate(
         memory: bytes that training in blocks may take at most.
         engine: "ray" trains on a Ray cluster (extra `ray`), with the same result; Ray starts and ends on this machine where no address is given.
         ray_address: of a cluster's head, as `ray.init` takes it; this version and the task must be installed on every node.
+        device: where blocks are trained, as torch names it ("cuda"); `memory` is then of that device, and the last digits are its own.
         observe: called with every round's record.
 
     Raises:
@@ -167,7 +169,7 @@ def simulate(
     try:
         execute(
             setting, folder, baselines=bool(baselines), observe=observe, execution=execution, memory=memory, processes=processes, engine=engine,
-            ray_address=ray_address,
+            ray_address=ray_address, device=device,
         )  # fmt: skip
     except BaseException:
         with contextlib.suppress(Exception):  # the report of what there is; what stopped the run says more than why it has none

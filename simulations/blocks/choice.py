@@ -39,6 +39,7 @@ class Choice:
     block_size: int
     num_workers: int = 0  # processes beside this one; 0: this one trains
     reason: str = ""
+    device: str = "cpu"
     engine: Engine = "in-process"
     ray_address: str | None = None
 
@@ -51,8 +52,12 @@ class Choice:
         """The same on a Ray cluster, with as many workers as it has CPUs where `processes` is None.
 
         Raises:
-            ConfigurationError: the sites are real, or keep their noise to themselves: they stay in this process.
+            ConfigurationError: the sites are real, or keep their noise to themselves: they stay in this process; or a device was named for it.
         """
+        if self.device != "cpu":
+            raise ConfigurationError(
+                "--device: expected none with --engine ray, whose workers train on their CPUs, got one", "leave one of the two out"
+            )
         if setting.federation is None or _noise_of_its_own(setting.study):
             raise ConfigurationError(
                 "--engine ray: expected virtual sites with seeded noise, got others, which no other machine may see", "leave it out"
@@ -65,7 +70,8 @@ class Choice:
         return not self.reason
 
     def __str__(self) -> str:
-        return f"in blocks of up to {self.block_size} sites" if self.blocks else f"one site after another ({self.reason})"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"in blocks of up to {self.block_size} sites{where}" if self.blocks else f"one site after another ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +83,19 @@ class Footprint:
     largest: int
 
 
-def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY, processes: int | None = None) -> Choice:
+def choose(
+    setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY, processes: int | None = None, device: str = "cpu"
+) -> Choice:  # fmt: skip
     """How to run this setting. The number of processes has no effect on the result.
 
+    Args:
+        device: as torch names it; what is not "cpu" trains blocks of as many sites as `memory`, its own, allows, and this process feeds it alone.
+
     Raises:
-        ConfigurationError: blocks were asked for and cannot be.
+        ConfigurationError: blocks were asked for, or a device, and cannot be.
     """
+    if device != "cpu":
+        return _on_device(setting, execution, memory, processes, device)
     try:
         if execution == "sequential":
             raise NotStackableError("as asked")
@@ -94,8 +107,25 @@ def choose(setting: Setting, execution: Execution, memory: int = DEFAULT_MEMORY,
     return choice
 
 
-def _block_size(setting: Setting, memory: int) -> int:
-    """Sites of a block.
+def _on_device(setting: Setting, execution: Execution, memory: int, processes: int | None, device: str) -> Choice:
+    if execution == "sequential" or (processes or 1) > 1:
+        raise ConfigurationError(
+            f"--device {device}: expected blocks that one process feeds, got --execution sequential or several processes", "leave them out"
+        )
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises of a name, a build or a driver
+        raise ConfigurationError(
+            f"--device {device}: expected a device that torch can use here, got another ({type(error).__name__})", "use cpu, cuda, or cuda:1"
+        ) from None
+    try:
+        return Choice(block_size=_block_size(setting, memory, cached=False), device=device)
+    except NotStackableError as error:
+        raise ConfigurationError(f"--device {device}: expected a study that can be trained many sites at once: {error}", "use cpu") from None
+
+
+def _block_size(setting: Setting, memory: int, *, cached: bool = True) -> int:
+    """Sites of a block: as many as memory allows, and on a CPU no more than its caches serve well.
 
     Raises:
         NotStackableError: there can be none.
@@ -115,6 +145,8 @@ def _block_size(setting: Setting, memory: int) -> int:
     most = memory // site_bytes
     if most < 2:
         raise NotStackableError(f"two sites at once need {2 * site_bytes / 1e9:.1f} GB of memory")
+    if not cached:
+        return min(len(sizes), most)
     fast = min(CACHE_BYTES // (footprint.near * num_rows + fixed), FRESH_BYTES // (footprint.largest * num_rows))
     return int(max(2, min(math.ceil(len(sizes) / LEAST_BLOCKS), MOST_SITES, most, fast)))
 

@@ -55,17 +55,18 @@ class Masks:
         calls: the layers in the order in which they are called, with the shape of a row's mask.
         keys: of every site's randomness in this round.
         physical: of each site, rows of a private site's physical batch; None: a batch is passed as it is.
+        like: of the type and on the device of the masks.
     """
 
     def __init__(
-        self, calls: Sequence[tuple[StackedDropout, tuple[int, ...]]], keys: Sequence[bytes], *, physical: Sequence[int | None], dtype: torch.dtype
+        self, calls: Sequence[tuple[StackedDropout, tuple[int, ...]]], keys: Sequence[bytes], *, physical: Sequence[int | None], like: torch.Tensor
     ) -> None:
         for layer, _ in calls:
             layer.masks.clear()  # of a block that failed on its way
         self._calls = calls
         self._generators = [keyed_generator(subkey(key, b"torch")) for key in keys]
         self._physical = physical
-        self._dtype = dtype
+        self._dtype, self._device = like.dtype, like.device
 
     def draw(self, counts: Sequence[int], num_rows: int) -> None:
         """Give every layer its masks of the next step.
@@ -83,4 +84,4 @@ class Masks:
                     drawn = torch.empty(step, *shape, dtype=self._dtype).bernoulli_(layer.keep, generator=generator)
                     mask[rows] = drawn[: rows.stop - rows.start]
         for mask, (layer, _) in zip(masks, self._calls, strict=True):
-            layer.masks.append(mask.div_(layer.keep))
+            layer.masks.append(mask.div_(layer.keep).to(self._device))

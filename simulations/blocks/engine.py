@@ -73,11 +73,12 @@ class BlockEngine(InProcessGrid):
         block_size: sites that are trained at once, at most.
         stacked: the sites of a block are trained at once; else one after another, which only several processes make sooner.
         make_workers: others that train, from when they are ready; None: this process does all the time.
+        device: where this process trains blocks at once.
     """
 
     def __init__(
         self, client_app: ClientApp, sites: Mapping[str, Site], task: Task, study: Study, *, block_size: int, stacked: bool = True,
-        make_workers: MakeWorkers | None = None,
+        make_workers: MakeWorkers | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
         super().__init__(client_app, sites)
         self._names = dict(enumerate(sites, start=FIRST_SITE_NODE_ID))
@@ -88,6 +89,7 @@ class BlockEngine(InProcessGrid):
         self._block_size = min(block_size, len(sites))
         self._stacked = stacked
         self._make_workers = make_workers
+        self._device = device
         self._fold = 0
         self._steps: dict[str, int] = {}
         self._trainer: BlockTrainer | None = None  # here; None once there are workers
@@ -136,7 +138,7 @@ class BlockEngine(InProcessGrid):
         if self._make_workers is not None:
             self._workers = self._make_workers(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
         if not self._ready():
-            self._trainer = make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked)
+            self._trainer = make_trainer(self._task, self._study, patients, block_size=self._block_size, stacked=self._stacked, device=self._device)
 
     def _ready(self) -> bool:
         return self._workers is not None and self._workers.ready()

@@ -232,7 +232,7 @@ class StackedEmbedding(StackedLayer):
         table = self.part("weight")
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < table.shape[1]:
             raise IndexError("a token has no row in the table")
-        starts = torch.arange(self.num_sites).repeat_interleave(len(tokens) // self.num_sites) * table.shape[1]
+        starts = torch.arange(self.num_sites, device=tokens.device).repeat_interleave(len(tokens) // self.num_sites) * table.shape[1]
         rows = tokens + starts.view(-1, *[1] * (tokens.dim() - 1))
         return self.keep(tokens, nn.functional.embedding(rows, table.reshape(-1, table.shape[2])))
 
@@ -243,7 +243,10 @@ class StackedEmbedding(StackedLayer):
     def _by_token(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Records' gradients without their zeros: record `(U,)`, token `(U,)` and the sum of b over its places in that record, `(U, width)`."""
         num_tokens, width = self.parts["weight"].shape[1:]
-        keys = [(tokens.flatten(1) + num_tokens * torch.arange(len(tokens)).unsqueeze(1)).flatten() for tokens, _ in _flat_rows(self.calls)]
+        keys = [
+            (tokens.flatten(1) + num_tokens * torch.arange(len(tokens), device=tokens.device).unsqueeze(1)).flatten()
+            for tokens, _ in _flat_rows(self.calls)
+        ]
         given = torch.cat([backprop.reshape(-1, width) for backprop in self._backprops])
         unique, place = torch.unique(torch.cat(keys), return_inverse=True)
         sums = given.new_zeros(len(unique), width).index_add_(0, place, given)

@@ -40,6 +40,9 @@ def _stacked(layer: nn.Module, name: str) -> StackedLayer:
 class StackedModel:
     """`model` for `num_sites` sites at once.
 
+    Args:
+        device: where its parameters are, and where rows must come.
+
     Attributes:
         flat: `(S, d)`, every site's trainable parameters in the model's order; training writes to it.
         gradients: `(S, d)`, where `write_weighted_sums` writes.
@@ -49,8 +52,8 @@ class StackedModel:
         NotStackableError: it cannot be.
     """
 
-    def __init__(self, model: nn.Module, num_sites: int) -> None:
-        self._module = copy.deepcopy(model)
+    def __init__(self, model: nn.Module, num_sites: int, device: str = "cpu") -> None:
+        self._module = copy.deepcopy(model).to(device)
         self._module.train()
         _check_modules(self._module)
         trainable = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
@@ -71,7 +74,7 @@ class StackedModel:
         dtypes = {parameter.dtype for parameter in trainable}
         if len(dtypes) != 1:
             raise NotStackableError("its trainable parameters are not all of one type")
-        self.flat = torch.zeros(num_sites, ends[-1], dtype=dtypes.pop())
+        self.flat = torch.zeros(num_sites, ends[-1], dtype=dtypes.pop(), device=device)
         self.gradients = torch.zeros_like(self.flat)
         self._into: dict[StackedLayer, dict[str, torch.Tensor]] = {}
         for layer in self.layers:

@@ -93,23 +93,23 @@ class BlockTrainer:
 
 
 class StackedTrainer(BlockTrainer):
-    """Trains the sites of a block, at most `block_size`, at once."""
+    """Trains the sites of a block, at most `block_size`, at once, on a device that holds the records of all sites."""
 
-    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int) -> None:
+    def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, device: str = "cpu") -> None:
         super().__init__(task, study, patients)
-        self._stacked = StackedModel(self._model, block_size)
-        self._model = with_fast_activations(self._model)  # which evaluates
-        training = patients.training
-        self._records = Records(inputs=tuple(map(torch.from_numpy, training.inputs)), labels=torch.from_numpy(training.labels))
+        self._stacked = StackedModel(self._model, block_size, device)
+        self._model = with_fast_activations(self._model).to(device)  # which evaluates
+        inputs, labels = patients.training.inputs, patients.training.labels
+        self._records = Records(inputs=tuple(torch.from_numpy(values).to(device) for values in inputs), labels=torch.from_numpy(labels).to(device))
 
     def _train(self, works: list[SiteWork], received: Parameters, local: LocalRound) -> tuple[IntArray, NDArray[np.floating]]:
         steps = train_block(self._stacked, received, works, self._records, local)
         return steps, flat_updates(self._stacked, received, len(works))
 
 
-def make_trainer(task: Task, study: Study, patients: Patients, *, block_size: int, stacked: bool) -> BlockTrainer:
-    """One that trains the sites of a block at once, or one after another."""
-    return StackedTrainer(task, study, patients, block_size=block_size) if stacked else BlockTrainer(task, study, patients)
+def make_trainer(task: Task, study: Study, patients: Patients, *, block_size: int, stacked: bool, device: str = "cpu") -> BlockTrainer:
+    """One that trains the sites of a block at once, or one after another, which the CPU does."""
+    return StackedTrainer(task, study, patients, block_size=block_size, device=device) if stacked else BlockTrainer(task, study, patients)
 
 
 def _select(part: Part, sites: list[int]) -> Part:

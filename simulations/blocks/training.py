@@ -63,13 +63,13 @@ class _Batches:
     counts: IntArray
     records: list[IntArray]  # a step: the records of all sites, site after site
 
-    def padded(self, step: int, num_active: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, step: int, num_active: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`(S B,)` indices of records and `(S, B)` whether a row is one of its site's."""
         counts = self.counts[step, :num_active]
         mask = np.arange(max(int(counts.max(initial=0)), 1)) < counts[:, None]
         rows = np.zeros(mask.shape, dtype=np.int64)
         rows[mask] = self.records[step]
-        return torch.from_numpy(rows.reshape(-1)), torch.from_numpy(mask)
+        return torch.from_numpy(rows.reshape(-1)).to(device), torch.from_numpy(mask).to(device)
 
 
 def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWork], records: Records, local: LocalRound) -> IntArray:
@@ -86,7 +86,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     batches = _draw(sites, local, steps)
     optimizer = LocalOptimizer(local.study, [flat], local.round_number)
     proximal = ProximalTerm(local.study, [flat])
-    noise = _BlockNoise(sites, gradients.shape[1], local) if private else None
+    noise = _BlockNoise(sites, gradients, local) if private else None
     masks = _masks(stacked, sites, records, local)
     done = len(sites)  # sites from here on have taken all their steps
     finished = flat[done:].clone()
@@ -98,7 +98,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
             gradients[done:] = 0.0
         local.still_wanted()
         stacked.use(active)
-        rows, mask = batches.padded(step, active)
+        rows, mask = batches.padded(step, active, flat.device)
         if masks is not None:
             masks.draw(batches.counts[step, :active].tolist(), mask.shape[1])
         _sum_gradients(stacked, records, rows, mask, local)
@@ -119,7 +119,7 @@ def _masks(stacked: StackedModel, sites: list[SiteWork], records: Records, local
     stacked.use(len(sites))
     most = local.study.privacy.physical_batch_size
     sizes = [physical_size(site.plan.expected_batch_size, most) if local.study.private else None for site in sites]
-    return Masks(calls, [site.key for site in sites], physical=sizes, dtype=stacked.flat.dtype)
+    return Masks(calls, [site.key for site in sites], physical=sizes, like=stacked.flat)
 
 
 def _sum_gradients(stacked: StackedModel, records: Records, rows: torch.Tensor, mask: torch.Tensor, local: LocalRound) -> None:
@@ -140,25 +140,26 @@ def _sum_gradients(stacked: StackedModel, records: Records, rows: torch.Tensor, 
 
 
 class _BlockNoise:
-    """Every site's own noise, on the grid of all."""
+    """Every site's own noise, on the grid of all; its bits are drawn on the host, whatever device the sums are on."""
 
-    def __init__(self, sites: list[SiteWork], size: int, local: LocalRound) -> None:
+    def __init__(self, sites: list[SiteWork], gradients: torch.Tensor, local: LocalRound) -> None:
+        size, device = gradients.shape[1], gradients.device
         self._streams = [SimulatedNoise(subkey(site.key, b"noise")) for site in sites]
         self._grid = NoiseGrid.of(local.study.privacy.max_grad_norm, size)
         self._bits = np.empty((len(sites), 2 * ((size + 1) // 2)), dtype=np.int32)
         self._bytes = [row.data.cast("B") for row in self._bits]
-        self._normals = torch.empty(len(sites), 2 * ((size + 1) // 2))
+        self._normals = torch.empty(len(sites), 2 * ((size + 1) // 2), device=device)
         self._size = size
         multipliers = torch.tensor([[site.plan.noise_multiplier or 0.0] for site in sites], dtype=torch.float64)
-        self._stds = multipliers * (self._grid.sensitivity / self._grid.spacing)
-        self._scales = self._grid.spacing / torch.tensor([[site.plan.expected_batch_size] for site in sites], dtype=torch.float64)
+        self._stds = (multipliers * (self._grid.sensitivity / self._grid.spacing)).to(device)
+        self._scales = (self._grid.spacing / torch.tensor([[site.plan.expected_batch_size] for site in sites], dtype=torch.float64)).to(device)
 
     def release(self, totals: torch.Tensor) -> None:
         """In place: `totals`, `(S, d)`, rounded to the grid, plus noise rounded to it, over each site's expected batch size."""
         active = len(totals)
         for row, stream in zip(self._bytes[:active], self._streams, strict=False):
             stream.fill_bytes(row)
-        normals = standard_normals(torch.from_numpy(self._bits[:active]), self._normals[:active])[:, : self._size]
+        normals = standard_normals(torch.from_numpy(self._bits[:active]).to(totals.device), self._normals[:active])[:, : self._size]
         noise = normals.to(totals.dtype).mul_(self._stds[:active].to(totals.dtype)).round_()
         totals.div_(self._grid.spacing).round_().add_(noise).mul_(self._scales[:active].to(totals.dtype))
 
@@ -221,11 +222,11 @@ def steps_of(study: Study, num_records: int, declared_size: int) -> int:
 
 def flat_updates(stacked: StackedModel, received: Parameters, num_sites: int) -> NDArray[np.floating]:
     """Trained minus received, `(S, D)`: the arrays of the model's state, one after another; what is not trained has not moved."""
-    columns = []
+    columns, trained = [], stacked.flat[:num_sites].cpu().numpy()
     for name, value in received.items():
         if name in stacked.spans:
             span, _ = stacked.spans[name]
-            columns.append(stacked.flat[:num_sites, span].numpy() - value.reshape(-1))
+            columns.append(trained[:, span] - value.reshape(-1))
         else:
             columns.append(np.zeros((num_sites, value.size), dtype=value.dtype))
     return np.concatenate(columns, axis=1)

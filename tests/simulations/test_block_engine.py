@@ -18,6 +18,7 @@ from simulations.blocks.training import named
 from simulations.blocks.workers import Pool
 from simulations.federation import declared_sizes
 from simulations.simulate import prepare
+from tests.simulations.other_device import other_device
 
 SITES = ("site-1", "site-2", "site-3", "site-4", "site-5")
 
@@ -194,6 +195,34 @@ def test_what_cannot_be_in_blocks_is_told_and_refused_where_it_was_asked_for(run
     assert choose(usual, "auto").block_size == 3 and not choose(usual, "sequential").blocks
     assert not choose(usual, "auto", memory=10_000).blocks
     assert choose(usual, "auto", processes=3).num_workers == 3 and choose(usual, "auto", processes=1).num_workers == 0
+
+
+@pytest.mark.parametrize("privacy", [{}, {"unit": "none"}], ids=["private", "none"])
+def test_a_run_whose_blocks_another_device_trains_comes_to_what_the_cpu_comes_to(runner, privacy: dict[str, object]) -> None:
+    with other_device() as device:
+        there = runner.run(five_sites(runner, privacy=privacy), device=device)
+    here = runner.run(five_sites(runner, privacy=privacy))
+    assert there.result.execution == f"in blocks of up to 5 sites on {device}"
+    models = [read_tensors(run.folder.path / "model" / "final.safetensors")[1] for run in (there, here)]
+    for name, value in models[1].items():
+        np.testing.assert_allclose(models[0][name], value, rtol=1e-4, atol=1e-6)
+    assert there.result.metrics["federated"] == pytest.approx(here.result.metrics["federated"], abs=0.02)
+    assert there.result.privacy == here.result.privacy
+
+
+def test_a_device_that_is_not_there_or_would_not_train_is_refused(runner) -> None:
+    usual = prepare(five_sites(runner), None)
+    for name in ("cuda:77", "no device", "meta"):
+        with pytest.raises(ConfigurationError, match=f"--device {name}: expected a device that torch can use here"):
+            choose(usual, "auto", device=name)
+    with other_device() as device:
+        for options in ({"execution": "sequential"}, {"execution": "auto", "processes": 2}):
+            with pytest.raises(ConfigurationError, match="expected blocks that one process feeds"):
+                choose(usual, **options, device=device)
+        with pytest.raises(ConfigurationError, match="operating system"):
+            choose(prepare(five_sites(runner, privacy={"noise_source": "os"}), None), "auto", device=device)
+        with pytest.raises(ConfigurationError, match="with --engine ray"):
+            choose(usual, "auto", device=device).on_ray(usual, None, None)
 
 
 def test_declared_sizes_are_exact_where_they_are_few_and_rounded_where_they_are_many() -> None:

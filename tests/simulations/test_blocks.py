@@ -23,6 +23,7 @@ from simulations.blocks.choice import check_alike
 from simulations.blocks.layers import NotStackableError
 from simulations.blocks.stacked import StackedModel
 from simulations.blocks.training import Records, SiteWork, flat_updates, train_block
+from tests.simulations.other_device import DeviceMismatchError, other_device
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
 DEEP = 3e-5  # float32, of a network of ten layers after several steps
@@ -200,16 +201,16 @@ def alone(local: LocalRound, cohorts: list[Cohort], received: Parameters) -> lis
     return updates
 
 
-def together(local: LocalRound, cohorts: list[Cohort], received: Parameters) -> list[Parameters]:
+def together(local: LocalRound, cohorts: list[Cohort], received: Parameters, device: str = "cpu") -> list[Parameters]:
     """The updates of all sites at once."""
     starts = np.cumsum([0, *[cohort.num_records for cohort in cohorts]])
-    stacked = StackedModel(local.task.model(), len(cohorts))
+    stacked = StackedModel(local.task.model(), len(cohorts), device)
     works = [
         SiteWork(name=str(site), plan=plan_site(local.study, cohort.num_patients), part=cohort, index=PatientIndex(cohort), start=int(start), key=key_of(site))
         for site, (cohort, start) in enumerate(zip(cohorts, starts, strict=False))
     ]  # fmt: skip
-    inputs = tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*(cohort.inputs for cohort in cohorts), strict=True))
-    records = Records(inputs=inputs, labels=torch.from_numpy(np.concatenate([cohort.labels for cohort in cohorts])))
+    inputs = tuple(torch.from_numpy(np.concatenate(parts)).to(device) for parts in zip(*(cohort.inputs for cohort in cohorts), strict=True))
+    records = Records(inputs=inputs, labels=torch.from_numpy(np.concatenate([cohort.labels for cohort in cohorts])).to(device))
     train_block(stacked, received, works, records, local)
     splits = np.cumsum([value.size for value in received.values()])[:-1]
     rows = flat_updates(stacked, received, len(cohorts))
@@ -236,6 +237,30 @@ def test_a_block_of_ragged_sites_makes_the_updates_that_they_make_alone(name: st
     received = initial_parameters(local.task.model(), 3)
     found = differences(alone(local, cohorts, received), together(local, cohorts, received))
     assert max(found) < (FLOAT32 if dtype == torch.float32 else FLOAT64) * (ADAM if training == "adam" else 1)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("privacy", PRIVACIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_trains_on_another_device_as_on_the_cpu(name: str, privacy: str) -> None:
+    """A device that computes as the CPU does, and refuses its tensors: so every tensor is where it must be, and the numbers are the same."""
+    make, shape = MODELS[name]
+    local = LocalRound(study=make_study(PRIVACIES[privacy], {}), task=task_of(make, torch.float32), round_number=1)
+    cohorts = [cohort_of(size, shape, seed, tokens="tokens" in name) for seed, size in enumerate((21, 9))]
+    received = initial_parameters(local.task.model(), 3)
+    with other_device() as device:
+        elsewhere = together(local, cohorts, received, device)
+    assert max(differences(together(local, cohorts, received), elsewhere)) < FLOAT32
+
+
+def test_the_other_device_refuses_what_an_accelerator_refuses() -> None:
+    with other_device() as device:
+        there = torch.ones(2).to(device)
+        assert (there + torch.tensor(1.0)).sum().item() == 4.0
+        with pytest.raises(DeviceMismatchError):
+            there + torch.ones(2)
+        with pytest.raises(TypeError):
+            there.numpy()
 
 
 @pytest.mark.parametrize("bug", ["a quarter of the noise", "no clipping", "one seed for all sites"])

@@ -64,6 +64,7 @@ def simulate(
         int | None,
         typer.Option("--processes", metavar="N", min=1, help="That train; default: one a core where there is enough to do.", show_default=False),
     ] = None,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="That trains blocks of sites, as torch names it: cpu, cuda, cuda:1.")] = "cpu",
     memory: Annotated[str, typer.Option("--memory", metavar="SIZE", help="What training may take at most, for example 4G or 500M.")] = "2G",
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -78,7 +79,7 @@ def simulate(
         raise typer.BadParameter("goes with --engine ray", param_hint="--ray-address")
     _run(
         chosen, data=data, out=out, baselines=baselines, resume=resume, as_json=as_json,
-        machine={"execution": execution, "processes": processes, "memory": num_bytes, "engine": engine, "ray_address": ray_address},
+        machine={"execution": execution, "processes": processes, "memory": num_bytes, "engine": engine, "ray_address": ray_address, "device": device},
     )  # fmt: skip
 
 
