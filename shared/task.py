@@ -21,7 +21,9 @@ ENTRY_POINT_GROUP = "wardround.tasks"
 BUILT_IN = {
     "breast-cancer": "shared.tasks.breast_cancer:breast_cancer",
     "breast-ultrasound": "shared.tasks.breast_ultrasound:breast_ultrasound",
+    "cell-detection": "shared.tasks.cell_detection:cell_detection",
     "chest-xray": "shared.tasks.chest_xray:chest_xray",
+    "ecg-beat": "shared.tasks.ecg_beat:ecg_beat",
     "heart-disease": "shared.tasks.heart_disease:heart_disease",
     "icu-apache": "shared.tasks.icu_apache:icu_apache",
     "icu-attention": "shared.tasks.icu_attention:icu_attention",
@@ -50,6 +52,9 @@ class Task:
         bundled: True when real patients come with the package, so that no path is needed.
         default_study: file name of the shipped study, for `simulate --task`.
         subgroups: by which attributes of patients a report tells how well the model does.
+        refine: what a site does to its model, in place, after it trained it for a round: a fresh model with the trained parameters, and no patient,
+            so under privacy it is post-processing. It alone may move what does not require gradients, such as a GAN's generator, trained against
+            the discriminator, or a Q-learner's target; draws come from torch's generator, which is keyed. Its sites are trained one after another.
     """
 
     name: str
@@ -68,6 +73,7 @@ class Task:
     bundled: bool = False
     default_study: str | None = None
     subgroups: tuple[Subgroup, ...] = ()
+    refine: Callable[[nn.Module], None] | None = field(default=None, repr=False)
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: hundreds of sites ask
 
     def __post_init__(self) -> None:

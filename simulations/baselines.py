@@ -7,6 +7,8 @@ import numpy as np
 
 from client.evaluation import evaluate_parameters
 from client.local_training import LocalRound, torch_keyed, train_round
+from client.local_update import refined
+from client.noise import subkey
 from client.private_training import Randomness, train_round_private
 from server.evaluation import add_statistics
 from server.outcome import Baseline
@@ -112,4 +114,6 @@ def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Paramet
                 train_round_private(model, train, local, plan=plan, randomness=Randomness.simulated(key))
             else:
                 train_round(model, train, local, rng=generator_of(key))
+        if task.refine is not None:
+            set_parameters(model, refined(task, get_parameters(model), key=subkey(key, b"refine")))
     return get_parameters(model)
