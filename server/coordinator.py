@@ -55,6 +55,7 @@ from shared.task import Task, architecture_hash
 logger = logging.getLogger(__name__)
 
 LATE = fixed_sentence(DeadlineMissedError)
+START = "start"  # the model that a run starts with, where it is not the seed's
 ENROL_PAUSE_SECONDS, MAX_PAUSE_SECONDS, ENROL_SECONDS, WELCOME_SECONDS = 2.0, 60.0, 60.0, 15.0
 MENDABLE = (
     "E101",
@@ -67,6 +68,11 @@ MENDABLE = (
     "E4",
 )  # refusals that a hospital may mend while the study waits
 MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
+
+
+def model_header(study: Study, task: Task) -> dict[str, str]:
+    """What a model's file says of itself."""
+    return {"study": study.name, "study_hash": study.fingerprint(), "task": task.name, "architecture": architecture_hash(task.model())}
 
 
 def is_final(reason: str) -> bool:
@@ -185,7 +191,13 @@ class Coordinator:
         return self.history
 
     def _first_checkpoint(self, fold: int) -> Checkpoint:
-        return Checkpoint(fold=fold, round_number=0, parameters=initial_parameters(self._task.model(), self._study.seed), state={})
+        return Checkpoint(fold=fold, round_number=0, parameters=self.first_parameters(), state={})
+
+    def first_parameters(self) -> Parameters:
+        """What the first round sends: from the study's seed, or what `server.warm_start` put into the run's folder."""
+        if self._folder.start.started_from is not None:
+            return self._folder.read_model(START, self._architecture)
+        return initial_parameters(self._task.model(), self._study.seed)
 
     def _resume(self) -> Checkpoint:
         checkpoint = self._folder.read_checkpoint()
@@ -313,8 +325,7 @@ class Coordinator:
             arrays = self._run_round(grid, fold, number, arrays)
         parameters = from_array_record(arrays)
         name = "final" if self._study.evaluation.folds == 1 else f"fold-{fold}"
-        header = {"study": self._study.name, "study_hash": self._study.fingerprint(), "task": self._task.name, "architecture": self._architecture}
-        self._folder.write_model(name, parameters, header)
+        self._folder.write_model(name, parameters, model_header(self._study, self._task))
         statistics = self._close_fold(grid, fold, parameters)
         self.history.folds.append(FoldResult(fold=fold, parameters=parameters, statistics=statistics))
 

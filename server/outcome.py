@@ -81,8 +81,9 @@ def write_outcome(
     )
     result = _result(run, outcome, baselines, totals, seconds, subgroups or {})
     claim = privacy_claim(
-        run.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions()
-    )
+        run.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions(),
+        warm=result.started_from is not None,
+    )  # fmt: skip
     run.folder.write_privacy(claim)
     run.folder.write_result(result)
 
@@ -152,6 +153,7 @@ def _result(
             seeded_noise=study.private and run.seeded_noise,
             sites=dict(sorted(history.privacy.items())),
         ),
+        started_from=run.folder.start.started_from,
         timing=Timing(total_seconds=seconds, seconds_per_round=[record.seconds for record in records]),
     )
 

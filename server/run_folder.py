@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from shared.errors import ModelMismatchError, StorageError
 from shared.files import append_line, json_text, storage_errors, write_atomic
-from shared.results import Outcome, PrivacyClaim, Result, RoundRecord, RunStart, StoredStatistics
+from shared.results import Outcome, PrivacyClaim, Result, RoundRecord, RunStart, StartedFrom, StoredStatistics
 from shared.study import Study
 
 if TYPE_CHECKING:  # what only looks into a run's folder need not wait for torch
@@ -45,7 +45,9 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, out: Path, study: Study, *, baselines: bool = False, patients_sha256: str | None = None) -> "RunFolder":
+    def create(
+        cls, out: Path, study: Study, *, baselines: bool = False, patients_sha256: str | None = None, started_from: StartedFrom | None = None
+    ) -> "RunFolder":
         """A new folder in `out` (made if absent) with the resolved study in it, and what the run begins with.
 
         Raises:
@@ -58,7 +60,7 @@ class RunFolder:
             (folder.path / "model").mkdir()
             (folder.path / "checkpoint").mkdir()
         write_atomic(folder.path / "study.toml", study.to_toml())
-        start = RunStart(run=folder.path.name, baselines=baselines, patients_sha256=patients_sha256)
+        start = RunStart(run=folder.path.name, baselines=baselines, patients_sha256=patients_sha256, started_from=started_from)
         write_atomic(folder.path / "run.json", json_text(start.model_dump(mode="json")))
         return folder
 

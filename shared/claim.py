@@ -37,6 +37,10 @@ NOT_COVERED = [
     "whether a site took part, refused or was late, and how long it took",
     "what is true of everybody: a model may say of a patient what it says of any like patient, who took part or not",
 ]
+WARM_START = (
+    "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, and to a patient of "
+    "both runs both promises apply together (their epsilons and deltas add up, at most)"
+)
 EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
     "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
@@ -44,8 +48,14 @@ CHOICE = (
 )
 
 
-def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str, int], versions: dict[str, str]) -> PrivacyClaim:
-    """The claim of a run. Without privacy it says that nothing is promised."""
+def privacy_claim(
+    study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str, int], versions: dict[str, str], *, warm: bool = False
+) -> PrivacyClaim:  # fmt: skip
+    """The claim of a run. Without privacy it says that nothing is promised.
+
+    Args:
+        warm: the run started with a model of another one.
+    """
     if not study.private:
         return PrivacyClaim(
             unit="none", neighbouring_relation=None, mechanism=None, sampling=None, composition=None, protects=False,
@@ -64,7 +74,7 @@ def privacy_claim(study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str
         statement=_statement(study, privacy, federation),
         protects=not privacy.seeded_noise,
         covered=_covered(study) if privacy.sites else [],
-        not_covered=_not_covered(study, privacy),
+        not_covered=[*([WARM_START] if warm else []), *_not_covered(study, privacy)],
         assumed=assumed
         if federation is None or study.privacy.patients_overlap
         else [*assumed, "no patient is known to two sites (the study declares it)"],

@@ -18,12 +18,22 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StartedFrom(Record):
+    """A model of another run, whose tensors this one started with: of which study, its file's SHA-256 (hex), which tensors, and which came from the seed."""
+
+    study: str
+    sha256: str
+    taken: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
 class RunStart(Record):
     """run.json: what a run began with, beside its study, so that it can be resumed as it was, also from a renamed folder."""
 
     run: str
     baselines: bool
     patients_sha256: str | None  # of a simulation's patients; a resumed run must have the same
+    started_from: StartedFrom | None = None  # the parameters are in model/start.safetensors
 
 
 class SiteRound(Record):
@@ -139,6 +149,7 @@ class Result(Record):
         None  # the test patients' budget, where metrics of the sites' statistics carry noise; their intervals are of that noise alone
     )
     privacy: RunPrivacy
+    started_from: StartedFrom | None = Field(default=None, description="the model of another run that this one started with")
     timing: Timing
 
 

@@ -27,13 +27,15 @@ POOLED = "all sites\n"  # no site's name has a line break, so no site shares the
 
 
 def run_baselines(
-    cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True, federated: Parameters | None = None
+    cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True, federated: Parameters | None = None,
+    start: Parameters | None = None,
 ) -> dict[str, Baseline]:  # fmt: skip
     """The baselines of a study on these sites: two without privacy, and two with it where the study is private.
 
     Args:
         plain: also those without privacy of a private study.
         federated: the federated model, which every site's own is tested against on that site's test patients.
+        start: what they start with; None: what follows from the study's seed.
     """
     parts = {name: _split(cohort) for name, cohort in cohorts.items()}
     variants = {"": study.replace(privacy={"unit": "none"})} if plain or not study.private else {}
@@ -43,8 +45,8 @@ def run_baselines(
         federated = None
     baselines = {}
     for suffix, variant in variants.items():
-        baselines[f"local_only{suffix}"] = _local_only(parts, task, variant, federated)
-        baselines[f"pooled{suffix}"] = _pooled(parts, task, variant)
+        baselines[f"local_only{suffix}"] = _local_only(parts, task, variant, federated, start)
+        baselines[f"pooled{suffix}"] = _pooled(parts, task, variant, start)
     return baselines
 
 
@@ -53,8 +55,10 @@ def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
     return cohort.select(~test), cohort.select(test)
 
 
-def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, federated: Parameters | None) -> Baseline:
-    trained = {name: train_alone(train, task, study, who=name) for name, (train, _) in parts.items()}
+def _local_only(
+    parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, federated: Parameters | None, start: Parameters | None
+) -> Baseline:  # fmt: skip
+    trained = {name: train_alone(train, task, study, who=name, start=start) for name, (train, _) in parts.items()}
     tested = {name: _tested_everywhere(parts, task, parameters) for name, parameters in trained.items()}
     gains: dict[str, PairedTest] = {}
     if federated is not None:
@@ -68,9 +72,9 @@ def _local_only(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Stud
     )
 
 
-def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study) -> Baseline:
+def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, start: Parameters | None) -> Baseline:
     union = pool([train for train, _ in parts.values()])
-    own = _tested_everywhere(parts, task, train_alone(union, task, _with_delta_for(study, union.num_patients), who=POOLED))
+    own = _tested_everywhere(parts, task, train_alone(union, task, _with_delta_for(study, union.num_patients), who=POOLED, start=start))
     return Baseline(models={"all": add_statistics(own.values())}, own=own)
 
 
@@ -100,11 +104,11 @@ def pool(cohorts: list[Cohort]) -> Cohort:
     )
 
 
-def train_alone(train: Cohort, task: Task, study: Study, *, who: str) -> Parameters:
-    """The parameters after all rounds of training on one cohort alone."""
+def train_alone(train: Cohort, task: Task, study: Study, *, who: str, start: Parameters | None = None) -> Parameters:
+    """The parameters after all rounds of training on one cohort alone, from `start` or from the seed's."""
     plan = plan_site(study, train.num_patients)
     model = task.model()
-    set_parameters(model, initial_parameters(model, study.seed))
+    set_parameters(model, start or initial_parameters(model, study.seed))
     for number in range(1, study.rounds.count + 1):
         path = ("baseline", who, plan.unit, number)
         key = derive_key(study.seed, *path)

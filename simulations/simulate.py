@@ -15,9 +15,10 @@ from client.app import client_app
 from client.private_probe import probe_model
 from client.site import Site
 from server.app import server_app
-from server.coordinator import Coordinator
+from server.coordinator import START, Coordinator, model_header
 from server.outcome import Baseline, RunOutcome, write_outcome
 from server.run_folder import RunFolder
+from server.warm_start import warm_start
 from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
 from shared.plan import plan_site
@@ -101,10 +102,23 @@ def at_site(name: str) -> Iterator[None]:
         raise ConfigurationError(f"site {name}: {error.what}", error.remedy) from None
 
 
-def start_run(setting: Setting, out: Path, *, baselines: bool = False) -> RunFolder:
-    """A new run's folder in `out` with the resolved study in it."""
+def start_run(setting: Setting, out: Path, *, baselines: bool = False, start_from: Path | None = None) -> RunFolder:
+    """A new run's folder in `out` with the resolved study in it.
+
+    Args:
+        start_from: the folder of a run or a model's file, to start with its tensors instead of the seed's; see `server.warm_start`.
+
+    Raises:
+        DataMissingError, ModelMismatchError: there is none, or none that fits.
+        StorageError: the folder cannot be made.
+    """
     fingerprint = setting.federation.fingerprint() if setting.federation is not None else None
-    return RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint)
+    if start_from is None:
+        return RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint)
+    start = warm_start(setting.task, setting.study.seed, start_from)
+    folder = RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint, started_from=start.source)
+    folder.write_model(START, start.parameters, model_header(setting.study, setting.task))
+    return folder
 
 
 def resume_run(setting: Setting, path: Path) -> RunFolder:
@@ -250,8 +264,8 @@ def _baselines(setting: Setting, coordinator: Coordinator, *, plain: bool) -> di
     """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
     federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    final = coordinator.history.folds[-1].parameters
-    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=final)
+    final, start = coordinator.history.folds[-1].parameters, coordinator.first_parameters()
+    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=final, start=start)
 
 
 @contextlib.contextmanager

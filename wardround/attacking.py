@@ -46,6 +46,11 @@ def attack_study(
     """
     switch_off_telemetry()
     check_places(data, out if run is None else run)
+    if run is not None and RunFolder.open(run).start.started_from is not None:
+        raise ConfigurationError(
+            f"{run}: expected a run that started from its seed, got one that started with another run's model; an attack runs the study again",
+            "attack a run without --start-from",
+        )
     with root_log_unchanged():
         import simulations.simulate  # noqa: F401  # Opacus comes with it
     quiet_flower_log()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from server.run_folder import RunFolder
-from shared.errors import DataMissingError, StorageError
+from shared.errors import ConfigurationError, DataMissingError, StorageError
 from shared.results import MetricValues, Result, RoundRecord, RunPrivacy
 from shared.root_log import root_log_unchanged
 from shared.study import Study
@@ -118,6 +118,7 @@ def simulate(
     out: str | Path = "runs",
     baselines: bool | None = None,
     resume: str | Path | None = None,
+    start_from: str | Path | None = None,
     execution: Literal["auto", "blocks", "sequential"] = "auto",
     processes: int | None = None,
     memory: int = 2_000_000_000,
@@ -134,6 +135,7 @@ def simulate(
         out: the folder in which the run's folder is made.
         baselines: also train every site alone and all data pooled, without and with the study's privacy. None: no, or as a resumed run began.
         resume: an earlier run's folder, to go on from its last complete round; one that is complete is given back as it is.
+        start_from: a run's folder or a model's file, whose tensors a new run starts with where names and shapes agree; the rest is the seed's.
         execution: train many virtual sites at once ("blocks"), one after another ("sequential"), or the first where the study allows it ("auto");
             the results agree but for the rounding of float32.
         processes: that train blocks; None: one for each core where there is enough to do. They make no difference to the result.
@@ -148,6 +150,8 @@ def simulate(
 
     >>> run = simulate(Study.load("studies/breast-cancer.toml").replace(rounds={"count": 2}))  # doctest: +SKIP
     """
+    if resume is not None and start_from is not None:
+        raise ConfigurationError("start_from: expected none with a run to resume, which has its own start, got one", "leave one of the two out")
     switch_off_telemetry()
     check_places(None if data is None else Path(data), Path(out))
     with root_log_unchanged():
@@ -159,7 +163,7 @@ def simulate(
     if baselines:
         check_baselines(setting)
     if resume is None:
-        folder = start_run(setting, Path(out), baselines=bool(baselines))
+        folder = start_run(setting, Path(out), baselines=bool(baselines), start_from=None if start_from is None else Path(start_from))
     else:
         folder = resume_run(setting, Path(resume))
         baselines = folder.start.baselines if baselines is None else baselines

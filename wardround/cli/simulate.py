@@ -50,6 +50,12 @@ def simulate(
         typer.Option("--baselines/--no-baselines", help="Also train each site alone and all data pooled (default: when no study is named)."),
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on from the last complete round of this run's folder.")] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--start-from", metavar="MODEL", help="Start with what fits of this run's final model, or of a model's file.", show_default=False
+        ),
+    ] = None,
     engine: Annotated[
         Literal["in-process", "ray"], typer.Option("--engine", help="Where sites are trained: on this machine, or on a Ray cluster (extra 'ray').")
     ] = "in-process",
@@ -79,7 +85,10 @@ def simulate(
         raise typer.BadParameter("goes with --engine ray", param_hint="--ray-address")
     _run(
         chosen, data=data, out=out, baselines=baselines, resume=resume, as_json=as_json,
-        machine={"execution": execution, "processes": processes, "memory": num_bytes, "engine": engine, "ray_address": ray_address, "device": device},
+        how={
+            "execution": execution, "processes": processes, "memory": num_bytes, "engine": engine, "ray_address": ray_address, "device": device,
+            "start_from": start_from,
+        },
     )  # fmt: skip
 
 
@@ -126,7 +135,7 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
 
 
 def _run(
-    study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool, machine: dict[str, Any]
+    study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool, how: dict[str, Any]
 ) -> None:  # fmt: skip
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
@@ -137,7 +146,7 @@ def _run(
 
     lines = RoundLines(study, terminal)
     with lines:
-        run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe, **machine)
+        run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe, **how)
         result = run.result
         lines.finish(result)
     print_result(result, terminal)
