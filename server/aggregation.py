@@ -6,6 +6,7 @@ coarse x 2**-20 + fine x 2**-70, and both are added as int64. Memory is O(parame
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,29 @@ ROWS = 16  # updates added at a time
 FloatArrays = dict[str, NDArray[np.float64]]
 
 
+class Aggregator(Protocol):
+    """Takes the updates of a round one by one, each judged, and gives what they come to."""
+
+    @property
+    def total_weight(self) -> int:
+        """Sum of the weights taken; 0 before the first."""
+        ...
+
+    def add(self, update: Mapping[str, NDArray[np.generic]], weight: int, *, site: str) -> None:
+        """Take one; `ProtocolError` where it cannot be, and then nothing was."""
+        ...
+
+    def add_rows(
+        self, shapes: Mapping[str, tuple[int, ...]], updates: NDArray[np.floating], weights: Sequence[int], *, sites: Sequence[str]
+    ) -> list[ProtocolError | None]:  # fmt: skip
+        """Take many, `(S, D)`; what `add` would raise, by row."""
+        ...
+
+    def take_mean(self) -> FloatArrays:
+        """What they come to; they are gone with it."""
+        ...
+
+
 class ExactMean:
     """A running weighted mean of named arrays."""
 
@@ -41,10 +65,11 @@ class ExactMean:
         """Sum of the weights added."""
         return self._weight
 
-    def add(self, update: Mapping[str, NDArray[np.generic]], weight: int) -> None:
+    def add(self, update: Mapping[str, NDArray[np.generic]], weight: int, *, site: str = "") -> None:
         """Add one update.
 
         Args:
+            site: whose it is, which makes no difference to a sum.
             update: finite arrays; the same names and shapes at every call.
             weight: 1 to `MAX_WEIGHT`.
 
@@ -64,7 +89,9 @@ class ExactMean:
             _add_product(self._coarse[start:end], self._fine[start:end], value.reshape(-1), weight)
             start = end
 
-    def add_rows(self, shapes: Mapping[str, tuple[int, ...]], updates: NDArray[np.floating], weights: Sequence[int]) -> list[ProtocolError | None]:
+    def add_rows(
+        self, shapes: Mapping[str, tuple[int, ...]], updates: NDArray[np.floating], weights: Sequence[int], *, sites: Sequence[str] = ()
+    ) -> list[ProtocolError | None]:  # fmt: skip
         """Add many updates, as `add` does one after another; what it would raise, by row.
 
         Args:

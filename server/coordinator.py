@@ -336,7 +336,9 @@ class Coordinator:
         record = encode(content, parameters=arrays)
         messages = self._strategy.configure_train(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)
-        self._hold_quorum(sum(answer.status == "ok" for answer in answers.values()), _reasons(answers), what=f"round {number}")
+        num_usable = sum(answer.status == "ok" for answer in answers.values())
+        self._hold_quorum(num_usable, _reasons(answers), what=f"round {number}")
+        self._hold_rule(num_usable, what=f"round {number}")
         updated, _ = self._strategy.aggregate_train(number, [])
         assert updated is not None
         self._take_privacy(answers)
@@ -411,6 +413,15 @@ class Coordinator:
         expected = "all sites" if rounds.require == "all" else _sites(needed)
         kind, remedy = _common_error(reasons, num_usable)
         raise kind(f"{what}: expected usable answers of {expected}, got {num_usable}: {told}", remedy)
+
+    def _hold_rule(self, num_usable: int, *, what: str) -> None:
+        """Return where the strategy's own promise holds with so many updates."""
+        strategy = self._study.strategy
+        if num_usable < strategy.least_updates:
+            raise QuorumLostError(
+                f"{what}: strategy {strategy.name} needs at least {strategy.least_updates} usable updates, got {num_usable}",
+                "ask more sites, or let the strategy tolerate fewer bad ones",
+            )
 
     def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
         refused = {

@@ -88,6 +88,16 @@ class _StrategyOptions(Settings):
     fraction: Real = Field(default=1.0, gt=0, le=1, description="share of the sites asked in a round")
     weights: Literal["declared", "equal"] = Field(default="declared", description="a site's weight in the mean: declared size, or 1")
 
+    @property
+    def least_updates(self) -> int:
+        """Usable updates that a round needs at least."""
+        return 1
+
+
+class _Robust(_StrategyOptions):
+    weights: Literal["equal"] = Field(default="equal", description="sites count alike: a large one may be bad as well")
+    tolerated: int = Field(default=1, ge=1, description="bad sites that may be among those asked in a round")
+
 
 class FedAvg(_StrategyOptions):
     """McMahan et al. 2017."""
@@ -137,7 +147,87 @@ class FedYogi(_Adaptive):
     beta_2: Momentum = 0.99
 
 
-Strategy = Annotated[FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi, Field(discriminator="name")]
+class CoordinateMedian(_StrategyOptions):
+    """Yin et al. 2018."""
+
+    name: Literal["median"]
+    weights: Literal["equal"] = Field(default="equal", description="sites count alike: a large one may be bad as well")
+
+    @property
+    def least_updates(self) -> int:
+        """Of fewer, one bad site decides."""
+        return 3
+
+
+class TrimmedMean(_Robust):
+    """Yin et al. 2018."""
+
+    name: Literal["trimmed-mean"]
+
+    @property
+    def least_updates(self) -> int:
+        """Something must be left in the middle."""
+        return 2 * self.tolerated + 1
+
+
+class Krum(_Robust):
+    """Blanchard et al. 2017."""
+
+    name: Literal["krum"]
+
+    @property
+    def least_updates(self) -> int:
+        """Their theorem needs it."""
+        return 2 * self.tolerated + 3
+
+
+class MultiKrum(_Robust):
+    """Blanchard et al. 2017."""
+
+    name: Literal["multi-krum"]
+    selected: int | None = Field(default=None, ge=1, description="updates that are averaged; omitted, and at most: all but tolerated + 2")
+
+    @property
+    def least_updates(self) -> int:
+        """Their theorem needs it."""
+        return 2 * self.tolerated + 3
+
+
+class Bulyan(_Robust):
+    """El Mhamdi et al. 2018."""
+
+    name: Literal["bulyan"]
+
+    @property
+    def least_updates(self) -> int:
+        """Their theorem needs it."""
+        return 4 * self.tolerated + 3
+
+
+class GeometricMedian(_StrategyOptions):
+    """RFA: Pillutla et al. 2022."""
+
+    name: Literal["rfa"]
+    smoothing: Positive = Field(default=1e-6, description="least distance that an update is taken to have")
+
+    @property
+    def least_updates(self) -> int:
+        """Of fewer, one bad site decides."""
+        return 3
+
+
+class NormBounding(_StrategyOptions):
+    """Sun et al. 2019."""
+
+    name: Literal["norm-bounding"]
+    max_update_norm: Positive = Field(default=1.0, description="an update that is longer is scaled down to it")
+
+
+Strategy = Annotated[
+    FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi
+    | CoordinateMedian | TrimmedMean | Krum | MultiKrum | Bulyan | GeometricMedian | NormBounding,
+    Field(discriminator="name"),
+]  # fmt: skip
 
 
 class Privacy(Settings):

@@ -18,6 +18,7 @@ from server.app import server_app
 from server.coordinator import START, Coordinator, model_header
 from server.outcome import Baseline, RunOutcome, write_outcome
 from server.run_folder import RunFolder
+from server.sampler import num_asked
 from server.warm_start import warm_start
 from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
@@ -76,10 +77,16 @@ def prepare(study: Study, data: Path | None) -> Setting:
 
 
 def check_quorum(study: Study, num_sites: int) -> None:
-    """Raise `ConfigurationError` where the study waits for more sites than there are."""
+    """Raise `ConfigurationError` where the study waits for more sites than there are, or its strategy needs more."""
     if study.rounds.require != "all" and study.rounds.require > num_sites:
         raise ConfigurationError(
             f"rounds.require: expected at most the number of sites, {num_sites}, got {study.rounds.require}", "lower it, or use 'all'"
+        )
+    asked = num_asked(num_sites, study.strategy.fraction)
+    if asked < study.strategy.least_updates:
+        raise ConfigurationError(
+            f"strategy {study.strategy.name}: expected at least {study.strategy.least_updates} sites asked in a round, got {asked}",
+            "ask more sites, or let the strategy tolerate fewer bad ones",
         )
 
 

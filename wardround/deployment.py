@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.federation_file import FederationFile
+from server.sampler import num_asked
 from shared.errors import ConfigurationError, ConnectionFailedError
 from shared.kit import CA_CERTIFICATE, FEDERATION, ROSTER, STATE, Roster, RosterSite, verify_kit
 from shared.plan import SitePlan, plan_site
@@ -177,7 +178,12 @@ def _hold_to_quorum(study: Study, *, num_sites: int, quorum: int, gone: Sequence
             f"{named}: expected at most the number of sites on the roster that may take part, {num_sites}{_told(gone)}, got {required}",
             "approve more sites ('wardround provision --approve REQUEST'), or ask for fewer",
         )
-    asked = max(1, math.ceil(study.strategy.fraction * num_sites - 1e-9))
+    asked = num_asked(num_sites, study.strategy.fraction)
+    if asked < study.strategy.least_updates:
+        raise ConfigurationError(
+            f"strategy {study.strategy.name}: expected at least {study.strategy.least_updates} sites asked in a round, got {asked}",
+            "approve more sites, or let the strategy tolerate fewer bad ones",
+        )
     if required != "all" and asked < required:
         raise ConfigurationError(
             f"strategy.fraction: {study.strategy.fraction:g} asks {asked} of {plural(num_sites, 'site')} in a round, fewer than the {required} that must answer",

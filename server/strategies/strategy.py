@@ -15,15 +15,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
-from server.aggregation import ExactMean, blocks
+from server.aggregation import Aggregator, ExactMean, blocks
 from server.blocks import Block
+from server.kept_updates import KeptUpdates
 from server.sampler import sample_sites
+from server.strategies.bulyan import Bulyan
+from server.strategies.coordinate_median import coordinate_median
 from server.strategies.fedadagrad import fedadagrad
 from server.strategies.fedadam import fedadam
 from server.strategies.fedavg import FedAvg
 from server.strategies.fedavgm import FedAvgM
 from server.strategies.fedyogi import fedyogi
+from server.strategies.geometric_median import GeometricMedian
+from server.strategies.krum import Krum
+from server.strategies.norm_bounding import BoundedMean
 from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
+from server.strategies.trimmed_mean import TrimmedMean
 from shared import study as options
 from shared.errors import ProtocolError, SiteFailedError, is_fixed_sentence
 from shared.messages import (
@@ -79,7 +86,7 @@ class Round:
     training: bool
     parameters: Parameters
     asked: dict[str, Member]
-    mean: ExactMean = field(default_factory=ExactMean)
+    mean: Aggregator
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
@@ -96,6 +103,25 @@ def server_optimizer(strategy: options.Strategy) -> ServerOptimizer:
             return fedyogi(strategy)
         case _:
             return FedAvg()
+
+
+def aggregator(strategy: options.Strategy) -> Aggregator:
+    """What takes the updates of a round, and makes one of them."""
+    match strategy:
+        case options.NormBounding():
+            return BoundedMean(strategy)
+        case options.CoordinateMedian():
+            return KeptUpdates(coordinate_median)
+        case options.TrimmedMean():
+            return KeptUpdates(TrimmedMean(strategy))
+        case options.Krum() | options.MultiKrum():
+            return KeptUpdates(Krum(strategy))
+        case options.Bulyan():
+            return KeptUpdates(Bulyan(strategy))
+        case options.GeometricMedian():
+            return KeptUpdates(GeometricMedian(strategy))
+        case _:
+            return ExactMean()
 
 
 class FederatedStrategy(Strategy):
@@ -146,7 +172,7 @@ class FederatedStrategy(Strategy):
         asked = {name: self._members[name] for name in names}
         parameters = from_array_record(arrays)
         training = message_type == MessageType.TRAIN
-        self.round = Round(number=number, fold=self.fold, training=training, parameters=parameters, asked=asked)
+        self.round = Round(number=number, fold=self.fold, training=training, parameters=parameters, asked=asked, mean=aggregator(self._options))
         record = RecordDict({MESSAGE: config, PARAMETERS: arrays})
         return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
 
@@ -189,7 +215,8 @@ class FederatedStrategy(Strategy):
             judged[row] = answer if row_norm(block.updates[row]) <= limit else _failed(member, _large_norm())
         usable = [row for row, answer in judged.items() if answer.status == "ok"]
         rows = block.updates if len(usable) == len(block.updates) else block.updates[usable]
-        for row, refusal in zip(usable, current.mean.add_rows(block.shapes, rows, [members[row].weight for row in usable]), strict=True):
+        weights, sites = [members[row].weight for row in usable], [members[row].name for row in usable]
+        for row, refusal in zip(usable, current.mean.add_rows(block.shapes, rows, weights, sites=sites), strict=True):
             if refusal is not None:
                 judged[row] = _failed(members[row], refusal)
         current.answers.update({answer.name: answer for answer in judged.values()})
@@ -210,7 +237,7 @@ class FederatedStrategy(Strategy):
             update = decode_parameters(record, self._template(current))
             if norm(update) > MAX_RELATIVE_NORM * max(1.0, norm(current.parameters)):
                 raise _large_norm()
-            current.mean.add(update, member.weight)
+            current.mean.add(update, member.weight, site=member.name)
         withheld = None if content.withheld is None else plain_text(content.withheld)
         return Answer(name=member.name, status="ok", reason=withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
 
@@ -224,7 +251,7 @@ class FederatedStrategy(Strategy):
         current = self._current()
         if current.mean.total_weight == 0:
             return None, None
-        mean, current.mean = current.mean.take_mean(), ExactMean()  # the sum is not needed any more, and larger than the model
+        mean, current.mean = current.mean.take_mean(), aggregator(self._options)  # the sum is not needed any more, and larger than the model
         self.state, parameters = self._apply(mean, current.parameters)
         return to_array_record(parameters), None
 

@@ -118,16 +118,26 @@ def attack_poisoning(
         data: as of `simulate`; virtual sites alone.
         seed: draws who is turned, and which records carry the trigger; the study keeps its own.
         attackers: turned sites; None: a quarter, at least one.
-        strategies: by name; None: every one that a study can name, each with its default options, and the study's own as it is.
+        strategies: by name; None: every one that a study can name and that tolerates so many bad ones of so many sites. Each has its default
+            options, and the study's own is as it is.
 
     Raises:
         ConfigurationError: nobody honest is left, the labels are no classes, an unknown method or strategy, or real sites.
         WardroundError: what stopped the study.
     """
-    victim, names = Victim.of(study, data), strategies if strategies is not None else strategy_names()
+    victim = Victim.of(study, data)
     _check_names(methods, METHODS, "method")
-    _check_names(names, strategy_names(), "strategy")
+    _check_names(strategies or (), strategy_names(), "strategy")
     turned = turned_sites(sorted(victim.federation.cohorts), attackers, seed)
+    num_sites = len(victim.federation.cohorts)
+    least = {name: under(study, name, num_turned=len(turned)).strategy.least_updates for name in strategies or strategy_names()}
+    if strategies is not None and max(least.values()) > num_sites:
+        name = max(least, key=lambda name: least[name])
+        raise ConfigurationError(
+            f"poisoning: strategy {name} needs at least {least[name]} sites where {len(turned)} are turned, got {num_sites}",
+            "turn fewer, or ask more",
+        )
+    names = [name for name, needed in least.items() if needed <= num_sites]
     num_classes = _num_classes(victim)
     poisoning = _Poisoning(victim=victim, turned=turned, seed=seed, trigger=trigger_of(victim.task), num_classes=num_classes)
     with one_thread():
@@ -201,11 +211,17 @@ def backdoored(cohort: Cohort, trigger: Trigger, chosen: BoolArray) -> Cohort:
 
 
 def _attack_strategy(poisoning: _Poisoning, name: str, methods: Sequence[Method]) -> list[PoisoningAttack]:
-    study = poisoning.victim.study
-    if study.strategy.name != name:
-        study = study.replace(strategy={"name": name})
+    study = under(poisoning.victim.study, name, num_turned=len(poisoning.turned))
     clean = _judge(poisoning, _train(poisoning, study, None))
     return [_result(poisoning, name, method, clean, _judge(poisoning, _train(poisoning, study, method))) for method in methods]
+
+
+def under(study: Study, name: str, *, num_turned: int) -> Study:
+    """The study under the strategy of this name: its own as it is, another with default options, told how many sites are bad."""
+    if study.strategy.name == name:
+        return study
+    asked = study.replace(strategy={"name": name})
+    return asked.replace(strategy={"name": name, "tolerated": num_turned}) if hasattr(asked.strategy, "tolerated") else asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -229,6 +229,15 @@ def test_a_quorum_of_k_goes_on_with_k_whatever_on_missing_says(make_rig: MakeRig
             rig.run(rig.new_folder())
 
 
+def test_a_round_with_fewer_updates_than_the_strategy_needs_does_not_count(make_rig: MakeRig) -> None:
+    """Trimmed mean of two updates would leave nothing in the middle, so it is no round, whatever the quorum."""
+    rig = make_rig(tamper=refusing("site-2", "E101", from_round=2), rounds={"require": 1}, strategy={"name": "trimmed-mean"})
+    folder = rig.new_folder()
+    with pytest.raises(QuorumLostError, match="round 2: strategy trimmed-mean needs at least 3 usable updates, got 2"):
+        rig.run(folder)
+    assert len(folder.rounds()) == 1
+
+
 def test_a_quorum_larger_than_the_federation_is_named_before_any_round(make_rig: MakeRig) -> None:
     rig = make_rig(rounds={"require": 4})
     with pytest.raises(QuorumLostError, match="enrolment: expected usable answers of 4 sites, got 3"):

@@ -82,12 +82,33 @@ def test_without_a_turned_site_the_run_is_that_of_the_simulation(study: Study) -
 @pytest.mark.slow
 def test_every_strategy_is_attacked_by_every_method(study: Study) -> None:
     short = study.replace(rounds={"count": 2}, privacy={"epsilon": 3.0}, strategy={"name": "fedavgm", "server_momentum": 0.5})
-    attacks = attack_poisoning(short)
-    assert [(attack.strategy, attack.method) for attack in attacks] == [(name, method) for name in strategy_names() for method in METHODS]
+    attacks, possible = attack_poisoning(short), [name for name in strategy_names() if name != "bulyan"]  # which needs seven sites
+    assert [(attack.strategy, attack.method) for attack in attacks] == [(name, method) for name in possible for method in METHODS]
     assert all(attack.attackers == 1 and attack.clean is not None for attack in attacks)
     assert attack_poisoning(short, methods=["sign flip"], strategies=["fedadam"]) == [
         attack for attack in attacks if (attack.strategy, attack.method) == ("fedadam", "sign flip")
     ], "what is asked for beside it has no influence"
+
+
+@pytest.mark.slow  # trains dozens of studies
+def test_robust_strategies_keep_what_bad_sites_take_from_fedavg(study: Study) -> None:
+    """A fifth of ten sites send the opposite, or a backdoored update times what the mean divides by."""
+    ten = study.replace(federation={"sites": 10, "partition": "iid"}, rounds={"count": 15})
+    robust = ["median", "trimmed-mean", "krum", "multi-krum", "rfa"]
+    attacks = attack_poisoning(ten, attackers=2, methods=["sign flip", "scaled update"], strategies=["fedavg", *robust])
+    opened = {attack.strategy: attack.trigger_success for attack in attacks if attack.method == "scaled update"}
+    for attack in attacks:
+        if attack.strategy != "fedavg":
+            assert attack.attacked is not None and attack.attacked > 0.95 * attack.clean, attack
+    assert all(opened[name] < opened["fedavg"] - 0.2 for name in robust)
+
+
+def test_a_strategy_that_tolerates_no_so_many_bad_sites_is_refused_by_name(study: Study) -> None:
+    with pytest.raises(ConfigurationError, match="strategy bulyan needs at least 7 sites where 1 are turned, got 6"):
+        attack_poisoning(study, strategies=["fedavg", "bulyan"])
+    assert poisoning.under(study, "krum", num_turned=2).strategy == shared.study.Krum(name="krum", tolerated=2)
+    own = study.replace(strategy={"name": "krum"})
+    assert poisoning.under(own, "krum", num_turned=2) is own
 
 
 def test_strategies_are_those_that_a_study_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
