@@ -22,6 +22,7 @@ NUM_BINS = 512  # half below and half above the threshold 0.5
 MAX_LOGIT = 12.0
 NOISED_WIDTHS = (128, 32, 32, *[8] * 16, 32, 32, 128)  # bins that share a draw of noise: steps of 0.375 in logit up to 3, of 1.5 up to 6, the rest
 CALIBRATION_GROUPS = 10
+RISK_EDGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # between bands of risk
 NOISE_REACH = 12.0  # standard deviations
 ROUNDING = 1e-9  # relative: of sums of floats
 
@@ -241,6 +242,31 @@ def calibration_curve(histogram: FloatArray) -> list[tuple[float, float, float]]
     present = np.flatnonzero(patients > 0)
     score, rate = np.clip(scores[present] / patients[present], 0, 1), np.clip(positives[present] / patients[present], 0, 1)
     return [(float(a), float(b), float(c)) for a, b, c in zip(score, rate, patients[present], strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RiskBand:
+    """Patients whose score is from `low` to under `high`: how many, their mean score (0 of none), and how many are positive."""
+
+    low: float
+    high: float
+    patients: float
+    mean: float
+    positives: float
+
+
+def risk_bands(histogram: FloatArray) -> list[RiskBand]:
+    """Patients by bands of risk, with `RISK_EDGES` between them; a score counts as the middle of its bin."""
+    edges = (0.0, *RISK_EDGES, 1.0)
+    band = np.searchsorted(RISK_EDGES, _BIN_SCORES, side="right")
+    counts = histogram.sum(axis=0)
+    patients, scores, positives = (
+        np.bincount(band, weights=weights, minlength=len(edges) - 1) for weights in (counts, counts * _BIN_SCORES, histogram[1])
+    )
+    return [
+        RiskBand(low=low, high=high, patients=float(number), mean=float(total / number) if number > 0 else 0.0, positives=float(positive))
+        for low, high, number, total, positive in zip(edges[:-1], edges[1:], patients, scores, positives, strict=True)
+    ]
 
 
 def calibration_error(histogram: FloatArray) -> float | None:

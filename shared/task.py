@@ -19,18 +19,26 @@ from shared.subgroups import Subgroup
 
 ENTRY_POINT_GROUP = "wardround.tasks"
 BUILT_IN = {
+    "biomarker-panel": "shared.tasks.biomarker_panel:biomarker_panel",
     "breast-cancer": "shared.tasks.breast_cancer:breast_cancer",
     "breast-ultrasound": "shared.tasks.breast_ultrasound:breast_ultrasound",
     "cell-detection": "shared.tasks.cell_detection:cell_detection",
     "chest-xray": "shared.tasks.chest_xray:chest_xray",
+    "clinical-text": "shared.tasks.clinical_text:clinical_text",
+    "deidentify-notes": "shared.tasks.deidentify_notes:deidentify_notes",
     "ecg-beat": "shared.tasks.ecg_beat:ecg_beat",
+    "eeg-seizure": "shared.tasks.eeg_seizure:eeg_seizure",
     "heart-disease": "shared.tasks.heart_disease:heart_disease",
     "icu-apache": "shared.tasks.icu_apache:icu_apache",
     "icu-attention": "shared.tasks.icu_attention:icu_attention",
     "icu-mortality": "shared.tasks.icu_mortality:icu_mortality",
     "length-of-stay": "shared.tasks.length_of_stay:length_of_stay",
     "lesion-segmentation": "shared.tasks.lesion_segmentation:lesion_segmentation",
+    "lung-nodule": "shared.tasks.lung_nodule:lung_nodule",
+    "molecule-generator": "shared.tasks.molecule_generator:molecule_generator",
+    "molecule-solubility": "shared.tasks.molecule_solubility:molecule_solubility",
     "surgical-risk": "shared.tasks.surgical_risk:surgical_risk",
+    "survival-breast": "shared.tasks.survival_breast:survival_breast",
 }
 
 LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]

@@ -90,14 +90,28 @@ class MadeUp:
 def build_run(folder: Path, made: MadeUp) -> Path:
     """All files of the run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "study.toml").write_text(made.study().to_toml(), encoding="utf-8")
-    records = [_round(made, fold, number) for fold in range(1, made.folds + 1) for number in range(1, made.rounds + 1)]
-    (folder / "rounds.jsonl").write_text("".join(record.model_dump_json() + "\n" for record in records), encoding="utf-8")
-    result = _result(made, folder.name, records)
-    (folder / "result.json").write_text(result.model_dump_json(), encoding="utf-8")
-    (folder / "privacy.json").write_text(_claim(made, result).model_dump_json(), encoding="utf-8")
-    (folder / "evaluation.json").write_text(_stored(made).model_dump_json(), encoding="utf-8")
+    for name, text in _files(made).items():
+        (folder / name).write_text(text.replace(NAMELESS, folder.name) if name == "result.json" else text, encoding="utf-8")
     return folder
+
+
+_made: dict[str, dict[str, str]] = {}  # by the run's repr: many tests begin from the same one
+NAMELESS = "the run of no folder"
+
+
+def _files(made: MadeUp) -> dict[str, str]:
+    """Name and text of each file; the run is called `NAMELESS`."""
+    if repr(made) not in _made:
+        records = [_round(made, fold, number) for fold in range(1, made.folds + 1) for number in range(1, made.rounds + 1)]
+        result = _result(made, NAMELESS, records)
+        _made[repr(made)] = {
+            "study.toml": made.study().to_toml(),
+            "rounds.jsonl": "".join(record.model_dump_json() + "\n" for record in records),
+            "result.json": result.model_dump_json(),
+            "privacy.json": _claim(made, result).model_dump_json(),
+            "evaluation.json": _stored(made).model_dump_json(),
+        }
+    return _made[repr(made)]
 
 
 def _skill(made: MadeUp, number: int, site: str = "") -> float:
@@ -348,9 +362,10 @@ def test_the_json_beside_the_page_holds_the_curves(usual: Path) -> None:
     series = blocks["training"][0]["series"]
     assert series["All sites together"][-1] == [12, result.metrics["federated"]["auroc"]]
     assert set(series) == {"All sites together", *(site.name for site in result.sites)}
-    [roc, calibration] = blocks["model"]
+    [roc, calibration, risk] = blocks["model"]
     assert roc["series"]["Federated"][0] == [0, 0] and roc["series"]["Federated"][-1] == [1, 1]
     assert len(calibration["series"]["Federated"]) >= 2
+    assert sum(int(row["cells"][0]["text"].replace(",", "")) for row in risk["rows"]) == sum(site["num_test"] for site in result.per_site.values())
     assert [row["name"] for row in blocks["sites"][0]["rows"]] == [site.name for site in result.sites]
 
 

@@ -7,11 +7,12 @@ from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart
 from wardround.report.document import Block, Bullets, Document, Drawing, Facts, Grid, Prose, Section
 from wardround.report.model_file import read_final_model
+from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles
 from wardround.report.statistics import calibration_series, drawable
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
 from wardround.report.summary import SIMULATION_ENGINES, banners, lead, meaning_sentence, num_tested
-from wardround.report.tables import DESCRIPTIVE, FEWEST, Cell, Row, Table, descriptive, metric_names, positives, privacy_table, site_table
+from wardround.report.tables import FEWEST, Cell, Row, Table, descriptive, metric_names, positives, privacy_table, site_table
 from wardround.report.task_facts import TaskFacts, read_task_facts
 from wardround.report.tripod import GAP, tripod_items, tripod_table
 from wardround.report.wording import DASH, count, finite, finite_interval, higher_is_better, interval_text, metric_title, number, upper_bound
@@ -162,21 +163,10 @@ def _calibration(run: RunFiles) -> tuple[Block, ...]:
     if figure is None:
         return (Prose(text="Not known: the run stored no statistics from which calibration can be drawn.", css="absent-part"),)
     series = calibration_series(histograms["federated"])
-    rows = tuple(
-        Row(
-            name=f"{number(score)}",
-            cells=(
-                Cell(text=number(rate)),
-                Cell(text=count(round(patients)), mark=DESCRIPTIVE if round(patients * rate) < FEWEST else ""),
-            ),
-        )
-        for score, rate, patients in series
-    )
-    table = Table(heads=("Observed share", "Patients"), rows=rows, note="“Descriptive only”: fewer than ten patients of the group are positive.")
     note = "Expected calibration error beside the name; larger points hold more patients."
     return (
         Drawing(figure=figure, title="Calibration", note=note, series={"federated": [(score, rate) for score, rate, _ in series]}),
-        Grid(table=table, caption="Predicted against observed, in groups of score", corner="Predicted, mean"),
+        *([risk] if (risk := risk_grid(run)) else []),
     )
 
 

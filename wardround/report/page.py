@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import jinja2
-
 from shared.files import write_atomic
 from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
 from wardround.report.document import NAMES, Document, Reader, content
 from wardround.report.markdown import markdown
+from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles, read_run
 from wardround.report.statistics import drawable
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
@@ -24,9 +23,8 @@ from wardround.report.tables import (
     privacy_table,
     site_table,
 )
+from wardround.report.templates import fill_in
 from wardround.report.wording import metric_title, source_title
-
-_HERE = Path(__file__).parent
 
 
 def write_report(run_folder: Path, reader: Reader = "researcher") -> Path:
@@ -81,23 +79,12 @@ def document_for(run: RunFiles, reader: Reader) -> Document:
 
 def render(run: RunFiles) -> str:
     """The researcher's page."""
-    return _template("page.html.j2").render(style=_style(), **_context(run))
+    return fill_in("page.html.j2", **_context(run))
 
 
 def render_document(document: Document) -> str:
     """Any other reader's page."""
-    return _template("document.html.j2").render(style=_style(), document=document)
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template(name)
-
-
-def _style() -> str:
-    return (_HERE / "style.css").read_text(encoding="utf-8")
+    return fill_in("document.html.j2", document=document)
 
 
 def _context(run: RunFiles) -> dict[str, object]:
@@ -115,6 +102,7 @@ def _context(run: RunFiles) -> dict[str, object]:
         "epsilon": epsilon_chart(run),
         "roc": roc_chart(histograms),
         "calibration": calibration_chart(histograms),
+        "risk": risk_grid(run),
         "class_names": dict(enumerate(next(iter(run.result.per_site_support.values()), {}))),
         "confusions": [(source_title(source), shares_by_row(matrix)) for source, matrix in confusions.items()],
         "sites": site_table(run),

@@ -4,6 +4,7 @@ from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
 from wardround.report.document import Block, Bullets, Document, Drawing, Facts, Grid, Prose, Section
 from wardround.report.history import Curve, epsilon_by_round, fold_curves, site_curves
+from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles
 from wardround.report.statistics import calibration_series, drawable, roc_series
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
@@ -89,6 +90,8 @@ def _final_model(run: RunFiles) -> tuple[Block, ...]:
             source_title(source): [(score, rate) for score, rate, _ in calibration_series(histogram)] for source, histogram in histograms.items()
         }
         blocks.append(Drawing(figure=calibration, title="Calibration", series=points))
+    if risk := risk_grid(run):
+        blocks.append(risk)
     return tuple(blocks)
 
 
