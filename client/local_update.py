@@ -6,12 +6,12 @@ from torch import nn
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.noise import subkey
 from client.private_training import Randomness, train_round_private
+from client.refinement import refined
 from client.releases import Arrays
 from shared.cohort import Cohort
-from shared.models import Parameters, check_parameters, get_parameters, set_parameters, template_of
+from shared.models import Parameters, get_parameters, set_parameters
 from shared.plan import SitePlan
 from shared.seeding import generator_of
-from shared.task import Task
 
 
 def local_update(
@@ -33,26 +33,3 @@ def local_update(
             steps = train_round(model, train_part, local, rng=generator_of(key))
     trained = refined(local.task, get_parameters(model), key=subkey(key, b"refine"))
     return {name: np.asarray(trained[name] - parameters[name]) for name in parameters}, steps
-
-
-def refined(task: Task, trained: Parameters, *, key: bytes) -> Parameters:
-    """What the task makes of trained parameters without patients; those themselves where it has nothing to make.
-
-    A function of `trained`, task and key: the task is given a model of its own, which holds nothing that training left in another. So where
-    `trained` is private, this is, by post-processing.
-
-    Args:
-        key: of what it draws, `(32,)` bytes.
-
-    Raises:
-        ProtocolError: what it made has other shapes, or is not finite.
-    """
-    if task.refine is None:
-        return trained
-    model = task.model()
-    set_parameters(model, trained)
-    with torch_keyed(key):
-        task.refine(model)
-    made = get_parameters(model)
-    check_parameters(made, template_of(trained))
-    return made

@@ -37,6 +37,8 @@ BUILT_IN = {
     "lung-nodule": "shared.tasks.lung_nodule:lung_nodule",
     "molecule-generator": "shared.tasks.molecule_generator:molecule_generator",
     "molecule-solubility": "shared.tasks.molecule_solubility:molecule_solubility",
+    "patient-generator": "shared.tasks.patient_generator:patient_generator",
+    "record-autoencoder": "shared.tasks.record_autoencoder:record_autoencoder",
     "surgical-risk": "shared.tasks.surgical_risk:surgical_risk",
     "survival-breast": "shared.tasks.survival_breast:survival_breast",
 }
@@ -62,7 +64,7 @@ class Task:
         subgroups: by which attributes of patients a report tells how well the model does.
         refine: what a site does to its model, in place, after it trained it for a round: a fresh model with the trained parameters, and no patient,
             so under privacy it is post-processing. It alone may move what does not require gradients, such as a GAN's generator, trained against
-            the discriminator, or a Q-learner's target; draws come from torch's generator, which is keyed. Its sites are trained one after another.
+            the discriminator, or a Q-learner's target; draws come from torch's generator, which is keyed.
     """
 
     name: str

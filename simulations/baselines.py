@@ -7,9 +7,9 @@ import numpy as np
 
 from client.evaluation import evaluate_parameters
 from client.local_training import LocalRound, torch_keyed, train_round
-from client.local_update import refined
 from client.noise import subkey
 from client.private_training import Randomness, train_round_private
+from client.refinement import refined
 from server.evaluation import add_statistics
 from server.outcome import Baseline
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients

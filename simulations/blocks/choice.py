@@ -135,8 +135,6 @@ def _block_size(setting: Setting, memory: int, *, cached: bool = True) -> int:
         raise NotStackableError("every real site answers for itself")
     if _noise_of_its_own(study):
         raise NotStackableError("noise from the operating system is kept site by site")
-    if task.refine is not None:
-        raise NotStackableError("the task refines each site's model after its training")
     sizes = [cohort.num_patients for cohort in setting.federation.cohorts.values()]
     if len(sizes) < 2:
         raise NotStackableError("there is one site")

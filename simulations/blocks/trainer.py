@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from client.charging import release_key
 from client.evaluation import predictions_of
 from client.local_training import LocalRound
+from client.noise import subkey
+from client.refinement import refined
 from client.releases import row_digests
 from client.sampling import PatientIndex
 from shared.cohort import Cohort, IntArray
@@ -22,7 +24,7 @@ from shared.task import Task
 from simulations.blocks.activations import with_fast_activations
 from simulations.blocks.patients import Part, Patients
 from simulations.blocks.stacked import StackedModel
-from simulations.blocks.training import Records, SiteWork, flat, flat_updates, train_block
+from simulations.blocks.training import Records, SiteWork, flat, flat_updates, named, train_block
 
 Sums = dict[str, NDArray[np.float64]]
 
@@ -104,7 +106,12 @@ class StackedTrainer(BlockTrainer):
 
     def _train(self, works: list[SiteWork], received: Parameters, local: LocalRound) -> tuple[IntArray, NDArray[np.floating]]:
         steps = train_block(self._stacked, received, works, self._records, local)
-        return steps, flat_updates(self._stacked, received, len(works))
+        updates = flat_updates(self._stacked, received, len(works))
+        if self._task.refine is not None:
+            for update, work in zip(updates, works, strict=True):
+                trained = {name: received[name] + value for name, value in named(update, received).items()}
+                update[:] = flat(refined(self._task, trained, key=subkey(work.key, b"refine"))) - flat(received)
+        return steps, updates
 
 
 def make_trainer(task: Task, study: Study, patients: Patients, *, block_size: int, stacked: bool, device: str = "cpu") -> BlockTrainer:

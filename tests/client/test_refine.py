@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from client.local_training import LocalRound, torch_keyed
-from client.local_update import local_update, refined
+from client.local_update import local_update
 from client.noise import subkey
+from client.refinement import refined
 from shared.errors import ProtocolError
 from shared.models import initial_parameters
 from shared.plan import plan_site

@@ -1,6 +1,8 @@
 """A simulation in blocks: the same run as one site after another, in one process or several, broken off and resumed."""
 
+import functools
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from simulations.blocks.training import named
 from simulations.blocks.workers import Pool
 from simulations.federation import declared_sizes
 from simulations.simulate import prepare
+from tests.simulations.conftest import Finished, Runner
 from tests.simulations.other_device import other_device
 
 SITES = ("site-1", "site-2", "site-3", "site-4", "site-5")
@@ -27,9 +30,16 @@ def five_sites(runner, **changes: object):
     return runner.study(federation={"sites": 5, "partition": "quantity", "alpha": 2.0}, **changes)
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Execution], Finished]:
+    """The run of five sites, made once each way, for those who only read it."""
+    runner = Runner(out=tmp_path_factory.mktemp("runs"))
+    return functools.cache(lambda how: runner.run(five_sites(runner), execution=how))
+
+
 @pytest.mark.parametrize("privacy", [{}, {"unit": "none"}, {"evaluation_epsilon": 2.0}], ids=["private", "none", "noised evaluation"])
-def test_a_run_in_blocks_comes_to_what_a_run_site_by_site_comes_to(runner, privacy: dict[str, object]) -> None:
-    runs = {how: runner.run(five_sites(runner, privacy=privacy), execution=how) for how in ("blocks", "sequential")}
+def test_a_run_in_blocks_comes_to_what_a_run_site_by_site_comes_to(runner, usual, privacy: dict[str, object]) -> None:
+    runs = {how: runner.run(five_sites(runner, privacy=privacy), execution=how) if privacy else usual(how) for how in ("blocks", "sequential")}
     blocks, sequential = runs["blocks"], runs["sequential"]
     assert "blocks of up to 3 sites" in blocks.result.execution and "as asked" in sequential.result.execution
     models = [read_tensors(run.folder.path / "model" / "final.safetensors")[1] for run in (blocks, sequential)]
@@ -41,10 +51,10 @@ def test_a_run_in_blocks_comes_to_what_a_run_site_by_site_comes_to(runner, priva
     assert blocks.result.privacy == sequential.result.privacy
 
 
-def test_the_ledgers_of_both_hold_the_same_charges(runner) -> None:
+def test_the_ledgers_of_both_hold_the_same_charges(usual) -> None:
     charges = {}
     for how in ("blocks", "sequential"):
-        run = runner.run(five_sites(runner), execution=how)
+        run = usual(how)
         for name in SITES:
             with reading(run.folder.path / "ledgers" / f"{name}.sqlite") as ledger:
                 found = [(charge.entry.round, charge.event, charge.committed) for charge in ledger.charges()]
@@ -83,7 +93,7 @@ def test_processes_make_no_difference_to_any_bit(runner, how: Execution, here: i
 
 
 @pytest.mark.slow  # starts processes that import torch
-def test_a_worker_that_dies_ends_the_run_by_name_and_it_can_be_resumed(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_ends_the_run_by_name_and_it_can_be_resumed(runner, usual, monkeypatch: pytest.MonkeyPatch) -> None:
     ready_after(monkeypatch, 0)
     submit = Pool.submit
 
@@ -101,10 +111,10 @@ def test_a_worker_that_dies_ends_the_run_by_name_and_it_can_be_resumed(runner, m
     broken = runner.latest()
     assert broken.result.outcome == "failed" and broken.result.rounds_completed == 1
     resumed = runner.run(broken.folder.study, resume=broken.folder.path, execution="blocks")
-    assert resumed.model() == runner.run(five_sites(runner), execution="blocks").model()
+    assert resumed.model() == usual("blocks").model()
 
 
-def test_a_run_broken_off_in_a_block_leaves_its_charges_and_is_resumed_to_the_same_bits(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_broken_off_in_a_block_leaves_its_charges_and_is_resumed_to_the_same_bits(runner, usual, monkeypatch: pytest.MonkeyPatch) -> None:
     real, rounds = trainer.train_block, []
 
     def interrupted(*arguments: object) -> object:
@@ -126,11 +136,11 @@ def test_a_run_broken_off_in_a_block_leaves_its_charges_and_is_resumed_to_the_sa
         standing += states.count(False)
     assert standing == 3  # the block that was under way, and no other
     resumed = runner.run(run.folder.study, resume=run.folder.path, execution="blocks")
-    whole = runner.run(five_sites(runner), execution="blocks")
+    whole = usual("blocks")
     assert resumed.model() == whole.model() and resumed.comparable == whole.comparable
 
 
-def test_a_killed_runs_journal_is_read_back(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_runs_journal_is_read_back(runner, usual, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was killed has not closed its ledgers: all that is left is the journal, perhaps with half a line at its end."""
     lines: list[RoundRecord] = []
 
@@ -149,7 +159,7 @@ def test_a_killed_runs_journal_is_read_back(runner, monkeypatch: pytest.MonkeyPa
     resumed = runner.run(run.folder.study, resume=run.folder.path, execution="blocks")
     with reading(ledgers / "site-1.sqlite") as ledger:
         assert [charge.entry.round for charge in ledger.charges()] == [1, 2]
-    assert resumed.model() == runner.run(five_sites(runner), execution="blocks").model()
+    assert resumed.model() == usual("blocks").model()
     (ledgers / JOURNAL).write_text("nonsense\n")
     with pytest.raises(LedgerError, match="line 1"):
         Journal(ledgers)
@@ -197,6 +207,17 @@ def test_what_cannot_be_in_blocks_is_told_and_refused_where_it_was_asked_for(run
     assert choose(usual, "auto", processes=3).num_workers == 3 and choose(usual, "auto", processes=1).num_workers == 0
 
 
+def test_what_a_task_refines_is_refined_in_blocks_as_site_by_site(runner) -> None:
+    study = runner.study(
+        task="shared.tasks.biomarker_panel:biomarker_panel_elastic_net", federation={"sites": 3, "num_patients": 150, "partition": "iid"}
+    )
+    runs = [runner.run(study, execution=how) for how in ("blocks", "sequential")]
+    assert "in blocks" in runs[0].result.execution
+    models = [read_tensors(run.folder.path / "model" / "final.safetensors")[1] for run in runs]
+    for name, value in models[1].items():
+        np.testing.assert_allclose(models[0][name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("privacy", [{}, {"unit": "none"}], ids=["private", "none"])
 def test_a_run_whose_blocks_another_device_trains_comes_to_what_the_cpu_comes_to(runner, privacy: dict[str, object]) -> None:
     with other_device() as device:
@@ -234,7 +255,6 @@ def test_declared_sizes_are_exact_where_they_are_few_and_rounded_where_they_are_
     assert declared_sizes(range(1, 100))[0] == 1
 
 
-def test_the_statistics_of_all_sites_at_once_are_those_of_each(runner) -> None:
-    run = runner.run(five_sites(runner), execution="blocks")
-    whole = runner.run(five_sites(runner), execution="sequential")
+def test_the_statistics_of_all_sites_at_once_are_those_of_each(usual) -> None:
+    run, whole = usual("blocks"), usual("sequential")
     assert json.dumps(run.lines[0]["sites"]) == json.dumps(whole.lines[0]["sites"])  # of the first model, which is the same
