@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shared.study import Study
     from shared.task import Task
+    from wardround.deploying import export_model
+    from wardround.explaining import explain_run
+    from wardround.predicting import predict
     from wardround.run import Run, simulate
     from wardround.sweeping import SweepRun, sweep
 
-__all__ = ["Run", "Study", "SweepRun", "Task", "simulate", "sweep"]
+__all__ = ["Run", "Study", "SweepRun", "Task", "explain_run", "export_model", "predict", "simulate", "sweep"]
 
 _HOMES = {
     "Study": "shared.study",
@@ -18,6 +21,9 @@ _HOMES = {
     "simulate": "wardround.run",
     "SweepRun": "wardround.sweeping",
     "sweep": "wardround.sweeping",
+    "explain_run": "wardround.explaining",
+    "export_model": "wardround.deploying",
+    "predict": "wardround.predicting",
 }
 
 

@@ -4,7 +4,25 @@ from typing import Annotated
 
 import typer
 
-from wardround.cli import attack, audit, checking, coordinator, data, federation, ledger, privacy, report, simulate, site, study, sweep, task
+from wardround.cli import (
+    attack,
+    audit,
+    checking,
+    coordinator,
+    data,
+    explain,
+    export,
+    federation,
+    ledger,
+    predict,
+    privacy,
+    report,
+    simulate,
+    site,
+    study,
+    sweep,
+    task,
+)
 
 app = typer.Typer(
     help="Federated learning across hospitals, in rounds, with a promise about privacy that is kept in a ledger.",
@@ -33,6 +51,9 @@ app.command("simulate")(simulate.simulate)
 app.command("sweep")(sweep.sweep)
 app.command("attack")(attack.attack)
 app.command("report")(report.report)
+app.command("explain")(explain.explain)
+app.command("export")(export.export)
+app.command("predict")(predict.predict)
 app.command("provision")(federation.provision)
 app.command("renew")(federation.renew)
 app.command("revoke")(federation.revoke)

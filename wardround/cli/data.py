@@ -96,10 +96,15 @@ def _subject(task: str, data: Path | None, options: list[str] | None) -> "Subjec
     resolved = resolve_task(task)
     if data is None and not resolved.bundled:
         raise UsageError(f"task {task} has no data of its own", "give the file or folder with --data")
-    return look_at(resolved, DataSource.of(data, dict(_key_and_value(option) for option in options or [])))
+    return look_at(resolved, DataSource.of(data, dict(key_and_value(option) for option in options or [])))
 
 
-def _key_and_value(text: str) -> tuple[str, OptionValue]:
+def key_and_value(text: str) -> tuple[str, OptionValue]:
+    """What stands on either side of the first `=`, the value typed as TOML would.
+
+    Raises:
+        UsageError: there is no key, or no `=`.
+    """
     from shared.errors import UsageError
 
     key, sign, value = text.partition("=")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -15,6 +14,7 @@ from wardround.report.document import Block, Document, Drawing, Facts, Grid, Pro
 from wardround.report.summary import Banner
 from wardround.report.svg import Axis, element, join, nice_axis, percent, plot
 from wardround.report.tables import Cell, Row, Table
+from wardround.report.templates import fill_in
 from wardround.report.wording import DASH, count
 
 PAGE, AGGREGATE = "profile.html", "profile-aggregate.json"
@@ -24,7 +24,6 @@ STAYS = (
     "Every number here is exact, also where it counts one patient. Show it to nobody outside; what may be discussed is the file "
     f"{AGGREGATE} beside it."
 )
-_HERE = Path(__file__).parent
 
 
 def write_profile(profile: Profile, folder: Path, *, source: str, min_cell: int) -> tuple[Path, Path]:
@@ -46,11 +45,7 @@ def write_profile(profile: Profile, folder: Path, *, source: str, min_cell: int)
 
 def render_profile(document: Document) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
-    return environment.get_template("profile.html.j2").render(style=style, document=document)
+    return fill_in("profile.html.j2", document=document)
 
 
 def profile_document(profile: Profile, *, source: str, min_cell: int) -> Document:

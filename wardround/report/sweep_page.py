@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-
 from shared.files import write_atomic
 from simulations.sweeps.cell import CellResult
 from simulations.sweeps.folder import SweepFolder
@@ -14,10 +12,10 @@ from wardround.report.summary import Banner
 from wardround.report.sweep_charts import burn_down_chart, noise_chart, utility_chart, utility_lines
 from wardround.report.tables import Cell, Table
 from wardround.report.tables import Row as TableRow
+from wardround.report.templates import fill_in
 from wardround.report.wording import DASH, compact, humanise, interval_text, metric_title, number, ordered_sources, source_title, upper_bound
 from wardround.sweeping import SEED, Row, summarise
 
-_HERE = Path(__file__).parent
 TITLES = {
     "privacy.epsilon": "Epsilon, the budget of the whole study at each site",
     "federation.sites": "Number of sites",
@@ -43,12 +41,8 @@ def write_sweep_report(path: Path) -> Path:
         StorageError: a file of the sweep is damaged, or the report cannot be written.
     """
     folder = SweepFolder(path)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    style = (_HERE / "style.css").read_text(encoding="utf-8")
     report = path / "report.html"
-    write_atomic(report, environment.get_template("document.html.j2").render(style=style, document=sweep_document(folder)))
+    write_atomic(report, fill_in("document.html.j2", document=sweep_document(folder)))
     return report
 
 
