@@ -206,6 +206,7 @@ def _read_separated(path: Path, names: list[str] | None) -> "pd.DataFrame":
         sep=separator,
         skipinitialspace=True,
         encoding="utf-8-sig",
+        compression=None,  # by its ending a file would be unpacked, however large it becomes
     )
     return frame.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True) if separator == ";" else frame
 
