@@ -31,6 +31,7 @@ from shared.subgroups import Subgroup
 from shared.task import Task
 from shared.tasks.eicu import REGIONS, LoadOptions, load_options, numbers_of, read_stays, read_table, without_bad_rows, without_small_sites
 from shared.tasks.tabular import logistic_loss
+from shared.tasks.text import SmallStart
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -42,7 +43,6 @@ NUM_LEVELS = 3
 DAY_MINUTES = 24 * 60
 WIDTH = 16
 NUM_HEADS = 2
-EMBEDDING_START = 0.01  # standard deviation
 EMBEDDING_SCALE = 3.0
 SUM_SCALE = 0.3
 USUAL_LOGIT = -2.2  # one in ten dies, as in intensive care at large; clipped gradients would spend rounds to find that out
@@ -201,23 +201,6 @@ def cohort_of_events(frame: "pd.DataFrame", events: "pd.DataFrame", *, notes: Ma
 
 
 # The model -----------------------------------------------------------------------------------------------------------------------
-
-
-class SmallStart(nn.Module):
-    """Starts an embedding near zero, where nn.Embedding's own start would be a standard deviation of 1.
-
-    That is far above what one code should say of a risk, and with plain gradient steps it would never be forgotten. A module of its own, the last
-    of its model, for `initial_parameters` asks every module in order, and a subclass of nn.Embedding could not be trained for many sites at once.
-    """
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self._embeddings = (embedding,)  # in a tuple, so that its weights are not this module's too
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the embedding's weights anew."""
-        nn.init.normal_(self._embeddings[0].weight, std=EMBEDDING_START)
 
 
 class EventAttention(nn.Module):
