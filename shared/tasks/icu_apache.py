@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
 
 # name: unit, plausible range, scale, a healthy value, and how far from it the synthetic ones lie
-_FINDINGS: dict[str, tuple[str, float, float, Literal["linear", "log"], float, float]] = {
+FINDINGS: dict[str, tuple[str, float, float, Literal["linear", "log"], float, float]] = {
     "urine": ("ml/day", 10, 20_000, "log", 1800, 0.6),
     "wbc": ("1000/mm3", 0.1, 100, "log", 9, 0.4),
     "temperature": ("degrees C", 30, 42, "linear", 36.8, 0.7),
@@ -56,14 +56,14 @@ _FLAGS = ("vent", "intubated", "dialysis")
 _PREDICTION_FLAGS = (
     "electivesurgery", "aids", "hepaticfailure", "lymphoma", "metastaticcancer", "leukemia", "immunosuppression", "cirrhosis", "diabetes",
 )  # fmt: skip
-APS_COLUMNS = (*_FLAGS, *_FINDINGS)
+APS_COLUMNS = (*_FLAGS, *FINDINGS)
 MISSING_CODES = ("-1", "-1.0", "-1.00")
 
 
 def _columns() -> tuple[Column, ...]:
     findings = [
         Column(name=name, type="number", unit=unit, low=low, high=high, scale=scale, missing="indicator", missing_codes=MISSING_CODES)
-        for name, (unit, low, high, scale, _, _) in _FINDINGS.items()
+        for name, (unit, low, high, scale, _, _) in FINDINGS.items()
     ]
     flags = [Column(name=name, type="binary", missing_codes=MISSING_CODES) for name in (*_FLAGS, *_PREDICTION_FLAGS)]
     return (
@@ -143,7 +143,7 @@ def synthetic_cohort(num_patients: int, seed: int) -> Cohort:
     severity = rng.gamma(2.0, 0.5, size=num_patients) * np.array((0.9, 1.0, 1.1, 1.3))[region]
     age = np.clip(rng.normal(63, 17, size=num_patients), 16, 90)
     columns: dict[str, NDArray[np.generic]] = {}
-    for name, (_, low, high, scale, healthy, spread) in _FINDINGS.items():
+    for name, (_, low, high, scale, healthy, spread) in FINDINGS.items():
         centre, sign = (np.log(healthy), 1) if scale == "log" else (healthy, -1 if name in ("eyes", "motor", "verbal") else 1)
         sign = -1 if name in ("urine", "albumin", "ph", "meanbp", "hematocrit", "pao2") else sign
         drawn = centre + spread * (0.5 * sign * severity + rng.normal(0, 0.4 + 0.6 * severity) * (sign if scale == "linear" else 1))
