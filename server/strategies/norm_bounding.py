@@ -34,4 +34,4 @@ class BoundedMean(ExactMean):
 
 def _scaled(values: NDArray[np.generic], factor: float) -> NDArray[np.generic]:
     """In their own type."""
-    return np.multiply(values, values.dtype.type(factor), dtype=values.dtype)  # type: ignore[call-arg]
+    return np.asarray(np.multiply(values, values.dtype.type(factor)))

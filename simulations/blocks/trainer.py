@@ -109,7 +109,7 @@ class StackedTrainer(BlockTrainer):
         updates = flat_updates(self._stacked, received, len(works))
         if self._task.refine is not None:
             for update, work in zip(updates, works, strict=True):
-                trained = {name: received[name] + value for name, value in named(update, received).items()}
+                trained: Parameters = {name: received[name] + value for name, value in named(update, received).items()}
                 update[:] = flat(refined(self._task, trained, key=subkey(work.key, b"refine"))) - flat(received)
         return steps, updates
 
