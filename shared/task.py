@@ -37,10 +37,13 @@ BUILT_IN = {
     "lung-nodule": "shared.tasks.lung_nodule:lung_nodule",
     "molecule-generator": "shared.tasks.molecule_generator:molecule_generator",
     "molecule-solubility": "shared.tasks.molecule_solubility:molecule_solubility",
+    "multimodal-risk": "shared.tasks.multimodal_risk:multimodal_risk",
     "patient-generator": "shared.tasks.patient_generator:patient_generator",
     "record-autoencoder": "shared.tasks.record_autoencoder:record_autoencoder",
+    "self-supervised": "shared.tasks.self_supervised:self_supervised",
     "surgical-risk": "shared.tasks.surgical_risk:surgical_risk",
     "survival-breast": "shared.tasks.survival_breast:survival_breast",
+    "treatment-policy": "shared.tasks.treatment_policy:treatment_policy",
 }
 
 LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]

@@ -4,7 +4,7 @@ Findings are the five of the CheXpert competition (Irvin et al. 2019). A finding
 is treated as not spoken of (their policy "U-Ignore"). Unknown ones add nothing to loss or metrics: the loss is masked, and each finding has a
 histogram of its own over the patients for whom it is known.
 
-Images are PNG files; DICOM has a reader in its place in `shared.tasks.images.READERS`.
+Images are PNG or DICOM files, see `shared.tasks.images.READERS`.
 
 Legend: N records, S side of an image, L findings, B score bins.
 """
@@ -78,7 +78,7 @@ SCHEMA = (TensorSchema(name="image", shape=(1, SIDE, SIDE), unit="grey value, bl
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """A CSV that lists PNG files, or a folder with one CSV: a column `image` (a path below the folder) and a column for each finding.
+    """A CSV that lists PNG or DICOM files, or a folder with one CSV: a column `image` (a path below the folder) and a column for each finding.
 
     A finding is 1, 0, -1 (uncertain) or empty; capitals of its name do not matter. There may be `patient`, `site`, `sex` (F, M) and `age`.
     An image for which nothing is known is left out, and counted.
@@ -92,7 +92,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     tolerance = tolerance_of(options, NAME)
     file = data_file(path, NAME)
     if file.suffix.lower() != ".csv":
-        raise SchemaError(f"{file.name}: expected a CSV file that lists PNG files, got an NPZ", "see the task's page")
+        raise SchemaError(f"{file.name}: expected a CSV file that lists images, got an NPZ", "see the task's page")
     frame = _named_findings(read_listing(file, ["image"]), file.name)
     labels, known = findings_of(frame)
     read = read_images(file.parent, frame["image"], side=SIDE, source=file.name)

@@ -1,7 +1,7 @@
 """Images as tensors: read, checked and brought to one size by public rules; and `Augmentation`, the head of a model. Every task on images uses it.
 
 What is done to an image depends on that image and on public numbers alone: intensities are scaled by their type's range, never by what a site's
-images have; an image that is not square is padded with black. A reader of another format (DICOM, NIfTI) gives `(H, W)` float32 in [0, 1] as
+images have; an image that is not square is padded with black. A reader of another format (`shared.tasks.dicom`) gives `(H, W)` float32 in [0, 1] as
 `read_png` does, and takes its place in `READERS` by the ending of its files.
 
 Legend: N records, C channels, H height and W width in pixels, S side of the square that a model takes.
@@ -9,6 +9,7 @@ Legend: N records, C channels, H height and W width in pixels, S side of the squ
 
 import hashlib
 import io
+import logging
 import math
 import warnings
 import zipfile
@@ -112,6 +113,21 @@ def reading(source: str) -> "Iterator[None]":
         raise DataAccessError(f"{source}: this user may not read it", "change its permissions") from None
     except OSError as error:
         raise DataError(f"{source}: could not be read ({type(error).__name__})", "check the file system") from None
+
+
+@contextmanager
+def silent_log(name: str) -> "Iterator[None]":
+    """Silence of another library's log and of those below it: what it says of a file may quote it."""
+    log = logging.getLogger(name)
+    level = log.level
+    if level > logging.CRITICAL:  # silent already: a level set anew clears every logger's cache, which costs more than a small file
+        yield
+        return
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 # NPZ ----------------------------------------------------------------------------------------------------------------------------
@@ -285,7 +301,13 @@ def read_png(path: Path, *, source: str) -> FloatImages:
     return intensities(grey.astype(np.uint16) if grey.dtype == np.int32 else grey, source)
 
 
-READERS: dict[str, Callable[..., FloatImages]] = {".png": read_png}  # a file's ending -> what reads it
+def _read_dicom(path: Path, *, source: str) -> FloatImages:
+    from shared.tasks.dicom import read_dicom  # it takes its bounds from here
+
+    return read_dicom(path, source=source)
+
+
+READERS: dict[str, Callable[..., FloatImages]] = {".png": read_png, ".dcm": _read_dicom, ".dicom": _read_dicom}  # a file's ending -> what reads it
 
 
 def read_images(folder: Path, names: Iterable[str], *, side: int, source: str) -> ReadImages:
@@ -298,7 +320,7 @@ def read_images(folder: Path, names: Iterable[str], *, side: int, source: str) -
     for row, name in enumerate(names, start=1):
         place = f"{source}: record {row}"
         try:
-            images.append(to_square(_read_image(folder, name, place), side))
+            images.append(to_square(read_image(folder, name, place), side))
             usable.append(True)
         except (SchemaError, DataMissingError) as error:
             images.append(np.zeros((side, side), dtype=np.float32))
@@ -308,14 +330,28 @@ def read_images(folder: Path, names: Iterable[str], *, side: int, source: str) -
     return ReadImages(images=stack, usable=np.array(usable, dtype=np.bool_), first_problem=first)
 
 
-def _read_image(folder: Path, name: str, source: str) -> FloatImages:
+def read_image(folder: Path, name: str, source: str) -> FloatImages:
+    """The image `name` below `folder`, `(H, W)` float32 in [0, 1].
+
+    Raises:
+        DataMissingError, DataAccessError, SchemaError: see `path_below`; or it cannot be read.
+    """
+    path = path_below(folder, name, endings=sorted(READERS), source=source)
+    return READERS[path.suffix.lower()](path, source=source)
+
+
+def path_below(folder: Path, name: str, *, endings: Sequence[str], source: str) -> Path:
+    """The path of the file that a list in `folder` calls `name`.
+
+    Raises:
+        SchemaError: it leads out of the folder, or has another ending than one of `endings`.
+    """
     relative = PurePosixPath(name.replace("\\", "/"))
     if not name or relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise SchemaError(f"{source}: expected the path of an image below the folder of the list, got none or another", "correct it")
-    reader = READERS.get(relative.suffix.lower())
-    if reader is None:
-        raise SchemaError(f"{source}: expected an image ({', '.join(sorted(READERS))}), got another ending", "convert it")
-    return reader(folder / relative, source=source)
+        raise SchemaError(f"{source}: expected the path of a file below the folder of the list, got none or another", "correct it")
+    if relative.suffix.lower() not in endings:
+        raise SchemaError(f"{source}: expected a file ({', '.join(endings)}), got another ending", "convert it")
+    return folder / relative
 
 
 # Lists of images ----------------------------------------------------------------------------------------------------------------
@@ -389,7 +425,7 @@ def attribute_of(values: NDArray[np.generic], patients: Patients, name: str, *, 
     return of_patient
 
 
-def content_identifiers(images: NDArray[np.generic]) -> list[str]:
+def content_identifiers(images: Iterable[NDArray[np.generic]]) -> list[str]:
     """An identifier for each image from its content, where none is known: another image more makes nobody a new patient."""
     seen: dict[str, int] = {}
     identifiers = []

@@ -4,14 +4,15 @@ Model: U-Net (Ronneberger, Fischer, Brox 2015) of two levels, with GroupNorm, an
 Dice (1945) by sums of overlaps, 2 sum |P and T| / (sum |P| + sum |T|) over all patients, which sums over sites give exactly; beside it the mean of
 every image's own Dice.
 
-Images and masks come as NPZ, or as pairs of PNG files. Another format, such as NIfTI, becomes `Pairs` in a reader of its own beside `read_npz_pairs`
-and `read_png_pairs`; `cohort_of` does the rest.
+Images and masks come as NPZ, or as pairs of PNG, DICOM or NIfTI files. A NIfTI volume is one patient where no list says more, and its slices are the
+patient's records: every slice with a lesion, and as many without one, evenly spread, or one where there is no lesion. Another format becomes `Pairs`
+in a reader of its own beside those here; `cohort_of` does the rest.
 
 Legend: N records, S side of an image, W channels of the first level.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from shared.cohort import Cohort
+from shared.cohort import Cohort, IntArray
 from shared.errors import DataMissingError, SchemaError
 from shared.metrics import ROUNDING, FloatArray, Metric, Statistic
 from shared.schema import TensorSchema
@@ -27,6 +28,7 @@ from shared.seeding import generator
 from shared.task import Task
 from shared.tasks.images import (
     BoolArray,
+    FloatImages,
     ReadImages,
     TextArray,
     attribute_of,
@@ -34,6 +36,7 @@ from shared.tasks.images import (
     data_file,
     images_of_stack,
     model_input,
+    path_below,
     patients_of,
     read_images,
     read_listing,
@@ -42,14 +45,16 @@ from shared.tasks.images import (
     refuse_too_many,
     repeated_images,
     text_of,
+    to_square,
     tolerance_of,
 )
+from shared.tasks.nifti import NIFTI_ENDINGS, read_nifti, same_grid
 
 NAME = "lesion-segmentation"
 SIDE = 32
 WIDTH = 8
 LARGEST_SHARE = 0.5  # of an image that a lesion may take; a larger mask is one that is inverted, and the record is unusable
-FOLDERS = ("images", "masks")  # of PNG pairs, which have the same name in both
+FOLDERS = ("images", "masks")  # of pairs of files, which have the same name in both
 BACKGROUND_CODES = (0, 1, 255)  # values of a mask of whole numbers; all but 0 are lesion
 SYNTHETIC_SITES = {
     "synthetic-1": (0.00, 0.35),
@@ -61,6 +66,9 @@ SYNTHETIC_HEALTHY_RATE = 0.05  # images without a lesion
 SYNTHETIC_NOISE = 0.06
 
 SCHEMA = (TensorSchema(name="image", shape=(1, SIDE, SIDE), unit="grey value, black -1 to white 1", low=-1.0, high=1.0),)
+
+
+NONE_READ = ReadImages(images=np.zeros((0, SIDE, SIDE), dtype=np.float32), usable=np.zeros(0, dtype=np.bool_))
 
 
 # Data ---------------------------------------------------------------------------------------------------------------------------
@@ -78,9 +86,9 @@ class Pairs:
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """An NPZ with `images` and `masks` (and `patients`, `sites`), or PNG files: a folder of `images/` and `masks/`, or a CSV that lists the pairs.
+    """An NPZ with `images` and `masks` (and `patients`, `sites`), or PNG or NIfTI files in `images/` and `masks/`, or a CSV that lists the pairs.
 
-    The CSV has the columns `image` and `mask` (paths below its folder), and may have `patient` and `site`.
+    The CSV may list DICOM files too. It has the columns `image` and `mask` (paths below its folder), and may have `patient` and `site`.
 
     Args:
         options: `tolerance`, see `tolerance_of`.
@@ -90,9 +98,9 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     """
     tolerance = tolerance_of(options, NAME)
     if path is not None and (path / FOLDERS[0]).is_dir():
-        return cohort_of(read_png_folder(path), tolerance=tolerance, source=path.name)
+        return cohort_of(read_folder(path), tolerance=tolerance, source=path.name)
     file = data_file(path, NAME)
-    pairs = read_npz_pairs(file) if file.suffix.lower() == ".npz" else read_png_pairs(file)
+    pairs = read_npz_pairs(file) if file.suffix.lower() == ".npz" else read_listed_pairs(file)
     return cohort_of(pairs, tolerance=tolerance, source=file.name)
 
 
@@ -119,27 +127,100 @@ def _as_truth(masks: NDArray[np.generic]) -> NDArray[np.generic]:
     return np.where(np.isin(masks, BACKGROUND_CODES), masks != 0, -1).astype(np.float32)
 
 
-def read_png_pairs(path: Path) -> Pairs:
-    """The pairs that a CSV lists."""
+def read_listed_pairs(path: Path) -> Pairs:
+    """The pairs that a CSV lists: all of them NIfTI files, or none."""
     frame = read_listing(path, ["image", "mask"])
     text = {name: frame[name].to_numpy(dtype=np.str_) for name in ("patient", "site") if name in frame.columns}
-    return Pairs(
+    listed = Pairs(images=NONE_READ, masks=NONE_READ, patients=text.get("patient"), sites=text.get("site"), refused=repeated_images(frame))
+    if _are_nifti([*frame["image"], *frame["mask"]], path.name):
+        return read_nifti_pairs(path.parent, list(zip(frame["image"], frame["mask"], strict=True)), listed, source=path.name)
+    return replace(
+        listed,
         images=read_images(path.parent, frame["image"], side=SIDE, source=f"{path.name}, images"),
         masks=read_images(path.parent, frame["mask"], side=SIDE, source=f"{path.name}, masks"),
-        patients=text.get("patient"),
-        sites=text.get("site"),
-        refused=repeated_images(frame),
     )
 
 
-def read_png_folder(path: Path) -> Pairs:
-    """The pairs of a folder: `images/a.png` with `masks/a.png`. An image without a mask is unusable."""
+def read_folder(path: Path) -> Pairs:
+    """The pairs of a folder: `images/a.png` with `masks/a.png`, or NIfTI files. An image without a mask is unusable."""
     with reading(str(path / FOLDERS[0])):
-        names = sorted(file.name for file in (path / FOLDERS[0]).iterdir() if file.suffix.lower() == ".png")
+        names = sorted(file.name for file in (path / FOLDERS[0]).iterdir() if file.suffix.lower() in (".png", *NIFTI_ENDINGS))
     if not names:
-        raise DataMissingError(f"{path / FOLDERS[0]}: expected PNG files, found none", "check the path given with --data")
+        raise DataMissingError(f"{path / FOLDERS[0]}: expected NIfTI or PNG files, found none", "check the path given with --data")
+    if _are_nifti(names, path.name):
+        pairs = [(f"{FOLDERS[0]}/{name}", f"{FOLDERS[1]}/{name}") for name in names]
+        return read_nifti_pairs(path, pairs, Pairs(images=NONE_READ, masks=NONE_READ), source=path.name)
     images, masks = (read_images(path / folder, names, side=SIDE, source=f"{path.name}/{folder}") for folder in FOLDERS)
     return Pairs(images=images, masks=masks)
+
+
+def _are_nifti(names: Sequence[str], source: str) -> bool:
+    found = {name.lower().endswith(NIFTI_ENDINGS) for name in names}
+    if len(found) > 1:
+        raise SchemaError(f"{source}: expected NIfTI files alone, or none, got both", "give them one after the other, each in a folder of its own")
+    return True in found
+
+
+def read_nifti_pairs(folder: Path, names: Sequence[tuple[str, str]], listed: Pairs, *, source: str) -> Pairs:
+    """The slices of these pairs of NIfTI files below `folder`; a pair that cannot be read is one unusable record.
+
+    Args:
+        names: of image and mask.
+        listed: what a list says of each pair: patient, site, refused.
+
+    Raises:
+        DataAccessError: a file may not be read; that is no bad record.
+    """
+    pairs, problems = [], []
+    for row, (image, mask) in enumerate(names, start=1):
+        try:
+            pairs.append(_nifti_slices(folder, image, mask, source=f"{source}: pair {row}"))
+            problems.append("")
+        except (SchemaError, DataMissingError) as error:
+            blank = np.zeros((1, SIDE, SIDE), dtype=np.float32)
+            pairs.append((blank, blank, np.zeros(1, dtype=np.bool_)))
+            problems.append(error.what)
+    counts = [len(usable) for _, _, usable in pairs]
+    images, masks, usable = (np.concatenate([pair[index] for pair in pairs]) for index in range(3))
+    problem = next((text for text in problems if text), "" if usable.all() else "NaN, infinity, or a value outside its set in a slice")
+    patients = np.array(content_identifiers([pair[0] for pair in pairs]), dtype=np.str_) if listed.patients is None else listed.patients
+    return Pairs(
+        images=ReadImages(images=images, usable=usable, first_problem=problem),
+        masks=ReadImages(images=masks, usable=usable),
+        patients=np.repeat(patients, counts),
+        sites=None if listed.sites is None else np.repeat(listed.sites, counts),
+        refused=None if listed.refused is None else np.repeat(listed.refused, counts),
+    )
+
+
+def _nifti_slices(folder: Path, image: str, mask: str, *, source: str) -> tuple[FloatImages, FloatImages, BoolArray]:
+    """Chosen slices of a pair as images and masks `(n, S, S)`, and which are usable `(n,)`."""
+    volume, truth = (
+        read_nifti(path_below(folder, name, endings=NIFTI_ENDINGS, source=source), source=f"{source}, {kind}")
+        for name, kind in ((image, "image"), (mask, "mask"))
+    )
+    if not same_grid(volume, truth):
+        raise SchemaError(f"{source}: expected a mask with the shape and affine of its image, got another", "export them together")
+    grey, usable = volume.grey(f"{source}, image")
+    lesion, known = replace(truth, values=_as_truth(truth.values), window=None).grey(f"{source}, mask")
+    chosen = chosen_slices(np.asarray((lesion >= 0.5).any(axis=(1, 2))))
+    return (
+        np.stack([to_square(grey[index], SIDE) for index in chosen]),
+        np.stack([to_square(lesion[index], SIDE) for index in chosen]),
+        usable[chosen] & known[chosen],
+    )
+
+
+def chosen_slices(ill: BoolArray) -> IntArray:
+    """Which of a volume's slices are records, in their order: all with a lesion, and as many without, evenly spread; one where there is none.
+
+    >>> chosen_slices(np.array([False, False, False, True, False, False, False])).tolist()
+    [3, 4]
+    """
+    healthy = np.flatnonzero(~ill)
+    num_healthy = min(len(healthy), max(int(ill.sum()), 1))
+    spread = ((np.arange(num_healthy) + 0.5) * len(healthy) / max(num_healthy, 1)).astype(np.int64)
+    return np.sort(np.concatenate([np.flatnonzero(ill), healthy[spread]])).astype(np.int64)
 
 
 def cohort_of(pairs: Pairs, *, tolerance: float, source: str) -> Cohort:
