@@ -2,7 +2,7 @@
 
 Data: BreastMNIST of MedMNIST v2 (Yang et al. 2023; Zenodo 10.5281/zenodo.6496656, CC BY 4.0), 780 images of 28 x 28, made from BUSI (Al-Dhabyani
 et al. 2020). Its published test part is the test part here; its training and validation parts are trained on. It says nothing of patients, so
-every image counts as a patient's only one. A hospital's own images are PNG files listed in a CSV, which may name patients, and sites.
+every image counts as a patient's only one. A hospital's own images are PNG or DICOM files listed in a CSV, which may name patients, and sites.
 
 Legend: N records, S side of an image.
 """
@@ -56,7 +56,7 @@ SCHEMA = (TensorSchema(name="image", shape=(1, SIDE, SIDE), unit="grey value, bl
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """MedMNIST's file (an NPZ with `train_images`, `train_labels` and so on), or a CSV that lists PNG files, or a folder with one of them.
+    """MedMNIST's file (an NPZ with `train_images`, `train_labels` and so on), or a CSV that lists PNG or DICOM files, or a folder with one of them.
 
     The CSV has the columns `image` (a path below its folder) and `finding` (malignant, benign or normal), and may have `patient` and `site`.
 
@@ -206,6 +206,6 @@ def breast_ultrasound() -> Task:
         predict=lambda outputs: torch.sigmoid(outputs[:, 0]),
         metrics=BINARY_METRICS,
         primary_metric="auroc",
-        source="BreastMNIST of MedMNIST v2 (Yang et al. 2023), from BUSI (Al-Dhabyani et al. 2020); or PNG files and a CSV",
+        source="BreastMNIST of MedMNIST v2 (Yang et al. 2023), from BUSI (Al-Dhabyani et al. 2020); or PNG or DICOM files and a CSV",
         default_study="breast-ultrasound.toml",
     )
