@@ -315,7 +315,7 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """`(N, 1, S, S) -> (N, S, S)` logits of "lesion": down twice, up twice, and what was seen on the way down beside it on the way up.
 
-    A pixel sees 36 around it, so that a lesion is seen whole. The last bias starts where one pixel in twenty is lesion, a public guess.
+    A pixel sees 36 around it, so that a lesion is seen whole.
     """
 
     def __init__(self, width: int = WIDTH) -> None:
