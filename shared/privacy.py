@@ -236,11 +236,32 @@ def solve_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, 
 
 def _least_noise(excess: Callable[[float], float], start: float, tolerance: float) -> float:
     """The least noise whose `excess`, falling in its logarithm, is not positive; the value itself was tried."""
-    low, high = _bracket(excess, start)
-    while high - low > tolerance:
+    tried = functools.cache(excess)
+    low, high = _bracket(tried, start)
+    too_little, enough = _root_between(tried, low, high, tolerance)
+    while high - low > tolerance:  # halving, which asks `excess` only of what is not known from what was tried
         middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+        needs_more = middle <= too_little or (middle < enough and tried(middle) > 0)
+        low, high = (middle, high) if needs_more else (low, middle)
+    while tried(high) > 0:  # as rounding may make it, where `excess` rises for once
+        high += tolerance
     return max(math.exp(high), MIN_NOISE_MULTIPLIER)
+
+
+def _root_between(excess: Callable[[float], float], low: float, high: float, tolerance: float) -> tuple[float, float]:
+    """Two places near where the falling `excess` passes zero, tried: above zero at the first, not at the second.
+
+    Where it is almost straight, as epsilon in the noise with both logarithms, they come within half the tolerance in three steps.
+    """
+    for _ in range(3):
+        if high - low <= tolerance / 2 or excess(low) <= 0:
+            break
+        share = excess(low) / (excess(low) - excess(high)) if math.isfinite(excess(low)) else 0.5
+        guess = low + (high - low) * share
+        beyond = tolerance / 4 if guess - low < high - guess else -tolerance / 4  # so that the far end comes near, not the near one nearer
+        guess = min(max(guess + beyond, low), high)
+        low, high = (guess, high) if excess(guess) > 0 else (low, guess)
+    return low, high
 
 
 def _rough_guess(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

@@ -280,14 +280,16 @@ def category_index(text: "pd.Series[str]", missing: NDArray[np.bool_], column: C
         SchemaError: a value is not among the categories.
     """
     lookup = {canonical(value): index for index, value in enumerate(column.values)}
-    found = text.map(canonical).map(lookup)
-    unknown = ~missing & found.isna().to_numpy()
+    values = text.to_list()
+    index_of = {value: lookup.get(canonical(value), -1) for value in set(values)}  # each spelling once, however many rows have it
+    found = np.fromiter((index_of[value] for value in values), dtype=np.int64, count=len(values))
+    unknown = ~missing & (found < 0)
     if unknown.any():
         raise SchemaError(
             f"{source}: column {column.name!r}: expected one of {', '.join(column.values)}, got another value in {int(unknown.sum())} rows",
             "add the category to the schema, or correct the file",
         )
-    return np.asarray(np.where(missing, 0, found.fillna(0)).astype(np.int64))
+    return np.where(missing, 0, found)
 
 
 def canonical(value: str) -> str:

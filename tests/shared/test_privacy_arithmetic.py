@@ -17,6 +17,8 @@ from shared.errors import ConfigurationError
 from shared.privacy import (
     MIN_NOISE_MULTIPLIER,
     PrivacyEvent,
+    _bracket,
+    _least_noise,
     default_delta,
     epsilon_of,
     merge_events,
@@ -113,6 +115,27 @@ def test_solved_noise_keeps_the_budget_and_wastes_little(epsilon: float, rate: f
     noise = solve_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps)
     reached = epsilon_of([event(noise, rate, steps)], delta)
     assert epsilon * 0.995 - 2e-3 <= reached <= epsilon
+
+
+@given(st.floats(-4, 4), st.floats(-3, 3), st.floats(0.3, 3), st.sampled_from(["straight", "bent", "a step", "infinite before it"]))
+def test_the_search_for_noise_ends_where_halving_does_and_asks_less(root: float, start: float, slope: float, shape: str) -> None:
+    asked: list[float] = []
+
+    def excess(place: float) -> float:
+        asked.append(place)
+        left = (root - place) * slope
+        shapes = {"straight": left, "bent": math.expm1(left), "a step": math.copysign(1, left), "infinite before it": left if left < 1 else math.inf}
+        return shapes[shape]
+
+    found = _least_noise(excess, start, 1e-3)
+    num_asked = len(asked)
+    low, high = _bracket(excess, start)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    assert found == max(math.exp(high), MIN_NOISE_MULTIPLIER)
+    assert high in asked[:num_asked]
+    assert shape != "straight" or num_asked <= len(asked) - num_asked
 
 
 @settings(max_examples=8)
