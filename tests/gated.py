@@ -36,7 +36,7 @@ from shared.models import Parameters, initial_parameters, template_of
 from shared.seals import Opened, SealedTask, open_reply, packed_message, seal_task
 from shared.study import Study
 from shared.task import Task, resolve_task
-from tests.provisioned import joined, provisioned
+from tests.provisioned import approved
 
 TASK, NUM_PATIENTS = "breast-cancer", 200
 STUDY = {
@@ -167,10 +167,7 @@ class GatedSite:
 
 def gated(root: Path, *, names: tuple[str, ...] = ("north",), max_epsilon: float = 5.0) -> dict[str, GatedSite]:
     """Hospitals of one federation, each with the bundled patients; their gates are open."""
-    out = root / "kits"
-    provisioned(out)
-    requests = [joined(out, name, root / name) for name in names]
-    provisioned(out, requests=requests)
+    out = approved(root, names)
     coordinator = load_signing_key(out / "coordinator" / SIGNING_KEY)
     sites = {}
     for name in names:

@@ -1,7 +1,11 @@
 """A provisioned federation for tests of what hangs on it."""
 
+import atexit
 import contextlib
+import os
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -45,6 +49,22 @@ def joined(out: Path, site: str, folder: Path, *, now: datetime | None = None) -
     unpack_kit(out / "sites" / f"{site}.zip", folder, now=now)
     init_site(folder, SiteAnswers(), now=now)
     return SiteRequest.read(folder / REQUEST)
+
+
+_made: dict[tuple[FederationFile, tuple[str, ...]], Path] = {}
+
+
+def approved(root: Path, names: Iterable[str] = ("north", "south"), file: FederationFile | None = None) -> Path:
+    """The kits, in `root`/kits, of a federation whose sites of these names took up theirs in `root`/NAME and were approved; made once, and copied."""
+    key = (file or federation(), tuple(names))
+    if key not in _made:
+        made = Path(tempfile.mkdtemp(prefix="provisioned-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        provisioned(made / "kits", key[0])
+        provisioned(made / "kits", key[0], requests=[joined(made / "kits", name, made / name) for name in key[1]])
+        _made[key] = made
+    shutil.copytree(_made[key], root, dirs_exist_ok=True)
+    return root / "kits"
 
 
 def secrets_in(folder: Path) -> list[Path]:

@@ -1,10 +1,15 @@
 """`python -m wardround` and the `wardround` command: run, and turn every error into a code, a line of what and one of what to do."""
 
+import functools
 import sys
 import traceback
+from typing import TYPE_CHECKING
 
 from shared.errors import INTERRUPTED_EXIT_CODE, UsageError, WardroundError
 from wardround.quiet import switch_off_telemetry
+
+if TYPE_CHECKING:
+    import click
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -17,12 +22,11 @@ def run(arguments: list[str]) -> int:
     switch_off_telemetry()
     import click
 
-    from wardround.cli.app import app
     from wardround.cli.output import report_error, report_interruption
 
     as_json, debug, verb = "--json" in arguments, "--debug" in arguments, next(iter(arguments), "")
     try:
-        code = app(args=arguments, prog_name="wardround", standalone_mode=False)
+        code = _command().main(args=arguments, prog_name="wardround", standalone_mode=False)
         if code == INTERRUPTED_EXIT_CODE:  # what typer makes of Ctrl-C
             return report_interruption(verb, as_json=as_json)
         return code if isinstance(code, int) else 0
@@ -46,6 +50,16 @@ def run(arguments: list[str]) -> int:
             f"an unexpected {type(error).__name__} stopped the command", "run it again with --debug and report what it prints"
         )
         return report_error(unexpected, as_json=as_json)
+
+
+@functools.cache
+def _command() -> "click.Command":
+    """Every verb, read from its signature once in a process."""
+    import typer
+
+    from wardround.cli.app import app
+
+    return typer.main.get_command(app)
 
 
 if __name__ == "__main__":

@@ -108,11 +108,11 @@ class Federation:
         self._start(site, self.kit(site), *([] if self.seed is None else [str(self.seed)]), **environment)
         self.wait(lambda: self.site_state(site) == "online", f"{site} is online", 90)
 
-    def start(self) -> None:
-        """Start everything."""
+    def start(self, **environments: dict[str, str]) -> None:
+        """Start everything, some sites with variables of their own."""
         self.start_coordinator()
         for site in self.sites:
-            self._start(site, self.kit(site), *([] if self.seed is None else [str(self.seed)]))
+            self._start(site, self.kit(site), *([] if self.seed is None else [str(self.seed)]), **environments.get(site, {}))
         for site in self.sites:
             self.wait(lambda: self.site_state(site) == "online", f"{site} is online", 90)  # noqa: B023  # called at once
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,12 @@ print(json.dumps({"answers": answers, "torch": "torch" in sys.modules}))
 """
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """One hospital, which has taken part in a study."""
-    made = Federation(tmp_path_factory.mktemp("confined"), (SITE,))
-    try:
-        made.start()
-        made.finished(made.submit(study(rounds={"count": 1, "require": 1})))
-        yield made
-    finally:
-        made.close()
+@pytest.fixture
+def federation(hospitals: Federation) -> Federation:
+    """Hospitals that have taken part in a study."""
+    if not hospitals.submissions.all():
+        hospitals.finished(hospitals.submit(study(rounds={"count": 1})))
+    return hospitals
 
 
 def test_a_courier_gets_permission_denied(federation: Federation) -> None:

@@ -1,7 +1,8 @@
 """A site that signs nonsense costs itself its round, and nobody else anything (fault 7); and its words never reach the coordinator's disk."""
 
 import json
-from collections.abc import Iterator
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,14 @@ HONEST, LIAR = "cleveland", "va"
 LIES = ("nan", "inf", "million-fold", "shape", "missing", "extra", "pickle", "text", "negative statistics", "junk")
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """Two honest hospitals and a liar."""
-    made = Federation(tmp_path_factory.mktemp("lies"), (HONEST, "hungarian", LIAR), seed=3)
-    (made.kit(LIAR) / "lies.json").write_text(json.dumps({str(number): lie for number, lie in enumerate(LIES, start=1)}))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
+@pytest.fixture
+def federation(seeded: Federation) -> Federation:
+    """Two honest hospitals and a liar, whose daemon reads its lies as it starts."""
+    lies = seeded.kit(LIAR) / "lies.json"
+    if not lies.exists():
+        lies.write_text(json.dumps({str(number): lie for number, lie in enumerate(LIES, start=1)}))
+        os.kill(seeded.child_of(LIAR, "daemon"), signal.SIGKILL)
+    return seeded
 
 
 def test_only_the_lying_update_is_refused_named_and_the_model_stays_finite(federation: Federation) -> None:

@@ -1,37 +1,20 @@
 """A network that drops, resets and cuts (fault 6): a site behind an HTTPS proxy that misbehaves; the others go on."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.conftest import SOUTH
 from tests.faults.federation import Federation, study
 from tests.faults.proxy import Proxy
 
 pytestmark = pytest.mark.slow
-SOUTH = "switzerland"
 
 
-@pytest.fixture(scope="module")
-def proxy() -> Iterator[Proxy]:
-    """The way of one site to the coordinator."""
-    made = Proxy().start()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory, proxy: Proxy) -> Iterator[Federation]:
+@pytest.fixture
+def federation(hospitals: Federation) -> Federation:
     """Three hospitals, one of them behind the proxy."""
-    made = Federation(tmp_path_factory.mktemp("network"))
-    try:
-        made.start_coordinator()
-        made.start_site("cleveland")
-        made.start_site("hungarian")
-        made.start_site(SOUTH, HTTPS_PROXY=proxy.url)
-        yield made
-    finally:
-        made.close()
+    return hospitals
 
 
 def took_part(federation: Federation, run: str) -> list[int]:

@@ -1,7 +1,6 @@
 """A deployment comes to the same model, bit for bit, as the in-process engine; and so does one whose coordinator is killed again and again."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,19 +14,13 @@ from shared.task import resolve_task
 from simulations.in_process import InProcessGrid
 from tests.faults.federation import Federation, study
 
-SEED = 11
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+@pytest.fixture
+def federation(seeded: Federation) -> Federation:
     """Three hospitals whose noise is seeded."""
-    made = Federation(tmp_path_factory.mktemp("same"), seed=SEED)
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
+    return seeded
 
 
 def test_a_deployment_equals_the_in_process_engine_bit_for_bit(federation: Federation, tmp_path: Path) -> None:
@@ -39,7 +32,7 @@ def test_a_deployment_equals_the_in_process_engine_bit_for_bit(federation: Feder
         kit = tmp_path / name
         shutil.copytree(federation.kit(name), kit, ignore=shutil.ignore_patterns("ledgers", "releases", "door"))
         hospital = Hospital.open(kit)
-        sites[name] = open_site(hospital.site_file, hospital.file, task, noise_seed=SEED)
+        sites[name] = open_site(hospital.site_file, hospital.file, task, noise_seed=federation.seed)
     folder = RunFolder.create(tmp_path / "runs", asked)
     Coordinator(asked, task, folder).run(InProcessGrid(client_app(lambda context: sites[str(context.node_config["site"])]), sorted(sites)))
     assert (folder.path / "model" / "final.safetensors").read_bytes() == federation.model(run)

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,15 +16,10 @@ NORTH, EAST, SOUTH = "cleveland", "hungarian", "switzerland"
 LONG = {"local_epochs": 300}  # of training: seconds, so that a signal finds it under way
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+@pytest.fixture
+def federation(hospitals: Federation) -> Federation:
     """Three hospitals."""
-    made = Federation(tmp_path_factory.mktemp("die"))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.close()
+    return hospitals
 
 
 def charged_steps(federation: Federation, site: str, run: str) -> int:

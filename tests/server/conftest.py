@@ -1,5 +1,6 @@
 """A small task, virtual sites of it, and a coordinator over the in-process grid: the real parts, only few patients."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,12 @@ def task() -> Task:
     return table_task(SCHEMA, load_cohort=_no_load, model=ModelOptions(hidden=()))
 
 
+@functools.cache
+def patients(count: int, seed: int) -> Cohort:
+    """Synthetic ones, the same for every test."""
+    return synthetic_cohort(SCHEMA, count, seed=seed)
+
+
 @dataclass(kw_only=True)
 class Rig:
     """A virtual federation whose messages a test may tamper with."""
@@ -95,7 +102,7 @@ def make_rig(task: Task, tmp_path: Path) -> Callable[..., Rig]:
     """A rig of `sizes` patients a site, with these changes to the study."""
 
     def make(*, sizes: Iterable[int] = (60, 40, 50), tamper: Tamper | None = None, **changes: object) -> Rig:
-        cohorts = {f"site-{index + 1}": synthetic_cohort(SCHEMA, size, seed=index) for index, size in enumerate(sizes)}
+        cohorts = {f"site-{index + 1}": patients(size, index) for index, size in enumerate(sizes)}
         study = Study.from_table(STUDY).replace(**changes)
         return Rig(study=study, task=task, cohorts=cohorts, out=tmp_path / "runs", tamper=tamper)
 

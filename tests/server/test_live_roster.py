@@ -10,7 +10,7 @@ from server.live_roster import NODES, LiveRoster, public_key
 from server.provisioning import revoke
 from shared.errors import KitError, StorageError
 from shared.kit import ROSTER, SIGNING_KEY, load_signing_key
-from tests.provisioned import federation, joined, opened, provisioned
+from tests.provisioned import approved, federation, joined, opened, provisioned
 
 NORTH, SOUTH = 11, 12
 
@@ -18,9 +18,7 @@ NORTH, SOUTH = 11, 12
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """A federation of two hospitals, both on the roster."""
-    out = tmp_path / "kits"
-    provisioned(out)
-    provisioned(out, requests=[joined(out, name, tmp_path / name) for name in ("north", "south")])
+    out = approved(tmp_path)
     (tmp_path / "state").mkdir()
     return out
 

@@ -25,7 +25,7 @@ from shared.messages import PARAMETERS, Stopped, StopTask, TrainTask, decode, en
 from shared.seals import SealedTask, open_task, seal_reply
 from simulations.in_process import InProcessGrid
 from tests.gated import to_bytes, to_records
-from tests.provisioned import federation, joined, opened, provisioned
+from tests.provisioned import approved, federation, opened
 
 SITES = {"north": 11, "south": 12, "west": 13}
 TEXT = "PATIENT TEXT"
@@ -131,10 +131,7 @@ class Rig:
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Callable[..., Rig]:
     def make(stopped: Callable[[], bool] = lambda: False, **replies: Reply) -> Rig:
-        out, file = tmp_path / "kits", federation(sites=SITES)
-        provisioned(out, file)
-        requests = [joined(out, name, tmp_path / name) for name in SITES]
-        provisioned(out, file, requests=requests)
+        out = approved(tmp_path, SITES, federation(sites=SITES))
         (tmp_path / "state").mkdir()
         roster, signer = LiveRoster(out / "coordinator", tmp_path / "state"), load_signing_key(out / "coordinator" / SIGNING_KEY)
         roster.remember({site.node_key: SITES[site.name] for site in roster.active()})

@@ -116,6 +116,13 @@ def runner(tmp_path: Path) -> Runner:
     return Runner(out=tmp_path / "runs")
 
 
+@pytest.fixture(scope="session")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The run of the small study, for those who only read it."""
+    runner = Runner(out=tmp_path_factory.mktemp("usual"))
+    return runner.run(runner.study())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wards:
     """A folder of two hospitals with files of their own, and the study that asks them."""

@@ -26,10 +26,10 @@ from simulations.blocks.training import Records, SiteWork, flat_updates, train_b
 from tests.simulations.other_device import DeviceMismatchError, other_device
 
 FLOAT32, FLOAT64 = 1e-5, 1e-12
-DEEP = 3e-5  # float32, of a network of ten layers after several steps
+DEEP = 1e-8  # float64, of a deep network after several steps; in float32 some come apart without privacy, as rounding tips a ReLU and steps make more of it
 ADAM = 10  # times: it divides by the gradient's own size, and so makes more of the rounding of small ones
 TOKENS = 7  # so that a record has some twice
-SIZES = (60, 47, 33, 12, 5)  # ragged: of the last, most batches are empty or one patient
+SIZES = (17, 9, 5)  # ragged: each has fewer steps than the one before
 
 
 class Recurrent(nn.Module):
@@ -246,7 +246,7 @@ def test_a_block_trains_on_another_device_as_on_the_cpu(name: str, privacy: str)
     """A device that computes as the CPU does, and refuses its tensors: so every tensor is where it must be, and the numbers are the same."""
     make, shape = MODELS[name]
     local = LocalRound(study=make_study(PRIVACIES[privacy], {}), task=task_of(make, torch.float32), round_number=1)
-    cohorts = [cohort_of(size, shape, seed, tokens="tokens" in name) for seed, size in enumerate((21, 9))]
+    cohorts = [cohort_of(size, shape, seed, tokens="tokens" in name) for seed, size in enumerate((9, 5))]
     received = initial_parameters(local.task.model(), 3)
     with other_device() as device:
         elsewhere = together(local, cohorts, received, device)
@@ -285,15 +285,17 @@ def test_a_bug_planted_in_blocks_is_found_by_their_equality_with_sites_alone(bug
 @pytest.mark.parametrize("privacy", PRIVACIES)
 @pytest.mark.parametrize("name", task_names())
 def test_every_task_that_can_be_stacked_trains_alike(name: str, privacy: str) -> None:
-    task = resolve_task(name)
+    task = dataclasses.replace(resolve_task(name), refine=None)  # which a block leaves to whoever trains it
     try:
         check_alike(task)
     except NotStackableError as error:
         pytest.skip(f"{name} is trained one site after another: {error}")
-    cohort = task.synthetic_cohort(150, 5)
-    local = LocalRound(study=make_study(PRIVACIES[privacy], {}), task=task, round_number=1)
-    cohorts = [cohort.select(np.arange(150) % 7 <= site) for site in (0, 2, 5)][::-1]
-    received = initial_parameters(task.model(), 3)
+    cohort = in_dtype(task.synthetic_cohort(42, 5), torch.float64)
+    local = LocalRound(
+        study=make_study(PRIVACIES[privacy], {}), task=dataclasses.replace(task, model=lambda: task.model().to(torch.float64)), round_number=1
+    )  # fmt: skip
+    cohorts = [cohort.select(np.arange(cohort.num_patients) % 7 <= site) for site in (0, 2, 5)][::-1]
+    received = initial_parameters(local.task.model(), 3)
     assert max(differences(alone(local, cohorts, received), together(local, cohorts, received))) < DEEP
 
 

@@ -74,8 +74,8 @@ def test_the_number_of_threads_and_earlier_draws_change_nothing(runner) -> None:
     assert first.comparable == second.comparable
 
 
-def test_the_final_metrics_are_those_of_the_final_model_on_all_test_patients(runner) -> None:
-    run = runner.run(runner.study())
+def test_the_final_metrics_are_those_of_the_final_model_on_all_test_patients(usual) -> None:
+    run = usual
     task = resolve_task("breast-cancer")
     parameters = run.folder.read_model("final", architecture_hash(task.model()))
     sites = virtual_federation(task, run.folder.study, None).cohorts
@@ -104,8 +104,8 @@ def test_more_rounds_without_privacy_learn_something(runner) -> None:
 # Privacy --------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_epsilon_told_is_that_of_the_ledgers_rows_and_within_the_budget(runner) -> None:
-    run = runner.run(runner.study())
+def test_the_epsilon_told_is_that_of_the_ledgers_rows_and_within_the_budget(usual) -> None:
+    run = usual
     privacy = run.result.privacy
     assert set(privacy.sites) == {site.name for site in run.result.sites}
     for name, told in privacy.sites.items():
@@ -340,11 +340,10 @@ def test_every_optimizer_and_schedule_runs(runner, optimizer: str, schedule: str
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi"])
-def test_every_strategy_runs_and_differs(runner, strategy: str) -> None:
+def test_every_strategy_runs_and_differs(runner, usual, strategy: str) -> None:
     run = runner.run(runner.study(strategy={"name": strategy}))
     assert run.result.outcome == "completed"
-    plain = runner.run(runner.study())
-    assert (run.comparable == plain.comparable) == (strategy == "fedavg")
+    assert (run.comparable == usual.comparable) == (strategy == "fedavg")
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "quantity", "shards"])
@@ -363,13 +362,13 @@ def test_cross_validation_tests_every_patient_once(runner) -> None:
 
 
 @pytest.mark.slow
-def test_noised_statistics_give_metrics_that_say_so(runner) -> None:
+def test_noised_statistics_give_metrics_that_say_so(runner, usual) -> None:
     """One release, at the end: metrics in their range with intervals of the noise, sizes as declared, nothing counted from noise."""
     run = runner.run(runner.study(privacy={"evaluation_epsilon": 20.0}), baselines=True)
     result = run.result
     assert result.evaluation_epsilon == 20.0
     assert all(line["metrics"] == {} and all(site["metrics"] is None for site in line["sites"]) for line in run.lines)
-    exact, noised = runner.run(runner.study()).result, result.metrics["federated"]
+    exact, noised = usual.result, result.metrics["federated"]
     assert noised.keys() == exact.metrics["federated"].keys() and noised != exact.metrics["federated"]
     assert all(value is None or 0 <= value <= 1 for value in noised.values())
     assert noised["auroc"] == pytest.approx(exact.metrics["federated"]["auroc"], abs=0.1)  # 170 test patients, at hardly any privacy

@@ -21,7 +21,7 @@ from simulations.sweeps.grid import Sweep, cells_of
 from simulations.sweeps.real_ledgers import check_ledgers
 from tests.simulations.conftest import STUDY, Wards
 
-BASE = Study.from_table({**STUDY, "name": "base"})
+BASE = Study.from_table({**STUDY, "name": "base", "federation": {"sites": 2, "partition": "iid"}})
 GRID = {"epsilon": [2, "none"], "seed": [1, 2]}
 
 

@@ -25,8 +25,8 @@ def wider(task: Task) -> Task:
 
 
 @pytest.fixture
-def trained(runner) -> Path:
-    return runner.run(runner.study()).folder.path
+def trained(usual) -> Path:
+    return usual.folder.path
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_readme_command(command: Command, line: str, tmp_path: Path) -> None:
     sweep, _ = blocks(README, "toml")
-    (tmp_path / "sweep.toml").write_text(sweep.replace("[1, 2, 3]", "[1]").replace("rounds = [5]", "rounds = [1]"))
+    (tmp_path / "sweep.toml").write_text(sweep.replace("[1, 2, 3]", "[1]").replace("[4, 8]", "[2]").replace("rounds = [5]", "rounds = [1]"))
     arguments = shlex.split(line)
     assert arguments[0] == "wardround"
     arguments = arguments[1:]

@@ -22,7 +22,7 @@ from shared.certificates import fingerprint_of, read_certificate
 from shared.errors import ConfigurationError, KitError, StorageError
 from shared.kit import CA_CERTIFICATE, MANIFEST, RUNS, SERVER_CERTIFICATE, SIGNING_KEY, STATE, load_signing_key
 from shared.results import FederationClaim, PairedTest, Result, SubgroupResult
-from tests.provisioned import joined, provisioned
+from tests.provisioned import approved
 from tests.wardround.conftest import Command
 from tests.wardround.test_report import BROWSER_ARGUMENTS, CHROMIUM, HOSTILE, SAMPLES, MadeUp, build_run, outline, page_of
 from wardround.explanation import explain_run
@@ -397,9 +397,7 @@ def test_a_package_is_hashed_where_its_version_is_the_runs(usual: Path) -> None:
 @pytest.fixture(name="deployed")
 def _deployed(tmp_path: Path) -> Path:
     """A run in a coordinator's kit with one approved site and an audit log."""
-    provisioned(tmp_path / "kits")
-    provisioned(tmp_path / "kits", requests=[joined(tmp_path / "kits", "north", tmp_path / "north")])
-    kit = tmp_path / "kits" / "coordinator"
+    kit = approved(tmp_path, ["north"]) / "coordinator"
     folder = build_run(kit / RUNS / "heart", DEPLOYED)
     table = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(table | {"engine": "flower"}))

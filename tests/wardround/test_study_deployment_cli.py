@@ -35,7 +35,7 @@ from shared.privacy import default_delta_of_sites
 from shared.results import RoundRecord, SiteRound, Status
 from shared.study import Federation, Study
 from shared.task import resolve_task
-from tests.provisioned import PASSPHRASE, federation, joined, provisioned
+from tests.provisioned import PASSPHRASE, approved, federation, joined, provisioned
 from tests.wardround.conftest import Command
 from tests.wardround.serving import serving
 from wardround.cli.submitted import by_reason, clock, round_line
@@ -56,9 +56,7 @@ TOKEN = "a-token-of-a-test"
 def roster(tmp_path_factory: pytest.TempPathFactory) -> tuple[RosterSite, ...]:
     """Two approved sites, "north" of 200 training patients and "south" of 80."""
     folder = tmp_path_factory.mktemp("federation")
-    provisioned(folder / "kits")
-    requests = [joined(folder / "kits", site, folder / site) for site in ("north", "south")]
-    kit = provisioned(folder / "kits", requests=requests).coordinator_kit
+    kit = approved(folder) / "coordinator"
     found = Roster.read(kit / "roster.json", kit / "ca.crt").sites
     return tuple(site.model_copy(update={"declared_size": size}) for site, size in zip(found, (200, 80), strict=True))
 

@@ -23,7 +23,7 @@ task = "breast-cancer"
 rounds = { count = 1 }
 training = { learning_rate = 0.5 }
 privacy = { epsilon = 3.0, delta = 1e-4 }
-federation = { sites = 3 }
+federation = { sites = 2 }
 """
 SWEEP = """
 name = "tried"
