@@ -234,13 +234,15 @@ def _first_difference(first: list[_Passing], second: list[_Passing], same: Calla
     return None
 
 
-def _same(first: torch.Tensor, second: torch.Tensor, scale: float | None = None) -> bool:
-    """Equal, but for the last bits of numbers of size `scale`; without it, of the largest of `first`."""
+def _same(first: torch.Tensor, second: torch.Tensor, among: torch.Tensor | None = None) -> bool:
+    """Equal, but for the last bits of numbers as large as the largest of `among`; without it, of `first`."""
     if first.shape != second.shape:
         return False
+    if torch.equal(first, second):
+        return True
     if not first.is_floating_point():
-        return torch.equal(first, second)
-    size = _size(first) if scale is None else scale
+        return False
+    size = _size(first if among is None else among)
     return bool(torch.allclose(first, second, rtol=RELATIVE_TOLERANCE, atol=RELATIVE_TOLERANCE * 1e-2 * size, equal_nan=True))
 
 
@@ -258,7 +260,7 @@ def _row_is(batch: torch.Tensor, alone: torch.Tensor, row: int) -> bool:
         return False
     [axis] = differing
     width = alone.shape[axis]
-    return bool(batch.shape[axis] >= (row + 1) * width) and _same(batch.narrow(axis, row * width, width), alone, _size(batch))
+    return bool(batch.shape[axis] >= (row + 1) * width) and _same(batch.narrow(axis, row * width, width), alone, batch)
 
 
 def _place(model: nn.Module, passing: _Passing) -> str:

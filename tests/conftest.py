@@ -22,19 +22,12 @@ with warnings.catch_warnings():  # what other packages say while they are import
     warnings.simplefilter("ignore")
     import typer  # noqa: F401
 
-    from shared.root_log import root_log_unchanged
-
-    with root_log_unchanged():
-        from opacus.accountants.analysis import rdp
-
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles the package anew
-sys.dont_write_bytecode = False
+sys.dont_write_bytecode = False  # what is compiled here, every process that a test starts reads
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # and leaves alone: one on a full disk would leave half a file, which nobody could import
 
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # tmp_path, where a thousand ledgers and logs wait for no disk
-
-rdp._compute_rdp = functools.cache(rdp._compute_rdp)  # Opacus' PRV accountant asks for each order twice, and many tests for the same noise
 
 settings.register_profile(
     "wardround", derandomize=True, database=None, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -44,7 +37,10 @@ settings.load_profile("wardround")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """No collection of garbage while everything is imported; and what is imported then stays, so that no later collection looks through it again."""
+    """No garbage is looked for while everything is imported; and what is imported then stays, so that nobody looks through it again.
+
+    Opacus' PRV accountant asks for the same order twice, and many tests for the same noise: it is computed once.
+    """
     gc.disable()
     try:
         return (yield)
@@ -52,3 +48,5 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.enable()
         gc.collect()
         gc.freeze()
+        if rdp := sys.modules.get("opacus.accountants.analysis.rdp"):
+            rdp._compute_rdp = functools.cache(rdp._compute_rdp)

@@ -1,11 +1,7 @@
 """A provisioned federation for tests of what hangs on it."""
 
-import atexit
 import contextlib
-import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -51,20 +47,26 @@ def joined(out: Path, site: str, folder: Path, *, now: datetime | None = None) -
     return SiteRequest.read(folder / REQUEST)
 
 
-_made: dict[tuple[FederationFile, tuple[str, ...]], Path] = {}
+_Files = list[tuple[Path, int, bytes | None]]  # path below the root, mode, content; None for a folder
+_approved: dict[str, _Files] = {}
 
 
 def approved(root: Path, names: Iterable[str] = ("north", "south"), file: FederationFile | None = None) -> Path:
     """The kits, in `root`/kits, of a federation whose sites of these names took up theirs in `root`/NAME and were approved; made once, and copied."""
-    key = (file or federation(), tuple(names))
-    if key not in _made:
-        made = Path(tempfile.mkdtemp(prefix="provisioned-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
-        atexit.register(shutil.rmtree, made, ignore_errors=True)
-        provisioned(made / "kits", key[0])
-        provisioned(made / "kits", key[0], requests=[joined(made / "kits", name, made / name) for name in key[1]])
-        _made[key] = made
-    shutil.copytree(_made[key], root, dirs_exist_ok=True)
-    return root / "kits"
+    kits, names, file = root / "kits", tuple(names), file or federation()
+    key = file.model_dump_json() + " ".join(names)
+    if key not in _approved:
+        provisioned(kits, file)
+        provisioned(kits, file, requests=[joined(kits, name, root / name) for name in names])
+        tops = [kits, *(root / name for name in names)]
+        paths = [path for top in tops for path in (top, *sorted(top.rglob("*")))]
+        _approved[key] = [(path.relative_to(root), stat.S_IMODE(path.stat().st_mode), None if path.is_dir() else path.read_bytes()) for path in paths]
+        return kits
+    root.mkdir(parents=True, exist_ok=True)
+    for path, mode, content in _approved[key]:
+        (root / path).mkdir() if content is None else (root / path).write_bytes(content)
+        (root / path).chmod(mode)
+    return kits
 
 
 def secrets_in(folder: Path) -> list[Path]:

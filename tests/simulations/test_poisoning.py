@@ -59,6 +59,7 @@ def test_half_of_the_sites_open_a_back_door_under_fedavg(study: Study) -> None:
     assert alone[1].trigger_success > alone[0].trigger_success + 0.3
 
 
+@pytest.mark.slow  # trains several models
 def test_flipped_labels_and_signs_spoil_the_model(study: Study) -> None:
     labels, signs = attack_poisoning(study, attackers=4, methods=["label flip", "sign flip"], strategies=["fedavg"])
     for attack in (labels, signs):

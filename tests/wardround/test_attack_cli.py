@@ -64,6 +64,7 @@ def test_without_privacy_the_bound_is_large_and_nothing_is_claimed(command: Comm
     assert data["epsilon_claimed"] is None and data["epsilon_lower"] > 4.5 and data["epsilon_lower_fdp"] > 8
 
 
+@pytest.mark.slow  # trains several models
 def test_a_run_keeps_what_was_measured_on_it(command: Command, study: Path) -> None:
     run = str(command("simulate", study, "--no-baselines", "--json").data["run_dir"])
     for seed in (1, 2, 1):

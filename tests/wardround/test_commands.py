@@ -44,8 +44,8 @@ def test_synthetic_patients_are_named_so(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_report_is_written_anew(command: Command) -> None:
-    data = command("simulate", "--rounds", "1", "--sites", "2", "--no-baselines", "--json").data
+def test_report_is_written_anew(command: Command, simulated: dict[str, object]) -> None:
+    data = simulated
     report = Path(str(data["run_dir"])) / "report.html"
     before = report.read_text()
     report.unlink()
@@ -53,8 +53,8 @@ def test_report_is_written_anew(command: Command) -> None:
     assert report.read_text() == before
 
 
-def test_resume_takes_the_run_of_its_own_study(command: Command) -> None:
-    data = command("simulate", "--rounds", "1", "--sites", "2", "--no-baselines", "--json").data
+def test_resume_takes_the_run_of_its_own_study(command: Command, simulated: dict[str, object]) -> None:
+    data = simulated
     again = command("simulate", "--resume", data["run_dir"], "--no-baselines", "--json")
     assert again.code == 0
     assert again.data["metrics"] == data["metrics"]
@@ -112,7 +112,7 @@ def test_own_table_without_a_line_of_python(command: Command, tmp_path: Path) ->
     assert metrics["federated"]["auroc"] > 0.8
 
 
-def test_privacy_plan_spent_and_epsilon_agree(command: Command) -> None:
+def test_privacy_plan_spent_and_epsilon_agree(command: Command, simulated: dict[str, object]) -> None:
     plan = command("privacy", "plan", "--patients", "100", "--patients", "40", "--epsilon", "2", "--rounds", "5", "--json").data["sites"]
     assert isinstance(plan, list)
     for site in plan:
@@ -120,7 +120,7 @@ def test_privacy_plan_spent_and_epsilon_agree(command: Command) -> None:
         epsilon = command("privacy", "epsilon", "--event", event, "--delta", site["delta"], "--json").data["epsilon"]
         assert epsilon == pytest.approx(site["epsilon"], rel=1e-9)
         assert 1.98 < site["epsilon"] <= 2.0
-    run = command("simulate", "--rounds", "1", "--sites", "2", "--no-baselines", "--json").data
+    run = simulated
     ledgers = command("privacy", "spent", run["run_dir"], "--json").data["ledgers"]
     assert isinstance(ledgers, list)
     privacy = run["privacy"]

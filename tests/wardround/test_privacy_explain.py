@@ -15,8 +15,8 @@ def words(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_is_explained(command: Command) -> None:
-    run = command(*RUN).data["run_dir"]
+def test_a_run_is_explained(command: Command, simulated: dict[str, object]) -> None:
+    run = simulated["run_dir"]
     data = command("privacy", "explain", run, "--json").data
     sections = {section["title"]: section["sentences"] for section in data["sections"]}  # type: ignore[attr-defined]
     assert list(sections) == [*HEADINGS, "If this run was chosen among several", "Assumed"]
@@ -51,8 +51,8 @@ def test_without_privacy_nobody_is_protected(command: Command) -> None:
 
 
 @pytest.mark.parametrize("lost", ["privacy.json", "result.json"])
-def test_a_run_without_a_claim_sheet_is_said_to_have_none(command: Command, lost: str) -> None:
-    run = Path(str(command(*RUN).data["run_dir"]))
+def test_a_run_without_a_claim_sheet_is_said_to_have_none(command: Command, simulated: dict[str, object], lost: str) -> None:
+    run = Path(str(simulated["run_dir"]))
     (run / lost).unlink()
     outcome = command("privacy", "explain", run)
     assert outcome.code == 1 and lost in outcome.err and "what to do" in outcome.err

@@ -72,6 +72,7 @@ def test_what_is_no_sweep_exits_3(command: Command, files: Path, text: str, told
     assert outcome.code == 3 and told in outcome.err and not (files / "runs").exists()
 
 
+@pytest.mark.slow  # trains several models
 def test_the_report_shows_utility_by_epsilon_beside_what_it_is_compared_with(done: SweepRun) -> None:
     document = sweep_document(done._folder)
     titles = [section.title for section in document.sections]
