@@ -1,0 +1,128 @@
+"""What a round of secure aggregation is, and what it promises; both sides build it from public things and compare its digest.
+
+The protocol is SecAgg+ (Bell, Bonawitz, Gascon, Lepoint, Raykova 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead",
+algorithm 2, semi-honest) on Bonawitz et al. 2017 ("Practical Secure Aggregation for Privacy-Preserving Machine Learning"). n sites begin, T is
+the threshold, G a graph of degree k over those that advertised keys, t the share threshold (`shared.secure_sum.graph`).
+
+    1 advertise keys   each site: an X25519 key for masks, one for shares, a commitment to its self-mask; signed with its long-lived Ed25519 key
+    2 share keys       each site: Shamir shares of its mask key and of its self-mask seed, one pair sealed to each neighbour in G
+    3 masked input     y_i = x_i + PRG(b_i) + sum over neighbours j > i of PRG(s_ij) - sum over j < i of PRG(s_ij), modulo a power of two
+    4 unmask           each site that is in the sum: shares of b_j of neighbours in the sum, of the mask keys of neighbours that dropped out
+
+What is promised, where X25519, HKDF-SHA256, ChaCha20, ChaCha20-Poly1305 and Ed25519 are what they are believed to be, and SHA-256 hides:
+
+- *A semi-honest server with colluding sites* (Bell et al. 2020, section 3) learns of the others' inputs the sum of those in the sum, and nothing
+  else, and only where at least T sites are in it. With a complete graph this holds for up to T - 1 colluding sites (t = T); with a sparse one for
+  the share of colluding sites of `graph`, chosen before the graph was drawn, but for a probability below 2**-40 a round. What follows from the sum
+  follows: of T sites of which c collude, the sum of the T - c others is known, and if c = T - 1, so is the last one's input. That is no
+  attack on the protocol, but the reason for a threshold.
+- *An active server that substitutes keys or replays* is refused: keys are signed over run, study, fold, round, the sites that began, threshold,
+  encoding, stage and the site's name.
+- *An active server that lies about who dropped out*: a site answers one list of survivors a round, and gives one kind of share a neighbour. With a
+  complete graph and c colluding sites, both secrets of one honest site need 2t shares of at most n + c there are, so none is unmasked alone as long as
+  c < 2t - n (n = 2t - 1: c = 0; t = 2n/3: c < n/3). *Not* promised against it: that the sum it learns, telling different sites different lists, has
+  T terms (the consistency check of Bonawitz et al. 2017, figure 4, a stage of its own, would), and, in a sparse graph, a graph that it drew fairly.
+- *A malicious site* may give any input within the range, or break the round, which then fails by name (its commitments and the count do not fit);
+  a single false share is found out and left aside. It learns nothing.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.errors import ConfigurationError
+from shared.messages import Content, Name, Number
+from shared.secure_sum.quantisation import FixedPoint
+
+MIN_THRESHOLD = 3  # of two sites, each knows the other's input from the sum
+MAX_SITES = 1000
+SITES_PER_COLLUDING = 5
+
+RandomBytes = Callable[[int], bytes]  # n -> n bytes, uniform and independent of all before
+
+
+def least_threshold(num_sites: int) -> int:
+    """The fewest sites that a sum may have in it, of so many that began: more than half, and never under 3.
+
+    >>> [least_threshold(number) for number in (3, 4, 5, 6, 50)]
+    [3, 3, 3, 4, 26]
+    """
+    return max(MIN_THRESHOLD, num_sites // 2 + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumForm:
+    """What a study fixes of its sums: `num_values` numbers in [-max_value, max_value], and a weight of 1 to `max_weight`, per site.
+
+    An L2 bound on the vector is a `max_value`: no coordinate is larger than the norm.
+    """
+
+    num_values: int
+    max_value: float
+    max_weight: int
+
+
+class SumRound(Content):
+    """Which round of which study a sum is of; in every message."""
+
+    run: Name
+    study_hash: Name
+    fold: Number
+    round: Number
+
+
+@dataclass(frozen=True, kw_only=True)  # without slots, for what is computed once
+class SumSetting:
+    """One sum: public, and equal at all sides or nothing comes of it.
+
+    Args:
+        sites: who began, in order; 3 to `MAX_SITES` different names.
+        threshold: the sum has at least so many of them in it.
+
+    Raises:
+        ConfigurationError: too few or many sites, or a threshold that is too low or above their number.
+    """
+
+    of: SumRound
+    sites: tuple[str, ...]
+    threshold: int
+    form: SumForm
+
+    def __post_init__(self) -> None:
+        if not MIN_THRESHOLD <= len(self.sites) <= MAX_SITES or list(self.sites) != sorted(set(self.sites)):
+            raise ConfigurationError(f"sites: expected {MIN_THRESHOLD} to {MAX_SITES} different names in order, got {len(self.sites)} names")
+        if not least_threshold(len(self.sites)) <= self.threshold <= len(self.sites):
+            raise ConfigurationError(
+                f"threshold: expected {least_threshold(len(self.sites))} to {len(self.sites)} of {len(self.sites)} sites, got {self.threshold}",
+                "a secure sum has more than half of the sites that began in it, and never fewer than 3",
+            )
+
+    @functools.cached_property
+    def encoding(self) -> FixedPoint:
+        """The fixed point of its inputs."""
+        return FixedPoint.finest(num_sites=len(self.sites), max_value=self.form.max_value, max_weight=self.form.max_weight)
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """SHA-256 over all of it."""
+        form = self.form
+        content = [
+            self.of.run, self.of.study_hash, self.of.fold, self.of.round, list(self.sites), self.threshold,
+            form.num_values, float(form.max_value).hex(), form.max_weight, self.encoding.levels,
+        ]  # fmt: skip
+        return hashlib.sha256(b"wardround secure sum\n" + json.dumps(content).encode()).digest()
+
+    @property
+    def num_colluding(self) -> int:
+        """So many sites may collude with the server where the graph is sparse."""
+        return len(self.sites) // SITES_PER_COLLUDING
+
+    def number_of(self, site: str) -> int:
+        """The site's place among those that began, from 1: where its shares are values of the polynomials."""
+        return self._numbers[site]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.sites, start=1)}
