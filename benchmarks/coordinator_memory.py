@@ -86,10 +86,11 @@ class Sites:
             case TrainTask():
                 factor = np.float32(1e-4 * (1 + self._names.index(name)))  # another update for each, or the SuperLink would keep one
                 update = {key: np.asarray(value * factor, dtype=value.dtype) for key, value in from_array_record(record["parameters"]).items()}  # type: ignore[arg-type]
-                content = encode(Trained(name=name, round=asked.round, fold=asked.fold, privacy=None), parameters=update)
+                trained = Trained(name=name, run=asked.run, study_hash=asked.study_hash, round=asked.round, fold=asked.fold, privacy=None)
+                content = encode(trained, parameters=update)
             case _:
                 assert isinstance(asked, EvaluateTask)
-                content = encode(Evaluated(name=name, round=asked.round, fold=asked.fold, privacy=None))
+                content = encode(Evaluated(name=name, run=asked.run, study_hash=asked.study_hash, round=asked.round, fold=asked.fold, privacy=None))
         reply = seal_reply(content, task, signer=load_signing_key(kit / SIGNING_KEY))
         fleet.send(Message(reply, reply_to=received.message), 0.0)
 

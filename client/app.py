@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from client.site import Site
 from shared.errors import WardroundError, describe_exception
-from shared.messages import MAX_REASON, Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_parameters, encode
+from shared.messages import MAX_REASON, Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_control, decode_parameters, encode
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def answer_record(site: Site, task: Content, record: RecordDict) -> RecordDict:
         case EnrolTask():
             return encode(site.enrol(task))
         case TrainTask():
-            trained, update, statistics = site.train(task, decode_parameters(record, site.template))
+            trained, update, statistics = site.train(task, decode_parameters(record, site.template), decode_control(record, site.control_template))
             return encode(trained, parameters=update, statistics=statistics)
         case EvaluateTask():
             evaluated, statistics = site.evaluate(task, decode_parameters(record, site.template))

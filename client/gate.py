@@ -26,6 +26,7 @@ from client.approvals import Approvals, Asked, what_is_asked
 from client.bench import AskedAgainError, Bench, Place
 from client.door import NO_ANSWER
 from client.hospital import AUDIT, Hospital
+from client.policy import refuse_faults
 from client.real_site import open_site
 from client.site import Site
 from shared.audit import AuditLog, Value
@@ -185,6 +186,7 @@ class Gate:
             versions = f"wardround {asked.version} at the coordinator, {installed_version()} at the site"
             raise VersionMismatchError(f"expected the same version, got {versions}", "install the same version at both sides", rule=versions)
         study = Study.from_table(asked.study, source="study")
+        refuse_faults(study)  # before anybody is asked to approve it
         allowed = self._hospital.file.policy.allowed_tasks
         if study.task not in allowed:  # before anything is imported by that name
             rule = "policy.allowed_tasks"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from client.noise import KeyedStream
-from client.optimizers import LocalOptimizer, ProximalTerm
+from client.optimizers import GradientTerm, LocalOptimizer, ProximalTerm
 from client.sampling import shuffled_batches
 from shared.cohort import Cohort, IntArray
 from shared.study import Study
@@ -52,38 +52,53 @@ def _state_from(key: bytes) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalRound:
-    """What one round at one site is about: the study, the task and which round it is."""
+    """What one round at one site is about: the study, the task and which round it is.
+
+    Attributes:
+        still_wanted: called before every step; raises where the work is stale.
+        terms: what the strategy adds to the gradients, besides FedProx' pull.
+        steps: to take, in place of those that the study's round has.
+    """
 
     study: Study
     task: Task
     round_number: int
-    still_wanted: Callable[[], None] = lambda: None  # called before every step; raises where the work is stale
+    still_wanted: Callable[[], None] = lambda: None
+    terms: tuple[GradientTerm, ...] = ()
+    steps: int | None = None
 
 
 def train_round(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.random.Generator) -> int:
     """Train `model` in place on every record of `cohort`; the number of steps taken comes back. No promise about privacy."""
-    batches = round_batches(cohort.num_records, local.study, rng)
+    return sum(1 for _ in training_steps(model, cohort, local, rng=rng))
+
+
+def training_steps(model: nn.Module, cohort: Cohort, local: LocalRound, *, rng: np.random.Generator) -> Iterator[None]:
+    """What `train_round` does, a step at a time."""
+    batches = round_batches(cohort.num_records, local.study, rng, steps=local.steps)
     optimizer = LocalOptimizer(local.study, model.parameters(), local.round_number)
-    proximal = ProximalTerm(local.study, optimizer.parameters)
+    terms = (ProximalTerm.of_study(local.study, optimizer.parameters), *local.terms)
     model.train()
     for batch in batches:
         local.still_wanted()
         optimizer.zero_grad()
         record_losses(model, cohort, batch, local.task).mean().backward()  # type: ignore[no-untyped-call]  # torch
-        proximal.add_to_gradients()
+        for term in terms:
+            term.add_to_gradients()
         optimizer.step()
-    return len(batches)
+        yield
 
 
-def round_batches(num_records: int, study: Study, rng: np.random.Generator) -> list[IntArray]:
-    """The batches of a round: `local_epochs` passes, or the first `local_steps` batches of as many passes as that needs."""
+def round_batches(num_records: int, study: Study, rng: np.random.Generator, *, steps: int | None = None) -> list[IntArray]:
+    """The batches of a round: `local_epochs` passes, or the first `steps` (or `local_steps`) batches of as many passes as that needs."""
     training = study.training
-    if training.local_steps is None:
+    steps = training.local_steps if steps is None else steps
+    if steps is None:
         return [batch for _ in range(training.local_epochs) for batch in shuffled_batches(num_records, training.batch_size, rng)]
     batches: list[IntArray] = []
-    while num_records and len(batches) < training.local_steps:
+    while num_records and len(batches) < steps:
         batches += shuffled_batches(num_records, training.batch_size, rng)
-    return batches[: training.local_steps]
+    return batches[:steps]
 
 
 def record_losses(model: nn.Module, cohort: Cohort, records: IntArray, task: Task) -> torch.Tensor:

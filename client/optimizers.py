@@ -1,23 +1,19 @@
-"""The local optimizer and its learning rate. Momentum, weight decay and the proximal term see only the (noised) gradient and the
-parameters, so under differential privacy they are post-processing."""
+"""The local optimizer, and what is added to gradients. Momentum, weight decay and these terms see only the (noised) gradient, parameters, and
+what was received or released before, so under differential privacy they are post-processing."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from shared.study import FedProx, Study, Training
-
-
-def learning_rate_at(training: Training, round_number: int, num_rounds: int) -> float:
-    """The learning rate of a round, counted from 1: linear warm-up, then constant, linear or cosine decay to zero after the last round."""
-    if round_number <= training.warmup_rounds:
-        return training.learning_rate * round_number / (training.warmup_rounds + 1)
-    progress = (round_number - 1 - training.warmup_rounds) / max(num_rounds - training.warmup_rounds, 1)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[training.schedule]
-    return training.learning_rate * factor
+from shared.models import Parameters
+from shared.schedule import learning_rate_at
+from shared.study import FedProx, Study
 
 
 class LocalOptimizer:
@@ -67,15 +63,50 @@ class LocalOptimizer:
         )  # fmt: skip
 
 
-class ProximalTerm:
-    """FedProx (Li et al. 2020, equation 2): adds mu (w - w_received) to the gradient, after clipping and noise where there are any."""
-
-    def __init__(self, study: Study, parameters: Iterable[torch.Tensor]) -> None:
-        self._mu = study.strategy.proximal_mu if isinstance(study.strategy, FedProx) else 0.0
-        self._anchors = [(parameter, parameter.detach().clone()) for parameter in parameters] if self._mu else []
+class GradientTerm(Protocol):
+    """Something that a strategy adds to the gradients of a model, after clipping and noise where there are any."""
 
     def add_to_gradients(self) -> None:
-        """Call after the gradient is final and before the optimizer's step."""
-        for parameter, anchor in self._anchors:
-            if parameter.grad is not None:  # None: a frozen parameter, which does not move
+        """Call after the gradient is final and before the optimizer's step. A parameter without a gradient, which does not move, gets none."""
+
+
+class ProximalTerm:
+    """FedProx (Li et al. 2020, equation 2): adds mu (w - anchor) to the gradient.
+
+    Args:
+        anchored: parameters, each with its anchor.
+    """
+
+    def __init__(self, mu: float, anchored: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._mu = mu
+        self._anchored = list(anchored) if mu else []
+
+    @classmethod
+    def of_study(cls, study: Study, parameters: Iterable[torch.Tensor]) -> "ProximalTerm":
+        """The pull of FedProx to where the parameters are now; none of another strategy."""
+        mu = study.strategy.proximal_mu if isinstance(study.strategy, FedProx) else 0.0
+        return cls(mu, ((parameter, parameter.detach().clone()) for parameter in parameters) if mu else ())
+
+    @classmethod
+    def to(cls, anchor: Parameters, model: nn.Module, mu: float) -> "ProximalTerm":
+        """The pull of a model's parameters to those of `anchor`."""
+        return cls(mu, ((parameter, torch.from_numpy(np.array(anchor[name]))) for name, parameter in model.named_parameters()))
+
+    def add_to_gradients(self) -> None:
+        """See `GradientTerm`."""
+        for parameter, anchor in self._anchored:
+            if parameter.grad is not None:
                 parameter.grad += self._mu * (parameter.detach() - anchor)
+
+
+class Correction:
+    """Adds arrays to the gradients of the parameters of these names, the same at every step: a control variate, a linear term."""
+
+    def __init__(self, model: nn.Module, added: Mapping[str, NDArray[np.floating]]) -> None:
+        self._added = [(parameter, torch.from_numpy(np.array(added[name]))) for name, parameter in model.named_parameters() if name in added]
+
+    def add_to_gradients(self) -> None:
+        """See `GradientTerm`."""
+        for parameter, added in self._added:
+            if parameter.grad is not None:
+                parameter.grad += added.to(parameter.dtype)

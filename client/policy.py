@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from shared.config import Settings, read_toml, validate
-from shared.errors import PolicyRefusedError
+from shared.errors import ConfigurationError, PolicyRefusedError
 from shared.plan import Limit, SitePlan
 from shared.study import NAME_PATTERN, Real, Study
 
@@ -45,10 +45,12 @@ class Policy(Settings):
         """Return where the policy allows what is asked; the plan's noise is not yet looked at, and computing it may take long.
 
         Raises:
+            ConfigurationError: the study has faults.
             PolicyRefusedError: it does not; the message names the rule.
         """
+        refuse_faults(study)
         self._check_kind(study, task)
-        steps = shape.steps_per_round * (shape.rounds + shape.spare_rounds)
+        steps = shape.planned_steps
         _at_most("max_steps", self.max_steps, steps, "lower [rounds] count, local_epochs or local_steps")
         if shape.declared_size < self.min_patients:
             raise _refusal("min_patients", f"at least {self.min_patients} declared patients", str(shape.declared_size), "ask the hospital")
@@ -90,6 +92,16 @@ class Policy(Settings):
         names = [metric.name for metric in task.metrics if metric.statistic.name == statistic]
         kept = [name for name in names if name not in self.allowed_metrics]
         return f"policy.allowed_metrics: {statistic} also gives {', '.join(kept)}" if kept else None
+
+
+def refuse_faults(study: Study) -> None:
+    """Return where a real site may look at the study at all.
+
+    Raises:
+        ConfigurationError: it has faults, which are a simulation's.
+    """
+    if study.faults is not None:
+        raise ConfigurationError("faults: expected none at a real site, got some", "remove [faults], or simulate the study", rule="faults")
 
 
 def _at_most(rule: str, most: float, got: float, remedy: str) -> None:

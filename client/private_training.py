@@ -16,7 +16,7 @@ at most L in L2. Poisson subsampling amplifies any Gaussian mechanism of sensiti
 depends on noise / sensitivity and q alone), so a release is dominated by the pair of (noise_multiplier, q), and the round is
 `PrivacyEvent(noise_multiplier, q, steps)`. All of the sum and the addition are whole numbers of g below 2**53, so the addition is exact and
 the low bits of a float say no more than its value. Division by the public expected batch size, rounding to the parameter's type, momentum,
-weight decay, the proximal term and the optimizer's step see only releases: post-processing.
+weight decay, the strategy's terms (of what was received, and of earlier releases) and the optimizer's step see only releases: post-processing.
 
 Arithmetic. A gradient is the float32 numbers that the backward pass gives; norms, clip factors and sums are float64. A clipped norm is at
 most C (1 + 1e-9), and a sum of B of them is off by at most B^2 2**-52 C, together below C 2**-13 for B up to 700,000.
@@ -38,6 +38,7 @@ a parameter, ends the round with a refusal.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,33 +146,39 @@ class NoisedSum:
 
 
 def train_round_private(model: nn.Module, cohort: Cohort, local: LocalRound, *, plan: SitePlan, randomness: Randomness) -> int:
-    """Train `model` in place under the theorem above; the number of steps taken comes back, always `plan.steps_per_round`.
+    """Train `model` in place under the theorem above; the number of steps taken comes back, always `local.steps` or `plan.shared_steps`.
 
     Raises:
         ModelRefusedError: a buffer changed; the parameters must not be sent.
         opacus or torch errors where a layer has no per-record gradient; `private_probe.probe_model` finds them before a study starts.
     """
+    return sum(1 for _ in private_training_steps(model, cohort, local, plan=plan, randomness=randomness))
+
+
+def private_training_steps(model: nn.Module, cohort: Cohort, local: LocalRound, *, plan: SitePlan, randomness: Randomness) -> Iterator[None]:
+    """What `train_round_private` does, a step at a time; each is one release, and all must be taken before the parameters are sent."""
     still = untrained_state(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = LocalOptimizer(local.study, trainable, local.round_number)
-    proximal = ProximalTerm(local.study, trainable)
+    terms = (ProximalTerm.of_study(local.study, trainable), *local.terms)
     index = PatientIndex(cohort)
     model.train()
     with record_gradients(model) as gradients:
         total = NoisedSum(trainable, gradients, plan=plan, noise=randomness.noise)
-        for _ in range(plan.steps_per_round):
+        for _ in range(plan.shared_steps if local.steps is None else local.steps):
             local.still_wanted()
             total.clear()
             units = sample_units(cohort, index, plan, local.study.privacy.records_per_patient, randomness.sampling)
             sum_clipped_gradients(total, gradients, cohort, units, local)
             total.release()
-            proximal.add_to_gradients()
+            for term in terms:
+                term.add_to_gradients()
             optimizer.step()
+            yield
     optimizer.zero_grad()
     check_untrained(model, still)
     if total.num_without_gradient:
         logger.warning("%d gradients were not finite and were counted as zero", total.num_without_gradient)
-    return plan.steps_per_round
 
 
 def sum_clipped_gradients(total: NoisedSum, gradients: RecordGradients, cohort: Cohort, units: IntArray | list[IntArray], local: LocalRound) -> None:

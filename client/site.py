@@ -6,7 +6,7 @@ comes from. A refusal is an ordinary answer; an exception's own text never leave
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,37 +19,46 @@ from client.charging import KIND, Ask, Charging
 from client.evaluation import evaluate_parameters, predictions_of, rounded
 from client.evaluation_noise import bounded_statistics, noise_statistics
 from client.exact_answers import ExactAnswers
+from client.kept_state import KeptState
 from client.ledger import Ledger, PlannedStudy, begun_mark, check_filter, check_overlap, missing_row, reading
 from client.local_training import LocalRound
-from client.local_update import local_update
+from client.local_update import Learner
 from client.memory_chain import Journal
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.releases import Arrays, Releases
 from client.spending import burn_down, site_privacy
+from client.strategies.choice import local_rule
+from client.strategies.fine_tuning import FineTuning
+from client.strategies.local_rule import LocalRule
 from shared.cohort import Cohort, held_out_patients, patient_hash
 from shared.errors import ConfigurationError, DataError, ProtocolError
 from shared.messages import (
+    CONTROL,
     Enrolled,
     EnrolTask,
     Evaluated,
     EvaluateTask,
+    NotCounted,
     Statistics,
     Trained,
     TrainTask,
     WitnessedHead,
     head_statement,
+    plain_text,
 )
 from shared.models import Parameters, Template, get_parameters, set_parameters, template_of
+from shared.personal import personal_names
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
 from shared.privacy import SOLVE_MARGIN, PrivacyEvent, evaluation_noise_multiplier
 from shared.results import SitePrivacy
-from shared.study import Study
+from shared.study import Scaffold, Study
 from shared.task import Task
 
 logger = logging.getLogger(__name__)
 
 
+LOSS = "loss of the received model"  # beside the parameters of a release; no parameter has such a name
 NOTHING = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=0)
 
 
@@ -101,7 +110,9 @@ class Admission:
     study_hash: str
     plan: SitePlan
     evaluation: PrivacyEvent | None  # of the closing evaluation's noise
-    template: Template
+    rule: LocalRule
+    template: Template  # of the parameters that are shared
+    control: Template  # of what the strategy sends beside them
     coordinator_key: str | None
 
     def planned(self) -> PlannedStudy:
@@ -149,6 +160,7 @@ class Site:
         self._split: dict[tuple[int, int], tuple[Cohort, Cohort]] = {}
         self._ledger: Ledger | None = None
         self._admission: Admission | None = None
+        self._heard: NotCounted | None = None
 
     def enrol(self, task: EnrolTask) -> Enrolled:
         """Agree to a study, or refuse it: policy, then model, then budget, then a look at the cohort, to which a real site's ledger is bound.
@@ -168,7 +180,8 @@ class Site:
             probe_model(self._task, study)
         admission = Admission(
             run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, evaluation=self._evaluation_event(study),
-            template=template_of(get_parameters(self._model)), coordinator_key=task.coordinator_key,
+            rule=local_rule(study, self._task), template=self._shared_template(study), control=self._control_template(study),
+            coordinator_key=task.coordinator_key,
         )  # fmt: skip
         if plan.private:
             self._admit(admission, task.heads.get(self.settings.name))
@@ -182,6 +195,16 @@ class Site:
             declared_num_test=self.settings.declared_num_test,
             ledger_head=self._head(plan),
         )
+
+    def _shared_template(self, study: Study) -> Template:
+        personal = personal_names(study.strategy, self._model)
+        return {name: form for name, form in template_of(get_parameters(self._model)).items() if name not in personal}
+
+    def _control_template(self, study: Study) -> Template:
+        if not isinstance(study.strategy, Scaffold):
+            return {}
+        trainable = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        return {name: form for name, form in self._shared_template(study).items() if name in trainable}
 
     def check_room_for(self, studies: Sequence[Study]) -> None:
         """Return where this site's budget covers all of these studies together; nothing is agreed to, and nothing written.
@@ -254,8 +277,13 @@ class Site:
         except (InvalidSignature, ValueError):
             raise ProtocolError("expected the coordinator's signature on the ledger's head, got another") from None
 
-    def train(self, task: TrainTask, parameters: Parameters) -> tuple[Trained, Parameters, Statistics | None]:
+    def train(
+        self, task: TrainTask, parameters: Parameters, control: Parameters | None = None
+    ) -> tuple[Trained, Parameters, Statistics | None]:  # fmt: skip
         """Evaluate the parameters received, then train on them: the reply, the update (trained minus received), the statistics.
+
+        Args:
+            control: what the study's strategy sends beside the parameters.
 
         Raises:
             ProtocolError: the study was not agreed to here.
@@ -269,13 +297,20 @@ class Site:
         train_part, test_part = self.parts(admission.study, task.fold)
         statistics, withheld = None, None
         if admission.evaluation is None:
-            statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
-        update = self._update(task, admission, train_part, parameters)
-        return self._trained(task, admission, withheld), update, statistics
+            statistics, withheld = self._statistics(test_part, self._judged(task, admission, parameters), exact=admission.plan.private)
+        update, loss = self._update(task, admission, train_part, parameters, control or {})
+        return self._trained(task, admission, withheld, loss), update, statistics
 
-    def _trained(self, task: TrainTask, admission: Admission, withheld: str | None) -> Trained:
+    def _judged(self, task: TrainTask | EvaluateTask, admission: Admission, received: Parameters) -> Parameters:
+        """The model by which this site is judged."""
+        return admission.rule.judged(self._kept_state(admission).before(task.fold, _number(task)), received)
+
+    def _trained(self, task: TrainTask, admission: Admission, withheld: str | None, loss: float | None = None) -> Trained:
         privacy, head = self._spent(admission), self._head(admission.plan)
-        return Trained(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy, ledger_head=head)
+        return Trained(
+            name=self.settings.name, run=task.run, study_hash=task.study_hash, round=task.round, fold=task.fold, withheld=withheld,
+            privacy=privacy, ledger_head=head, loss=loss,
+        )  # fmt: skip
 
     def begin_round(self, task: TrainTask, digest: str) -> BegunRound:
         """The first half of `train`, of a virtual site that others train together with: agreed to and charged, and nothing trained yet.
@@ -313,15 +348,19 @@ class Site:
         admission = self._admitted(task)
         self._check_not_put_back(admission, task.heads.get(self.settings.name))
         self._count_exact(task, admission, parameters)
-        _, test_part = self.parts(admission.study, task.fold)
+        train_part, test_part = self.parts(admission.study, task.fold)
+        judged = self._tuned(task, admission, train_part, self._judged(task, admission, parameters))
         if admission.evaluation is None:
-            statistics, withheld = self._statistics(test_part, parameters, exact=admission.plan.private)
+            statistics, withheld = self._statistics(test_part, judged, exact=admission.plan.private)
         else:
-            statistics, withheld = self._noised_statistics(task, admission, test_part, parameters)
+            statistics, withheld = self._noised_statistics(task, admission, test_part, judged)
         if admission.plan.private and task.fold == admission.study.evaluation.folds:
             self.ledger_for(admission.plan).close_plan(admission.run)
         privacy, head = self._spent(admission, cross_check=True), self._head(admission.plan)
-        reply = Evaluated(name=self.settings.name, round=task.round, fold=task.fold, withheld=withheld, privacy=privacy, ledger_head=head)
+        reply = Evaluated(
+            name=self.settings.name, run=task.run, study_hash=task.study_hash, round=task.round, fold=task.fold, withheld=withheld,
+            privacy=privacy, ledger_head=head,
+        )  # fmt: skip
         return reply, statistics
 
     @property
@@ -334,6 +373,11 @@ class Site:
         if self._admission is None:
             raise ProtocolError("expected a study that this site has agreed to, got one it has not")
         return self._admission.template
+
+    @property
+    def control_template(self) -> Template:
+        """The same of what the study's strategy sends beside the parameters."""
+        return {} if self._admission is None else self._admission.control
 
     def close(self) -> None:
         """Release the ledger."""
@@ -370,7 +414,15 @@ class Site:
         last = study.rounds.count + isinstance(task, EvaluateTask)  # the closing evaluation comes after the last round of training
         if not (1 <= task.round <= last and 1 <= task.fold <= study.evaluation.folds):
             raise ProtocolError("expected a round and fold of the study, got another")
+        self._hear(task.not_counted.get(self.settings.name))
         return admission
+
+    def _hear(self, told: NotCounted | None) -> None:
+        """Say once in the site's own log that an update of this site did not count, and why: its hospital would not learn it otherwise."""
+        if told is not None and told != self._heard:
+            fold = f" of fold {told.fold}" if told.fold > 1 else ""
+            logger.warning("site %s: its update of round %d%s did not count: %s", self.settings.name, told.round, fold, plain_text(told.reason))
+            self._heard = told
 
     def parts(self, study: Study, fold: int) -> tuple[Cohort, Cohort]:
         """The training and the test patients of a fold."""
@@ -434,24 +486,59 @@ class Site:
         noised = self._charging(admission).release(self._ask(task, admission), parameters, make)
         return {name: np.asarray(value, dtype=np.float64) for name, value in noised.items()}, withheld
 
-    def _update(self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters) -> Parameters:
-        local = LocalRound(study=admission.study, task=self._task, round_number=task.round, still_wanted=self._still_wanted)
-        simulated = self._seed(admission) is not None
+    def _update(
+        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, control: Parameters
+    ) -> tuple[Parameters, float | None]:  # fmt: skip
+        """The update, and the loss where the strategy sends it."""
+        state = self._kept_state(admission)
 
         def make(key: bytes) -> tuple[Arrays, int]:
-            return local_update(self._model, train_part, parameters, local, plan=admission.plan, key=key, simulated=simulated)
+            learner = self._learner(task, admission, train_part, key)
+            made = admission.rule.train(learner, state.before(task.fold, task.round), parameters, control)
+            if admission.rule.keeps:
+                state.keep(task.fold, task.round, made.kept)
+            return {**made.update, **({} if made.loss is None else {LOSS: np.array([made.loss])})}, learner.steps
 
-        ask = self._ask(task, admission)
+        released = self._released(self._ask(task, admission), admission, {**parameters, **_apart(control)}, make, task.heads)
+        loss = released.get(LOSS)
+        return {name: released[name] for name in parameters}, None if loss is None else float(loss[0])
+
+    def _tuned(self, task: EvaluateTask, admission: Admission, train_part: Cohort, final: Parameters) -> Parameters:
+        """The final model, trained a little further for this site where the strategy says so: charged as training."""
+        rule = admission.rule
+        if not isinstance(rule, FineTuning):
+            return final
+
+        def make(key: bytes) -> tuple[Arrays, int]:
+            learner = self._learner(task, admission, train_part, key)
+            return rule.tuned(learner, final), learner.steps
+
+        return self._released(self._ask(task, admission, tuning=True), admission, final, make, task.heads)
+
+    def _learner(self, task: TrainTask | EvaluateTask, admission: Admission, train_part: Cohort, key: bytes) -> Learner:
+        local = LocalRound(study=admission.study, task=self._task, round_number=task.round, still_wanted=self._still_wanted)
+        simulated = self._seed(admission) is not None
+        return Learner(model=self._model, train_part=train_part, local=local, plan=admission.plan, key=key, simulated=simulated)
+
+    def _released(
+        self, ask: Ask, admission: Admission, received: Parameters, make: Callable[[bytes], tuple[Arrays, int]], heads: Mapping[str, WitnessedHead]
+    ) -> Parameters:  # fmt: skip
+        """What training makes of what was received: charged before, where a promise is made."""
         if not admission.plan.private:
-            return self._kept(ask, admission, parameters, make)
-        return self._charging(admission).release(ask, parameters, make, witnessed=task.heads.get(self.settings.name))
+            return self._kept(ask, admission, received, make)
+        return self._charging(admission).release(ask, received, make, witnessed=heads.get(self.settings.name))
 
-    def _ask(self, task: TrainTask | EvaluateTask, admission: Admission) -> Ask:
-        training = isinstance(task, TrainTask)
-        event = admission.plan.round_event() if training and admission.plan.private else admission.evaluation
+    def _kept_state(self, admission: Admission) -> KeptState:
+        return KeptState(self.settings.releases_path, admission.run)
+
+    def _ask(self, task: TrainTask | EvaluateTask, admission: Admission, *, tuning: bool = False) -> Ask:
+        plan, training = admission.plan, isinstance(task, TrainTask) or tuning
+        event = admission.evaluation
+        if training:
+            event = plan.event(plan.closing_steps if tuning else plan.steps_per_round) if plan.private else None
         return Ask(
             run=task.run, study_hash=task.study_hash, site=self.settings.name, account="training" if training else "evaluation",
-            fold=task.fold, round=task.round, event=event or NOTHING,
+            fold=task.fold, round=_number(task) if tuning else task.round, event=event or NOTHING,
         )  # fmt: skip
 
     def _kept(self, ask: Ask, admission: Admission, parameters: Parameters, make: Callable[[bytes], tuple[Arrays, int]]) -> Parameters:
@@ -496,3 +583,13 @@ class Site:
         if self.settings.virtual and not cross_check:
             return burn_down(admission.plan, steps)
         return site_privacy(admission.plan, steps, cross_check=cross_check)
+
+
+def _number(task: TrainTask | EvaluateTask) -> int:
+    """Of the round; the closing evaluation comes after the last."""
+    return task.round + isinstance(task, EvaluateTask)
+
+
+def _apart(control: Parameters) -> Parameters:
+    """Under names that no parameter has."""
+    return {f"{CONTROL} {name}": value for name, value in control.items()}

@@ -16,7 +16,7 @@ from shared.errors import ProtocolError
 COARSE = 2.0**20
 FINE = 2.0**70
 FINE_PER_COARSE = 2**50
-MAX_WEIGHT = 10_000_000  # patients; a larger claim counts as this many
+MAX_WEIGHT = 10_000_000  # patients; whoever claims more, and was not approved with fewer, is not believed
 MAX_PRODUCT = 2.0**31  # of weight x |value|
 MAX_SUM = 2.0**42  # of the updates' largest weight x |value| together, so that the coarse sum stays below 2**62
 MAX_UPDATES = 2**12  # carries are moved up after this many

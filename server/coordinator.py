@@ -14,7 +14,7 @@ from server.aggregation import MAX_WEIGHT
 from server.blocks import BlockGrid
 from server.evaluation import add_statistics, check_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import Checkpoint, RunFolder
-from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason, plain_text
+from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason
 from server.witness import Witness
 from shared.errors import (
     BudgetExhaustedError,
@@ -32,12 +32,14 @@ from shared.errors import (
 )
 from shared.kit import installed_version
 from shared.messages import (
+    MAX_REASON,
     MESSAGE,
     PARAMETERS,
     Content,
     Enrolled,
     EnrolTask,
     EvaluateTask,
+    NotCounted,
     Refused,
     Statistics,
     TrainTask,
@@ -45,11 +47,15 @@ from shared.messages import (
     decode,
     encode,
     from_array_record,
+    plain_text,
     to_array_record,
 )
 from shared.models import Parameters, initial_parameters
+from shared.personal import personal_names
+from shared.plan import shape_site
 from shared.results import RoundRecord, SitePrivacy, SiteRound
-from shared.study import Study
+from shared.schedule import learning_rate_at
+from shared.study import Cyclic, Study
 from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
@@ -67,12 +73,16 @@ MENDABLE = (
     "E8",
     "E4",
 )  # refusals that a hospital may mend while the study waits
+MOST_TOLD = 500  # sites whose last update did not count and that are told why: all of a round's tasks share one message, of bounded length
 MAX_ATTEMPTS = 5  # with on_missing = "wait": how often a missing site is asked again before the deadline
 
 
 def model_header(study: Study, task: Task) -> dict[str, str]:
-    """What a model's file says of itself."""
-    return {"study": study.name, "study_hash": study.fingerprint(), "task": task.name, "architecture": architecture_hash(task.model())}
+    """What a model's file says of itself; `personal` names what stays at the sites, and is in the file as it was before training."""
+    model = task.model()
+    header = {"study": study.name, "study_hash": study.fingerprint(), "task": task.name, "architecture": architecture_hash(model)}
+    personal = personal_names(study.strategy, model)
+    return {**header, **({"personal": "\n".join(sorted(personal))} if personal else {})}
 
 
 def is_final(reason: str) -> bool:
@@ -168,9 +178,12 @@ class Coordinator:
         self._architecture = architecture_hash(model)
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._strategy = FederatedStrategy(
-            study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics, noised_statistics=study.noised_statistics
-        )
+            study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics, noised_statistics=study.noised_statistics,
+            personal=personal_names(study.strategy, model), local_steps=study.training.local_steps,
+            learning_rate=lambda number: learning_rate_at(study.training, number, study.rounds.count),
+        )  # fmt: skip
         self._epsilons: dict[str, float] = {}  # by site, as last told
+        self._not_counted: dict[str, NotCounted] = {}  # by site, where the last one asked for did not
         self.history = History()
 
     def run(self, grid: Grid) -> History:
@@ -183,7 +196,9 @@ class Coordinator:
         self._enrol(grid)
         start = self._resume()
         self._reopen_folds(grid, start.fold)
-        self._epsilons = {site.name: site.epsilon for record in self._folder.rounds() for site in record.sites if site.epsilon is not None}
+        for record in self._folder.rounds():
+            self._epsilons |= {site.name: site.epsilon for site in record.sites if site.epsilon is not None}
+            self._note_not_counted(record)
         first, waiting = start.fold, [start]
         del start  # it is as large as the model: what runs the fold lets go of it
         for fold in range(first, self._study.evaluation.folds + 1):
@@ -281,7 +296,8 @@ class Coordinator:
 
     def _member(self, site: Enrolled) -> Member:
         weight = self._size_of(site) if self._study.strategy.weights == "declared" else 1
-        return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT))
+        steps = shape_site(self._study, self._size_of(site)).shared_steps
+        return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT), steps=steps)
 
     def _size_of(self, site: Enrolled) -> int:
         """What a site may weigh: what it says now, and no more than what it said when it was approved."""
@@ -304,9 +320,10 @@ class Coordinator:
             self._refuse(node_id, plain_text(f"{content.code} {content.reason}"), name=content.name)
         elif isinstance(content, Enrolled):
             taken = content.name in self.history.enrolled
-            if taken or content.declared_size < 1:
-                own = f"node {node_id}" if taken else None
-                self._refuse(node_id, "E102 expected a name of its own and a declared size of at least 1", name=own)
+            if taken or not 1 <= self._size_of(content) <= MAX_WEIGHT:
+                own = f"node {node_id}" if taken else content.name
+                expected = "a name of its own" if taken else f"a declared size of 1 to {MAX_WEIGHT}"
+                self._refuse(node_id, f"{ProtocolError.code} expected {expected}, got another", name=own)
                 return
             self.history.refused.pop(content.name, None)
             self.history.enrolled[content.name] = content
@@ -332,27 +349,63 @@ class Coordinator:
     def _run_round(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> ArrayRecord:
         self._welcome(grid)
         started = time.monotonic()
-        content = TrainTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
-        record = encode(content, parameters=arrays)
-        messages = self._strategy.configure_train(number, _arrays(record), _config(record), grid)
-        answers = self._collect(grid, messages)
-        num_usable = sum(answer.status == "ok" for answer in answers.values())
-        self._hold_quorum(num_usable, _reasons(answers), what=f"round {number}")
-        self._hold_rule(num_usable, what=f"round {number}")
-        updated, _ = self._strategy.aggregate_train(number, [])
-        assert updated is not None
+        train = self._train_in_turn if isinstance(self._study.strategy, Cyclic) else self._train_together
+        answers, updated = train(grid, fold, number, arrays)
         self._take_privacy(answers)
         line = self._round_record(fold, number, answers, time.monotonic() - started)
         self._folder.append_round(line)
+        self._note_not_counted(line)
         self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=from_array_record(updated), state=self._strategy.state))
         self._observe(line)
         return updated
+
+    def _train_together(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
+        """All that are sampled train on the same model."""
+        record = self._train_task(fold, number, arrays)
+        answers = self._collect(grid, self._strategy.configure_train(number, _arrays(record), _config(record), grid))
+        self._hold_round(number, answers)
+        updated, _ = self._strategy.aggregate_train(number, [])
+        assert updated is not None
+        return answers, updated
+
+    def _train_in_turn(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
+        """Each trains on what the one before it made; one without a usable update is passed over."""
+        answers: dict[str, Answer] = {}
+        for name in self._strategy.turns(number):
+            record = self._train_task(fold, number, arrays)
+            answers |= self._collect(grid, self._strategy.configure_turn(number, _arrays(record), _config(record), name))
+            updated, _ = self._strategy.aggregate_train(number, [])
+            arrays = arrays if updated is None else updated
+        self._hold_round(number, answers)
+        return answers, arrays
+
+    def _train_task(self, fold: int, number: int, arrays: ArrayRecord) -> RecordDict:
+        content = TrainTask(
+            run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads(), not_counted=self._told_sites()
+        )  # fmt: skip
+        return encode(content, parameters=arrays)
+
+    def _hold_round(self, number: int, answers: dict[str, Answer]) -> None:
+        num_usable = sum(answer.status == "ok" for answer in answers.values())
+        self._hold_quorum(num_usable, _reasons(answers), what=f"round {number}")
+        self._hold_rule(num_usable, what=f"round {number}")
 
     def _take_privacy(self, answers: dict[str, Answer]) -> None:
         told = {name: answer.privacy for name, answer in answers.items() if answer.privacy is not None}
         self.history.privacy.update(told)
         self._epsilons.update({name: privacy.epsilon for name, privacy in told.items()})
         self._remember({name: answer.ledger_head for name, answer in answers.items()})
+
+    def _note_not_counted(self, record: RoundRecord) -> None:
+        """Which sites' last updates did not count by the coordinator's own judgement, from the rounds on disk alone: a resumed run asks alike."""
+        for site in record.sites:
+            if site.status in ("failed", "missing") and site.reason is not None:
+                self._not_counted[site.name] = NotCounted(fold=record.fold, round=record.round, reason=site.reason[:MAX_REASON])
+            elif site.status != "not asked":
+                self._not_counted.pop(site.name, None)
+
+    def _told_sites(self) -> dict[str, NotCounted]:
+        return dict(sorted((name, told) for name, told in self._not_counted.items() if name in self.history.enrolled)[:MOST_TOLD])
 
     def _heads(self) -> dict[str, WitnessedHead]:
         return {} if self._witness is None else self._witness.heads()
@@ -469,7 +522,9 @@ class Coordinator:
 
     def _close_fold(self, grid: Grid, fold: int, parameters: Parameters) -> dict[str, Statistics]:
         number = self._study.rounds.count
-        content = EvaluateTask(run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads())
+        content = EvaluateTask(
+            run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads(), not_counted=self._told_sites()
+        )  # fmt: skip
         record = encode(content, parameters=parameters)
         messages = self._strategy.configure_evaluate(number, _arrays(record), _config(record), grid)
         answers = self._collect(grid, messages)

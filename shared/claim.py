@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from shared.errors import ConfigurationError
 from shared.privacy import PrivacyEvent, epsilon_of
-from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy
-from shared.study import Study
+from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy, StartedFrom
+from shared.study import PERSONAL, FedDyn, QFedAvg, Scaffold, Study
+from shared.whole_promise import rounded_up, start_sentence
 
 MAX_STEPS = 1_000_000  # of a site's own report; more would take the accountant minutes
 MECHANISM = (
@@ -37,10 +38,8 @@ NOT_COVERED = [
     "whether a site took part, refused or was late, and how long it took",
     "what is true of everybody: a model may say of a patient what it says of any like patient, who took part or not",
 ]
-WARM_START = (
-    "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, and to a patient of "
-    "both runs both promises apply together (their epsilons and deltas add up, at most)"
-)
+WARM_START = "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, if by any. {start}"
+OWN_ALONE = "This is said of this run's own updates alone, and not of the model that it started with. {start} {statement}"
 EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
     "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
@@ -49,32 +48,36 @@ CHOICE = (
 
 
 def privacy_claim(
-    study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str, int], versions: dict[str, str], *, warm: bool = False
+    study: Study, privacy: RunPrivacy, declared_sizes: Mapping[str, int], versions: dict[str, str], *,
+    started_from: StartedFrom | None = None,
 ) -> PrivacyClaim:  # fmt: skip
-    """The claim of a run. Without privacy it says that nothing is promised.
+    """The claim of a run, about its own updates. Without privacy it says that nothing is promised.
 
     Args:
-        warm: the run started with a model of another one.
+        started_from: the model of another run that it started with, which it says nothing for; the statement begins with that.
     """
+    warm = [] if started_from is None else [WARM_START.format(start=start_sentence(started_from))]
     if not study.private:
         return PrivacyClaim(
             unit="none", neighbouring_relation=None, mechanism=None, sampling=None, composition=None, protects=False,
             statement="This run promises no differential privacy: every update was sent as it was.",
-            covered=[], not_covered=["everything that left the sites"], accountants=[], sites={}, versions=versions,
+            covered=[], not_covered=[*warm, "everything that left the sites"], accountants=[], sites={}, versions=versions,
+            started_from=started_from,
         )  # fmt: skip
     unit = study.privacy.unit
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
     assumed = [NOISE[privacy.seeded_noise], *ASSUMED]
+    statement = _statement(study, privacy, federation)
     return PrivacyClaim(
         unit=unit,
         neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more: up to twice epsilon)",
         mechanism=MECHANISM.format(clip=study.privacy.max_grad_norm),
         sampling=SAMPLING.format(unit=unit, records=RECORDS.get((unit, study.privacy.records_per_patient), "")),
         composition=COMPOSITION,
-        statement=_statement(study, privacy, federation),
+        statement=statement if started_from is None else OWN_ALONE.format(start=start_sentence(started_from), statement=statement),
         protects=not privacy.seeded_noise,
         covered=_covered(study) if privacy.sites else [],
-        not_covered=[*([WARM_START] if warm else []), *_not_covered(study, privacy)],
+        not_covered=[*warm, *_not_covered(study, privacy)],
         assumed=assumed
         if federation is None or study.privacy.patients_overlap
         else [*assumed, "no patient is known to two sites (the study declares it)"],
@@ -82,6 +85,7 @@ def privacy_claim(
         sites={name: _site_claim(spent, declared_sizes[name], seeded=privacy.seeded_noise) for name, spent in privacy.sites.items()},
         federation=federation,
         evaluation_epsilon=study.privacy.evaluation_epsilon,
+        started_from=started_from,
         versions=versions,
     )
 
@@ -123,6 +127,15 @@ def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> Site
 def _covered(study: Study) -> list[str]:
     rounds = study.rounds.count * study.evaluation.folds
     covered = [f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"]
+    if isinstance(study.strategy, PERSONAL):
+        covered.append(
+            "the models that each site keeps for itself, and what any metric of them says of training patients: every step that trains them is "
+            "charged like one of the shared model"
+        )
+    if isinstance(study.strategy, QFedAvg):
+        covered.append("the loss that each site sends with its update: a noised sum of losses clipped to [0, max_loss], charged as one step a round")
+    if isinstance(study.strategy, Scaffold | FedDyn):
+        covered.append("what each site keeps between rounds (strategy state): it is computed from its updates and from what it received")
     if study.privacy.evaluation_epsilon is not None:
         covered.append(
             "the test patients' statistics of the final model, released once by each site with discrete Gaussian noise: "
@@ -155,7 +168,7 @@ def _statement(study: Study, privacy: RunPrivacy, federation: FederationClaim | 
     whom = f"any one {unit}, known to any number of the sites" if study.privacy.patients_overlap else f"any one {unit} of any one site"
     return (
         f"For {whom}: what the study's updates reveal would be nearly the same without that {unit}, in the sense of "
-        f"({_rounded_up(federation.epsilon)}, {federation.delta:g})-differential privacy at worst"
+        f"({rounded_up(federation.epsilon)}, {federation.delta:g})-differential privacy at worst"
         f"{'' if study.privacy.patients_overlap else ', if hospitals share no patients'}.{_of_the_plan(privacy)}"
     )
 
@@ -169,10 +182,5 @@ def _of_the_plan(privacy: RunPrivacy) -> str:
         return ""
     return (
         " Not all that was planned was spent. When a run stops may depend on the patients' data; the promise that holds whatever made "
-        f"it stop is the whole plan's: epsilon {_rounded_up(max(planned))} at each site at worst."
+        f"it stop is the whole plan's: epsilon {rounded_up(max(planned))} at each site at worst."
     )
-
-
-def _rounded_up(epsilon: float) -> str:
-    """Two decimals, never below the number."""
-    return f"{-(-epsilon * 100 // 1) / 100:g}"

@@ -89,17 +89,15 @@ def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
 
 
 def _key(detail: ErrorDetails) -> str:
-    return ".".join(part for part in map(str, detail["loc"]) if not _is_union_branch(part)) or "(whole file)"
+    parts = list(map(str, detail["loc"]))
+    if parts[:1] == ["strategy"]:
+        del parts[1:2]  # the strategy's name, by which its options were chosen
+    return ".".join(part for part in parts if not part.startswith(("literal[", "constrained-"))) or "(whole file)"
 
 
 def _declared_key(detail: ErrorDetails) -> str:
     """The key that a rule may name to others: in the place of one that nobody declared, and that may say anything, the table that it stands in."""
     return _key({**detail, "loc": detail["loc"][:-1]}) if detail["type"] == "extra_forbidden" else _key(detail)
-
-
-def _is_union_branch(part: str) -> bool:
-    """True for the parts of a pydantic location that name a branch of a union, not a key of the file."""
-    return part.startswith(("fed", "literal[", "constrained-")) and part != "federation"
 
 
 def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
@@ -112,7 +110,8 @@ def _known_keys(model: type[BaseModel], location: list[str]) -> list[str]:
                 field = getattr(option, "model_fields", {}).get("name")
                 if field is not None and get_args(field.annotation) == (part,):
                     current = option
-    return sorted(getattr(current, "model_fields", {}))
+    tables = [option for option in (current, *get_args(current)) if hasattr(option, "model_fields")]  # of a table that may be absent
+    return sorted(tables[0].model_fields) if len(tables) == 1 else []
 
 
 def _shorten(value: object) -> str:

@@ -23,8 +23,11 @@ def storage_errors(path: Path, action: str, *, remedy: str = REMEDY) -> Iterator
         raise StorageError(f"{path}: could not {action}: {reason}", remedy) from error
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o666) -> None:
     """`path` holds either all of `data` or what it held before, also after a crash or on a full disk.
+
+    Args:
+        mode: of the file, as far as the umask allows.
 
     Raises:
         StorageError: the folder cannot be written to, or the disk is full.
@@ -32,7 +35,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode() if isinstance(data, str) else data
     with storage_errors(path, "write"):
         temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # as the umask allows
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)

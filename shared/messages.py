@@ -1,6 +1,6 @@
 """Every message between coordinator and site, and how it rides in Flower's records.
 
-A message is a pydantic model (JSON in one ConfigRecord field) and up to two groups of named arrays. What does not decode to exactly the
+A message is a pydantic model (JSON in one ConfigRecord field) and up to three groups of named arrays. What does not decode to exactly the
 declared keys, shapes, dtypes and finite values is a `ProtocolError`; nothing else of Flower's types passes further in.
 """
 
@@ -23,6 +23,9 @@ MESSAGE = "message"
 JSON = "json"
 PARAMETERS = "parameters"
 STATISTICS = "statistics"
+CONTROL = "control"
+GROUPS = (PARAMETERS, STATISTICS, CONTROL)  # of named arrays
+MAX_LOSS = 1e9
 MAX_JSON_BYTES = 1_000_000
 MAX_NAME = 200  # characters of the name of a site, run or study
 MAX_NUMBER = 2**31  # of a round or fold
@@ -79,8 +82,20 @@ class Enrolled(Content):
     ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
+class NotCounted(Content):
+    """The last update of a site that did not count, and the coordinator's reason: a code and one line."""
+
+    fold: Number
+    round: Number
+    reason: str = Field(max_length=MAX_REASON)
+
+
 class TrainTask(Content):
-    """Evaluate the parameters that come along, then train on them. Both go back in one reply."""
+    """Evaluate the parameters that come along, then train on them. Both go back in one reply. A strategy may send something beside the
+    parameters, as `control`.
+
+    `not_counted` is by site, here and in the task that follows; a site reads its own entry alone.
+    """
 
     kind: Literal["train"] = "train"
     run: Name
@@ -88,6 +103,7 @@ class TrainTask(Content):
     round: Number
     fold: Number
     heads: dict[str, WitnessedHead] = {}
+    not_counted: dict[str, NotCounted] = {}
 
 
 class EvaluateTask(Content):
@@ -99,6 +115,7 @@ class EvaluateTask(Content):
     round: Number
     fold: Number
     heads: dict[str, WitnessedHead] = {}
+    not_counted: dict[str, NotCounted] = {}
 
 
 class StopTask(Content):
@@ -117,15 +134,23 @@ class Stopped(Content):
 
 
 class Trained(Content):
-    """A site's update rides as `parameters`, its statistics of the received model as `statistics`; `withheld` names the rule that kept some."""
+    """A site's update rides as `parameters`, its statistics of the received model as `statistics`; `withheld` names the rule that kept some.
+
+    It says whose answer it is, and to which task of which run and study: another counts for nothing.
+
+    `loss` is that of the received model on the training patients, where the study's strategy asks for it (noised and charged under privacy).
+    """
 
     kind: Literal["trained"] = "trained"
     name: str
+    run: Name | None = None
+    study_hash: Name | None = None
     round: int
     fold: int
     withheld: str | None = Field(default=None, max_length=300)
     privacy: SitePrivacy | None
     ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    loss: float | None = Field(default=None, ge=0, le=MAX_LOSS)
 
 
 class Evaluated(Content):
@@ -133,6 +158,8 @@ class Evaluated(Content):
 
     kind: Literal["evaluated"] = "evaluated"
     name: str
+    run: Name | None = None
+    study_hash: Name | None = None
     round: int
     fold: int
     withheld: str | None = Field(default=None, max_length=300)
@@ -152,6 +179,11 @@ class Refused(Content):
 ContentT = TypeVar("ContentT", bound=Content)
 
 
+def plain_text(told: str) -> str:
+    """The other side's own words as one line without control characters: they are shown on terminals, which such characters command."""
+    return "".join(character if character.isprintable() else " " for character in told)
+
+
 def encode(content: Content, *, parameters: Parameters | ArrayRecord | None = None, statistics: Statistics | None = None) -> RecordDict:
     """Flower records of a message; parameters that are a record already are not copied."""
     record = RecordDict({MESSAGE: ConfigRecord({JSON: content.model_dump_json()})})
@@ -168,11 +200,11 @@ def decode(record: RecordDict, *expected: type[ContentT]) -> ContentT:
     Raises:
         ProtocolError: it is another kind, too long, or not of the declared form.
     """
-    unknown = set(record) - {MESSAGE, PARAMETERS, STATISTICS}
+    unknown = set(record) - {MESSAGE, *GROUPS}
     fields = record.get(MESSAGE)
     text = fields.get(JSON) if isinstance(fields, ConfigRecord) else None
     if unknown or not isinstance(fields, ConfigRecord) or set(fields) != {JSON} or not isinstance(text, str):
-        raise ProtocolError("expected the records message, parameters and statistics with one JSON text, got others")
+        raise ProtocolError("expected the records message, parameters, statistics and control with one JSON text, got others")
     if len(text) > MAX_JSON_BYTES:
         raise ProtocolError(f"expected a message of at most {MAX_JSON_BYTES} characters, got {len(text)}")
     for kind in expected:
@@ -197,6 +229,19 @@ def decode_parameters(record: RecordDict, template: Template) -> Parameters:
         ProtocolError: names, shapes, dtypes differ, a value is not finite, or bytes do not decode.
     """
     arrays = _arrays(record, PARAMETERS)
+    check_parameters(arrays, template)
+    return arrays
+
+
+def decode_control(record: RecordDict, template: Template) -> Parameters:
+    """What a strategy sends the sites beside the parameters; empty where nothing came.
+
+    Raises:
+        ProtocolError: it is not of the template; an empty template takes nothing.
+    """
+    if CONTROL not in record:
+        return {}
+    arrays = _arrays(record, CONTROL)
     check_parameters(arrays, template)
     return arrays
 

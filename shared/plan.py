@@ -15,7 +15,7 @@ from shared.privacy import (
     solve_noise_multiplier,
     steps_per_round,
 )
-from shared.study import Study
+from shared.study import Apfl, Ditto, FineTuning, QFedAvg, Strategy, Study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,9 @@ class SitePlan:
     Attributes:
         declared_size: training patients, rounded, as the site declares.
         sample_rate: q, in (0, 1].
-        steps_per_round: DP-SGD (or SGD) steps in a round; fixed, whatever is sampled.
+        steps_per_round: DP-SGD (or SGD) steps in a round, all that is charged; fixed, whatever is sampled.
+        extra_steps: those of them that do not train the shared model: they train the site's own, or estimate a loss.
+        closing_steps: after the last round of a fold, for fine-tuning.
         expected_batch_size: the denominator of the mean gradient, q x declared size.
         rounds: rounds times folds.
         spare_rounds: planned and charged beyond those, for rounds that a crash has spent without an update.
@@ -47,6 +49,9 @@ class SitePlan:
     expected_batch_size: float
     rounds: int
     spare_rounds: int = 0
+    extra_steps: int = 0
+    closing_steps: int = 0
+    folds: int = 1
     noise_multiplier: float | None = None
     max_grad_norm: float | None = None
     epsilon: float | None = None
@@ -57,16 +62,28 @@ class SitePlan:
         """True when training is differentially private."""
         return self.noise_multiplier is not None
 
+    @property
+    def shared_steps(self) -> int:
+        """Steps in a round that train the shared model."""
+        return self.steps_per_round - self.extra_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of the whole study, spare rounds included."""
+        return self.steps_per_round * (self.rounds + self.spare_rounds) + self.closing_steps * self.folds
+
+    def event(self, steps: int) -> PrivacyEvent:
+        """The spend of so many steps."""
+        assert self.noise_multiplier is not None
+        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
+
     def round_event(self) -> PrivacyEvent:
         """The spend of one round."""
-        assert self.noise_multiplier is not None
-        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps_per_round)
+        return self.event(self.steps_per_round)
 
     def study_event(self) -> PrivacyEvent:
         """The most that the whole study may spend, spare rounds included."""
-        assert self.noise_multiplier is not None
-        steps = self.steps_per_round * (self.rounds + self.spare_rounds)
-        return PrivacyEvent(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
+        return self.event(self.planned_steps)
 
 
 def plan_site(study: Study, declared_size: int, *, limit: Limit | None = None) -> SitePlan:
@@ -92,19 +109,41 @@ def shape_site(study: Study, declared_size: int) -> SitePlan:
     steps = steps_per_round(
         local_epochs=training.local_epochs, local_steps=training.local_steps, batch_size=training.batch_size, declared_size=declared_size
     )
+    extra = extra_steps(study.strategy, steps)
     return SitePlan(
         unit=study.privacy.unit,
         declared_size=declared_size,
         sample_rate=rate,
-        steps_per_round=steps,
+        steps_per_round=steps + extra,
+        extra_steps=extra,
+        closing_steps=_closing_steps(study, declared_size),
+        folds=study.evaluation.folds,
         expected_batch_size=rate * declared_size,
         rounds=study.rounds.count * study.evaluation.folds,
         spare_rounds=study.privacy.spare_rounds if study.private else 0,
     )
 
 
+def extra_steps(strategy: Strategy, shared_steps: int) -> int:
+    """Steps of a round beyond those that train the shared model: Ditto and APFL train a second one alike, q-FedAvg estimates a loss."""
+    match strategy:
+        case Ditto() | Apfl():
+            return shared_steps
+        case QFedAvg():
+            return 1
+        case _:
+            return 0
+
+
+def _closing_steps(study: Study, declared_size: int) -> int:
+    if not isinstance(study.strategy, FineTuning):
+        return 0
+    batch_size = study.training.batch_size
+    return steps_per_round(local_epochs=study.strategy.fine_tuning_epochs, local_steps=None, batch_size=batch_size, declared_size=declared_size)
+
+
 def _with_noise(shape: SitePlan, study: Study, limit: Limit | None) -> SitePlan:
-    delta, steps = study.privacy.delta, shape.steps_per_round * (shape.rounds + shape.spare_rounds)
+    delta, steps = study.privacy.delta, shape.planned_steps
     if delta is None:
         raise ConfigurationError("privacy.delta: expected a value by now, got none", "set it, or let the federation derive it from declared sizes")
     check_delta(delta, shape.declared_size)

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from shared.envelope import Packed, from_records, pack, to_records, unpack
 from shared.errors import ProtocolError, SealError
-from shared.messages import JSON, MESSAGE, PARAMETERS, STATISTICS, Content
+from shared.messages import GROUPS, JSON, MESSAGE, Content
 
 NONCE_BYTES = 32
 MAX_SEAL_CHARACTERS = 2000
@@ -116,7 +116,7 @@ def open_reply(envelope: RecordDict, task: SealedTask, *, site_key: Ed25519Publi
 
 def _message(packed: Packed) -> RecordDict:
     arrays = unpack(packed)
-    if set(arrays) - {PARAMETERS, STATISTICS}:
+    if set(arrays) - set(GROUPS):
         raise ProtocolError("expected arrays as parameters and statistics, got others")
     return RecordDict({MESSAGE: ConfigRecord({JSON: packed.text}), **arrays})
 

@@ -87,6 +87,10 @@ class Training(Settings):
 class _StrategyOptions(Settings):
     fraction: Real = Field(default=1.0, gt=0, le=1, description="share of the sites asked in a round")
     weights: Literal["declared", "equal"] = Field(default="declared", description="a site's weight in the mean: declared size, or 1")
+    largest_update: Positive | None = Field(
+        default=None,
+        description="L2 norm above which an update is refused, and costs its site the round; omitted, and at most: 1000 times the model's, or 1000",
+    )
 
     @property
     def least_updates(self) -> int:
@@ -220,12 +224,99 @@ class NormBounding(_StrategyOptions):
     """Sun et al. 2019."""
 
     name: Literal["norm-bounding"]
-    max_update_norm: Positive = Field(default=1.0, description="an update that is longer is scaled down to it")
+    max_update_norm: Positive = Field(default=1.0, description="an update that is longer is scaled down to it, and counts; see largest_update")
 
 
+class QFedAvg(_StrategyOptions):
+    """Li et al. 2020, "Fair Resource Allocation in Federated Learning"."""
+
+    name: Literal["q-fedavg"]
+    q: Real = Field(default=1.0, ge=0, le=10, description="0: as fedavg; more: sites with a high loss count for more")
+    max_loss: Positive = Field(default=2.0, description="a record's loss counts for at most this; its noise, under privacy, is in proportion")
+
+
+class FedNova(_StrategyOptions):
+    """Wang et al. 2020."""
+
+    name: Literal["fednova"]
+
+
+class Scaffold(_StrategyOptions):
+    """Karimireddy et al. 2020, option II."""
+
+    name: Literal["scaffold"]
+    weights: Literal["equal"] = Field(default="equal", description="sites count alike, as control variates do")
+    server_learning_rate: Positive = 1.0
+
+
+class FedDyn(_StrategyOptions):
+    """Acar et al. 2021."""
+
+    name: Literal["feddyn"]
+    weights: Literal["equal"] = Field(default="equal", description="sites count alike, as their regularisers do")
+    alpha: Positive = Field(default=0.1, description="of the dynamic regulariser")
+
+
+class FedBN(_StrategyOptions):
+    """Li et al. 2021: normalisation stays at the site; under privacy that is the scale and shift of GroupNorm or LayerNorm."""
+
+    name: Literal["fedbn"]
+
+
+class _Head(_StrategyOptions):
+    head: tuple[str, ...] = Field(
+        default=(), strict=False, description="names of the layers that stay at the site; empty: the last one with parameters"
+    )
+
+
+class FedPer(_Head):
+    """Arivazhagan et al. 2019: the head stays at the site, and is trained together with the body."""
+
+    name: Literal["fedper"]
+
+
+class FedRep(_Head):
+    """Collins et al. 2021: the head stays at the site, and is trained first, on the body as received; then the body."""
+
+    name: Literal["fedrep"]
+    head_share: Real = Field(default=0.5, gt=0, lt=1, description="of a round's steps, for the head")
+
+
+class Ditto(_StrategyOptions):
+    """Li et al. 2021, "Ditto": a model of the site's own, trained beside the shared one and pulled towards it."""
+
+    name: Literal["ditto"]
+    proximal_lambda: Real = Field(default=0.1, ge=0, description="how strongly")
+
+
+class Apfl(_StrategyOptions):
+    """Deng, Kamani and Mahdavi 2020: a site's model is a mixture of the shared one and one of its own."""
+
+    name: Literal["apfl"]
+    alpha: Real = Field(default=0.5, ge=0, le=1, description="share of the site's own in the mixture, at first")
+    adaptive_alpha: bool = Field(default=True, description="whether the share is learnt as well")
+
+
+class FineTuning(_StrategyOptions):
+    """FedAvg, and after the last round every site trains the final model a little further, for itself (Wang et al. 2019)."""
+
+    name: Literal["fine-tuning"]
+    fine_tuning_epochs: int = Field(default=1, ge=1, le=1000, description="expected passes over the site's patients")
+
+
+class Cyclic(_StrategyOptions):
+    """Chang et al. 2018: in every round the model goes from site to site, in an order drawn anew, and each trains it further."""
+
+    name: Literal["cyclic"]
+    weights: Literal["equal"] = Field(default="equal", description="each site's update is taken whole")
+
+
+PERSONAL = (FedBN, FedPer, FedRep, Ditto, Apfl, FineTuning)  # a site is judged by a model of its own
+PARTIAL = (FedBN, FedPer, FedRep)  # part of which is all that it shares
 Strategy = Annotated[
     FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi
-    | CoordinateMedian | TrimmedMean | Krum | MultiKrum | Bulyan | GeometricMedian | NormBounding,
+    | CoordinateMedian | TrimmedMean | Krum | MultiKrum | Bulyan | GeometricMedian | NormBounding
+    | QFedAvg | FedNova | Scaffold | FedDyn | FedBN | FedPer | FedRep | Ditto | Apfl | FineTuning | Cyclic,
     Field(discriminator="name"),
 ]  # fmt: skip
 
@@ -299,6 +390,36 @@ class Federation(Settings):
         return self
 
 
+class Faults(Settings):
+    """Virtual sites whose answers are spoiled on their way, so that what bad ones do is seen. Only a simulation has them."""
+
+    sites: tuple[str, ...] | int = Field(default=1, description="by name, or how many, drawn by the seed")
+    kind: Literal[
+        "nan", "inf", "scaled", "sign-flipped", "wrong-shape", "wrong-dtype", "missing-tensor", "extra-tensor", "empty", "silent", "late",
+        "duplicate", "other-round", "other-study", "claimed-size",
+    ] = Field(default="nan", description="what comes in place of a site's update; 'claimed-size': what it says of itself when it enrols")  # fmt: skip
+    factor: Real | None = Field(default=None, description="of 'scaled': what the update is multiplied by; omitted: a million")
+    claimed_size: int | None = Field(default=None, ge=-(2**31), le=2**31, description="of 'claimed-size': training patients; omitted: a billion")
+    from_round: int = Field(default=1, ge=1, description="the first round with a fault; enrolment and the closing evaluation have none")
+    share: Real = Field(default=1.0, gt=0, le=1, description="of those rounds that have one, each drawn by the seed")
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _check_sites(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise ValueError(f"expected names of sites, or how many, got {value!r}")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        for key, kind in (("factor", "scaled"), ("claimed_size", "claimed-size")):
+            if getattr(self, key) is not None and self.kind != kind:
+                raise ValueError(f"{key} belongs to kind {kind!r}, got kind {self.kind!r}; remove {key}")
+        return self
+
+
 class Study(Settings):
     """One study, as in a TOML file; frozen. `fingerprint()` identifies it everywhere."""
 
@@ -312,6 +433,7 @@ class Study(Settings):
     privacy: Privacy
     evaluation: Evaluation = Evaluation()
     federation: Federation = Federation()
+    faults: Faults | None = Field(default=None, description="bad sites, in a simulation only; no real site takes part in a study with some")
 
     @field_validator("purpose")
     @classmethod
@@ -319,6 +441,21 @@ class Study(Settings):
         if not text.replace("\n", " ").isprintable():  # it is shown on the terminals of those who decide, which control characters command
             raise ValueError("expected text and line breaks, got control characters; remove them")
         return text
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> Self:
+        training, name = self.training, self.strategy.name
+        if isinstance(self.strategy, Scaffold | FedNova | Apfl) and (training.optimizer != "sgd" or training.momentum):
+            raise ValueError(
+                f"strategy {name!r} is defined for plain SGD: expected training.optimizer 'sgd' and momentum 0, got {training.optimizer!r} "
+                f"and {training.momentum:g}; change them, or the strategy"
+            )
+        if isinstance(self.strategy, Scaffold) and training.local_steps is None:
+            raise ValueError(
+                "strategy 'scaffold' divides by the steps of a round: expected training.local_steps, which sites and coordinator know alike, "
+                "got local_epochs; give local_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_noised_statistics(self) -> Self:

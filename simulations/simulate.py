@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, RecordDict
 
 from client.app import client_app
+from client.policy import refuse_faults
 from client.private_probe import probe_model
 from client.site import Site
 from server.app import server_app
@@ -22,15 +23,17 @@ from server.sampler import num_asked
 from server.warm_start import warm_start
 from server.witness import Witness
 from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
+from shared.personal import personal_names
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord, SubgroupResult
 from shared.root_log import root_log_unchanged
-from shared.study import Study
+from shared.study import PERSONAL, Study
 from shared.task import resolve_task
 from simulations.baselines import run_baselines
 from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Engine, Execution, choose
 from simulations.blocks.engine import BlockEngine, MakeWorkers
 from simulations.blocks.workers import Pool
+from simulations.faults import check_faults, faulty_sites, with_faults
 from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, virtual_federation, virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.one_thread import one_thread
@@ -58,6 +61,7 @@ def prepare(study: Study, data: Path | None) -> Setting:
     files = site_files(data)
     if files:
         logger.info("the sites are those of the site files; the study's [federation] is not used")
+        refuse_faults(study)
         real = real_sites(files, task)
         check_quorum(study, len(real))
         sizes = [site.settings.declared_size for site in real.values()]
@@ -67,6 +71,7 @@ def prepare(study: Study, data: Path | None) -> Setting:
         return Setting(study=resolved, task=task, federation=None, real=real)
     federation = virtual_federation(task, study, data)
     check_quorum(study, len(federation.cohorts))
+    check_faults(study, list(federation.cohorts))
     summaries = federation.summaries(task, study)
     declared = declared_sizes([summary.num_train for summary in summaries])
     resolved = resolve_delta(study, declared)
@@ -122,7 +127,8 @@ def start_run(setting: Setting, out: Path, *, baselines: bool = False, start_fro
     fingerprint = setting.federation.fingerprint() if setting.federation is not None else None
     if start_from is None:
         return RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint)
-    start = warm_start(setting.task, setting.study.seed, start_from)
+    personal = personal_names(setting.study.strategy, setting.task.model())
+    start = warm_start(setting.task, setting.study.seed, start_from, personal=personal)
     folder = RunFolder.create(out, setting.study, baselines=baselines, patients_sha256=fingerprint, started_from=start.source)
     folder.write_model(START, start.parameters, model_header(setting.study, setting.task))
     return folder
@@ -186,6 +192,9 @@ def execute(
             logger.info("%s", describe(setting))
             logger.info("run  %s", folder.path)
             logger.info("sites are trained %s", choice)
+            if setting.study.faults is not None:
+                bad = sorted(faulty_sites(setting.study, setting.site_names))
+                logger.info("faults are planted, %s: %s", setting.study.faults.kind, ", ".join(bad))
             _run_apps(coordinator, sites, setting, choice)
             compared = _baselines(setting, coordinator, plain=plain_baselines) if baselines else {}
             subgroups = _subgroups(setting, coordinator)
@@ -216,14 +225,14 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
     ordered = {name: sites[name] for name in sorted(sites)}
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
     if choice.in_process:
-        server_app(coordinator)(InProcessGrid(app, ordered), context)
+        server_app(coordinator)(with_faults(InProcessGrid(app, ordered), setting.study, list(ordered)), context)
         return
     engine = BlockEngine(
         app, ordered, setting.task, setting.study, block_size=choice.block_size, stacked=choice.blocks, make_workers=_workers(choice),
         device=choice.device,
     )  # fmt: skip
     with contextlib.closing(engine):
-        server_app(coordinator)(engine, context)
+        server_app(coordinator)(with_faults(engine, setting.study, list(ordered)), context)
 
 
 def _workers(choice: Choice) -> MakeWorkers | None:
@@ -261,8 +270,8 @@ def _federation(setting: Setting) -> VirtualFederation:
 
 
 def _subgroups(setting: Setting, coordinator: Coordinator) -> dict[str, dict[str, SubgroupResult]]:
-    """Of the final model; real patients are not told apart here."""
-    if setting.federation is None:
+    """Of the final model; real patients are not told apart here, and neither are those of sites with models of their own."""
+    if setting.federation is None or isinstance(setting.study.strategy, PERSONAL):
         return {}
     return evaluate_subgroups(setting.task, setting.study, setting.federation.cohorts, coordinator.history.folds[-1].parameters)
 
@@ -271,7 +280,8 @@ def _baselines(setting: Setting, coordinator: Coordinator, *, plain: bool) -> di
     """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
     federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    final, start = coordinator.history.folds[-1].parameters, coordinator.first_parameters()
+    start, one_for_all = coordinator.first_parameters(), not isinstance(setting.study.strategy, PERSONAL)
+    final = coordinator.history.folds[-1].parameters if one_for_all else None
     return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=final, start=start)
 
 

@@ -62,7 +62,7 @@ class PlannedSite:
         """As plain values, for JSON."""
         plan = self.plan
         known = {} if plan is None else {
-            "sample_rate": plan.sample_rate, "steps": plan.steps_per_round * (plan.rounds + plan.spare_rounds),
+            "sample_rate": plan.sample_rate, "steps": plan.planned_steps,
             "noise_multiplier": plan.noise_multiplier, "epsilon": plan.epsilon, "delta": plan.delta,
         }  # fmt: skip
         return {"name": self.name, "state": self.state, "declared_size": self.declared_size, **known}
@@ -136,12 +136,14 @@ def deployed_study(study: Study, sites: Sequence[RosterSite], *, quorum: int, go
     """The study as real hospitals get it; `sites` are those that may take part, `gone` says who no longer may.
 
     Raises:
-        ConfigurationError: there are too few sites, `rounds.require` is below the quorum or above the number of sites, or delta is open and a size unknown.
+        ConfigurationError: there are too few sites, `rounds.require` is below the quorum or above the number of sites, delta is open and a size unknown, or the study has faults.
     """
     if not sites:
         raise ConfigurationError(
             f"expected sites on the roster, found none that may take part{_told(gone)}", "approve one: 'wardround provision --approve REQUEST'"
         )
+    if study.faults is not None:
+        raise ConfigurationError("faults: expected none in a deployment, got some", "remove [faults], or simulate the study")
     notes = []
     table = study.to_table()
     if study.federation != Federation():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from server.strategies.server_optimizer import FloatArrays, State, zeros_like
+from server.strategies.server_optimizer import ALL, FloatArrays, State, Taken, zeros_like
 
 SecondMoment = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
@@ -24,7 +24,7 @@ class Adaptive:
         self._beta_1 = beta_1
         self._second_moment = second_moment
 
-    def step(self, state: State, mean_update: FloatArrays) -> tuple[State, FloatArrays]:
+    def step(self, state: State, mean_update: FloatArrays, taken: Taken = ALL) -> tuple[State, FloatArrays]:
         """One line of the algorithm after the other; nothing is corrected for bias, as in the paper."""
         momentum = state.get("momentum") or zeros_like(mean_update)
         variance = state.get("variance") or {name: np.full_like(value, self._tau**2) for name, value in mean_update.items()}

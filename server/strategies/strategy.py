@@ -4,9 +4,10 @@ Flower's own FedAvg trusts the sites' num-examples without bound, keeps every re
 reply is judged, added to a running sum and dropped; its weight is the size that the site declared when it enrolled.
 """
 
+import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,15 +26,22 @@ from server.strategies.fedadagrad import fedadagrad
 from server.strategies.fedadam import fedadam
 from server.strategies.fedavg import FedAvg
 from server.strategies.fedavgm import FedAvgM
+from server.strategies.feddyn import FedDyn
+from server.strategies.fednova import NormalisedMean
 from server.strategies.fedyogi import fedyogi
 from server.strategies.geometric_median import GeometricMedian
 from server.strategies.krum import Krum
 from server.strategies.norm_bounding import BoundedMean
-from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State
+from server.strategies.q_fedavg import FairMean
+from server.strategies.scaffold import CONTROL as SERVER_CONTROL
+from server.strategies.scaffold import Scaffold
+from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State, Taken
 from server.strategies.trimmed_mean import TrimmedMean
 from shared import study as options
 from shared.errors import ProtocolError, SiteFailedError, is_fixed_sentence
 from shared.messages import (
+    CONTROL,
+    JSON,
     MESSAGE,
     PARAMETERS,
     Evaluated,
@@ -44,15 +52,18 @@ from shared.messages import (
     decode_parameters,
     decode_statistics,
     from_array_record,
+    plain_text,
     to_array_record,
 )
-from shared.models import Parameters, Template
+from shared.models import Parameters, Template, check_parameters, template_of
 from shared.results import SitePrivacy, Status
+from shared.seeding import derive
 
 logger = logging.getLogger(__name__)
 
 MAX_RELATIVE_NORM = 1000.0  # of an update, by the model's own norm or 1: far more than training or its noise moves a model in one round
 MAX_PRIVACY_NUMBER = 1e9  # steps, or an epsilon that promises nothing
+NONE: Mapping[str, int] = {}
 MAX_STATISTIC = 1e12  # of any entry of a statistic: far more than there are patients, and far from overflow
 
 
@@ -63,6 +74,7 @@ class Member:
     name: str
     node_id: int
     weight: int
+    steps: int = 1  # of a round, by its declared size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,20 +91,31 @@ class Answer:
 
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """What is known of the round under way; made anew by `configure_train` and `configure_evaluate`."""
+    """What is known of the round under way; made anew by `configure_train` and `configure_evaluate`.
+
+    Attributes:
+        origin: run and study hash of the task, which a reply must name.
+    """
 
     number: int
     fold: int
+    origin: tuple[object, object]
     training: bool
     parameters: Parameters
     asked: dict[str, Member]
     mean: Aggregator
+    losses: dict[str, float] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
-def server_optimizer(strategy: options.Strategy) -> ServerOptimizer:
-    """The server's part of a study's strategy. FedProx is FedAvg here; its proximal term is in the sites' training."""
+def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = None) -> ServerOptimizer:
+    """The server's part of a study's strategy; FedAvg where it is in the sites' training alone, as with FedProx."""
     match strategy:
+        case options.Scaffold():
+            assert local_steps is not None
+            return Scaffold(strategy, local_steps=local_steps)
+        case options.FedDyn():
+            return FedDyn(strategy)
         case options.FedAvgM():
             return FedAvgM(strategy)
         case options.FedAdagrad():
@@ -105,9 +128,21 @@ def server_optimizer(strategy: options.Strategy) -> ServerOptimizer:
             return FedAvg()
 
 
-def aggregator(strategy: options.Strategy) -> Aggregator:
-    """What takes the updates of a round, and makes one of them."""
+def aggregator(
+    strategy: options.Strategy, *, steps: Mapping[str, int] = NONE, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0
+) -> Aggregator:  # fmt: skip
+    """What takes the updates of a round, and makes one of them.
+
+    Args:
+        steps: of a round, by site.
+        losses: by site, where the strategy asks for them; each is there before the update is added.
+        learning_rate: of the sites in this round.
+    """
     match strategy:
+        case options.FedNova():
+            return NormalisedMean(steps)
+        case options.QFedAvg():
+            return FairMean(strategy, learning_rate=learning_rate, losses=losses)
         case options.NormBounding():
             return BoundedMean(strategy)
         case options.CoordinateMedian():
@@ -133,6 +168,9 @@ class FederatedStrategy(Strategy):
         trainable: names of the parameters that the server optimizer moves; other entries (buffers) take the plain mean.
         statistics: declared names and shapes of evaluation statistics.
         noised_statistics: True where they carry noise, so that entries may be negative.
+        personal: names of the parameters that stay at the sites: they are not sent, and are as they were in the model that comes out.
+        local_steps: of a round at every site, where the study fixes them.
+        learning_rate: of the sites, by round.
     """
 
     def __init__(
@@ -143,9 +181,14 @@ class FederatedStrategy(Strategy):
         trainable: frozenset[str],
         statistics: Mapping[str, tuple[int, ...]],
         noised_statistics: bool = False,
+        personal: frozenset[str] = frozenset(),
+        local_steps: int | None = None,
+        learning_rate: Callable[[int], float] = lambda number: 1.0,
     ) -> None:
         self._options = strategy
-        self._optimizer = server_optimizer(strategy)
+        self._personal = personal
+        self._learning_rate = learning_rate
+        self._optimizer = server_optimizer(strategy, local_steps=local_steps)
         self._seed = seed
         self._trainable = trainable
         self._statistics = dict(statistics)
@@ -164,6 +207,16 @@ class FederatedStrategy(Strategy):
         names = sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
         return self._configure(server_round, arrays, config, MessageType.TRAIN, names)
 
+    def turns(self, server_round: int) -> list[str]:
+        """The sampled sites one after another, in an order that depends on (seed, fold, round) alone: for cyclic weight transfer."""
+        names = sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+        rng = np.random.default_rng(derive(self._seed, "turns", self.fold, server_round))
+        return [names[place] for place in rng.permutation(len(names))]
+
+    def configure_turn(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, name: str) -> list[Message]:
+        """The message for the site whose turn it is."""
+        return self._configure(server_round, arrays, config, MessageType.TRAIN, [name])
+
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """One message for every site."""
         return self._configure(server_round, arrays, config, MessageType.EVALUATE, sorted(self._members))
@@ -172,8 +225,17 @@ class FederatedStrategy(Strategy):
         asked = {name: self._members[name] for name in names}
         parameters = from_array_record(arrays)
         training = message_type == MessageType.TRAIN
-        self.round = Round(number=number, fold=self.fold, training=training, parameters=parameters, asked=asked, mean=aggregator(self._options))
-        record = RecordDict({MESSAGE: config, PARAMETERS: arrays})
+        told, losses, steps = json.loads(str(config[JSON])), dict[str, float](), {name: member.steps for name, member in asked.items()}
+        mean = aggregator(self._options, steps=steps, losses=losses, learning_rate=self._learning_rate(number))
+        origin = (told.get("run"), told.get("study_hash"))
+        self.round = Round(
+            number=number, fold=self.fold, origin=origin, training=training, parameters=parameters, asked=asked, mean=mean, losses=losses
+        )
+        shared = arrays if not self._personal else to_array_record({name: parameters[name] for name in self._shared(parameters)})
+        record = RecordDict({MESSAGE: config, PARAMETERS: shared})
+        control = self.state.get(SERVER_CONTROL, {})
+        if training and control:  # in the model's order, which a state read back from a checkpoint does not keep
+            record[CONTROL] = to_array_record({name: control[name].astype(value.dtype) for name, value in parameters.items() if name in control})
         return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
 
     def take_replies(self, replies: Iterable[Message | Block]) -> None:
@@ -203,16 +265,21 @@ class FederatedStrategy(Strategy):
     def _take_block(self, block: Block, by_node: Mapping[int, Member], current: Round) -> None:
         """Judge the sites of a block, each as it would be judged alone."""
         members = [by_node[node_id] for node_id in block.node_ids]
-        limit = MAX_RELATIVE_NORM * max(1.0, norm(current.parameters))
+        of_model = norm(current.parameters)
         judged: dict[int, Answer] = {}
         for row, (member, reply, statistics) in enumerate(zip(members, block.replies, block.statistics, strict=True)):
             if isinstance(reply, Refused):
                 judged[row] = Answer(name=member.name, status="refused", reason=f"{reply.code} {reply.reason}")
                 continue
-            answer = Answer(
+            try:
+                _check_asked(reply, member, current)
+                self._check_norm(_row_norm(block, row), of_model)
+            except ProtocolError as error:
+                judged[row] = _failed(member, error)
+                continue
+            judged[row] = Answer(
                 name=member.name, status="ok", reason=reply.withheld, statistics=statistics, privacy=reply.privacy, ledger_head=reply.ledger_head
             )  # fmt: skip
-            judged[row] = answer if row_norm(block.updates[row]) <= limit else _failed(member, _large_norm())
         usable = [row for row, answer in judged.items() if answer.status == "ok"]
         rows = block.updates if len(usable) == len(block.updates) else block.updates[usable]
         weights, sites = [members[row].weight for row in usable], [members[row].name for row in usable]
@@ -226,8 +293,7 @@ class FederatedStrategy(Strategy):
         if isinstance(content, Refused):
             return Answer(name=member.name, status="refused", reason=plain_text(f"{content.code} {content.reason}"))
         assert isinstance(content, Trained | Evaluated)
-        if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
-            raise ProtocolError("expected a reply for this site and round, got one for another")
+        _check_asked(content, member, current)
         _check_privacy(content.privacy)
         statistics = decode_statistics(record, self._statistics, signed=self._noised_statistics)
         if statistics is not None and self._noised_statistics and current.training:
@@ -235,15 +301,31 @@ class FederatedStrategy(Strategy):
         _check_statistics(statistics or {})
         if current.training:
             update = decode_parameters(record, self._template(current))
-            if norm(update) > MAX_RELATIVE_NORM * max(1.0, norm(current.parameters)):
-                raise _large_norm()
+            assert isinstance(content, Trained)
+            if content.loss is not None:
+                current.losses[member.name] = content.loss
+            self._check_norm(norm(update), norm(current.parameters))
             current.mean.add(update, member.weight, site=member.name)
         withheld = None if content.withheld is None else plain_text(content.withheld)
         return Answer(name=member.name, status="ok", reason=withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
 
-    @staticmethod
-    def _template(current: Round) -> Template:
-        return {name: (value.shape, str(value.dtype)) for name, value in current.parameters.items()}
+    def _check_norm(self, of_update: float, of_model: float) -> None:
+        """Return where an update of this L2 norm is within the study's bound, and within what training could come to.
+
+        Raises:
+            ProtocolError: it is not.
+        """
+        bound = self._options.largest_update
+        if bound is not None and of_update > bound:
+            raise ProtocolError(f"update: expected a norm of at most {bound:g} (strategy.largest_update), got a larger one")
+        if of_update > MAX_RELATIVE_NORM * max(1.0, of_model):
+            raise ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
+
+    def _shared(self, parameters: Parameters) -> list[str]:
+        return [name for name in parameters if name not in self._personal]
+
+    def _template(self, current: Round) -> Template:
+        return template_of({name: current.parameters[name] for name in self._shared(current.parameters)})
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next model from the updates taken so far and in `replies`; None where there is none. Metrics come from `round.answers`."""
@@ -251,14 +333,17 @@ class FederatedStrategy(Strategy):
         current = self._current()
         if current.mean.total_weight == 0:
             return None, None
-        mean, current.mean = current.mean.take_mean(), aggregator(self._options)  # the sum is not needed any more, and larger than the model
-        self.state, parameters = self._apply(mean, current.parameters)
+        share = current.mean.total_weight / max(1, sum(member.weight for member in self._members.values()))
+        mean, current.mean = current.mean.take_mean(), ExactMean()  # the sum is not needed any more, and larger than the model
+        taken = Taken(share=share, learning_rate=self._learning_rate(current.number))
+        self.state, parameters = self._apply(mean, current.parameters, taken)
         return to_array_record(parameters), None
 
-    def _apply(self, mean: FloatArrays, parameters: Parameters) -> tuple[State, Parameters]:
-        state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable})
+    def _apply(self, mean: FloatArrays, parameters: Parameters, taken: Taken) -> tuple[State, Parameters]:
+        state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable}, taken)
+        moved = dict(parameters)
         with np.errstate(over="ignore"):  # looked for just below
-            moved = {name: _moved(value, change.get(name, mean[name])) for name, value in parameters.items()}
+            moved |= {name: _moved(parameters[name], change.get(name, value)) for name, value in mean.items()}
         for name, value in moved.items():
             if not np.isfinite(value).all():
                 raise ProtocolError(f"model: expected finite values after the server's step, got others in {name}")
@@ -288,8 +373,32 @@ def row_norm(row: NDArray[np.floating]) -> float:
     return math.sqrt(float(np.square(row, dtype=np.float64).sum()))
 
 
-def _large_norm() -> ProtocolError:
-    return ProtocolError(f"update: expected a norm of at most {MAX_RELATIVE_NORM:g} times the model's, got a larger one")
+def _row_norm(block: Block, row: int) -> float:
+    """`row_norm` of the update in this row.
+
+    Raises:
+        ProtocolError: a value is not finite.
+    """
+    length = row_norm(block.updates[row])
+    if not math.isfinite(length):  # else every value is
+        named, start = {}, 0
+        for name, shape in block.shapes.items():
+            end = start + math.prod(shape)
+            named[name], start = block.updates[row, start:end].reshape(shape), end
+        check_parameters(named, template_of(named))
+    return length
+
+
+def _check_asked(content: Trained | Evaluated, member: Member, current: Round) -> None:
+    """Return where this is the answer to what was asked.
+
+    Raises:
+        ProtocolError: it is another site's, or one to another round, run or study.
+    """
+    if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
+        raise ProtocolError("expected a reply for this site and round, got one for another")
+    if (content.run, content.study_hash) != current.origin:
+        raise ProtocolError("expected a reply for this run and study, got one for another")
 
 
 def _failed(member: Member, error: ProtocolError) -> Answer:
@@ -309,11 +418,6 @@ def failure_reason(reply: Message) -> str:
     """Why a reply is an error: a code and sentence of our own grid's where there is one, and never a foreign text."""
     told = reply.error.reason or ""
     return told if is_fixed_sentence(told) else f"{SiteFailedError.code} The site's app failed."
-
-
-def plain_text(told: str) -> str:
-    """A site's own words as one line without control characters: they are shown on terminals, which such characters command."""
-    return "".join(character if character.isprintable() else " " for character in told)
 
 
 def _check_privacy(privacy: SitePrivacy | None) -> None:

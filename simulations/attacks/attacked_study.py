@@ -10,7 +10,7 @@ from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError
 from shared.models import Parameters
 from shared.results import FederationClaim, PrivacyClaim
-from shared.study import Study
+from shared.study import PERSONAL, Study
 from shared.task import Task, architecture_hash
 from simulations.federation import VirtualFederation
 from simulations.setting import Setting
@@ -31,11 +31,17 @@ class Victim:
         """The study on its patients (from `data`, bundled, or synthetic), every default of the simulation resolved.
 
         Raises:
-            ConfigurationError: the sites are real; nobody is attacked who was not asked.
+            ConfigurationError: the sites are real; nobody is attacked who was not asked. Or the study has faults, of which an attack is none.
             WardroundError: as `prepare`.
         """
         if site_files(data):
             raise ConfigurationError("attack: expected virtual sites, got site files of real ones", "attack a simulation of the same study")
+        if study.faults is not None:
+            raise ConfigurationError("attack: expected a study without faults, got one with some", "remove [faults]")
+        if isinstance(study.strategy, PERSONAL):
+            raise ConfigurationError(
+                f"attack: expected a strategy with one model for all sites, got {study.strategy.name}", "attack the study under fedavg"
+            )
         setting = prepare(study.replace(evaluation={"folds": 1, "bootstrap": 0}), data)
         assert setting.federation is not None
         return cls(study=setting.study, task=setting.task, federation=setting.federation)

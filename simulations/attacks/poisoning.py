@@ -8,12 +8,12 @@ Backdoor Federated Learning"; Gu et al. 2017 for the pixels).
 Scaled update: model replacement (Bagdasaryan et al. 2020, equation 3): the backdoored update times what the mean will divide it by.
 
 The study runs on the simulation's own parts: the two unchanged apps, sites, strategy. Turned cohorts are other cohorts; a turned update is
-that of a `Site` that answers with another. A turned site goes on to keep its own promise of privacy, except for what it multiplies.
+a planted fault (`simulations.faults`). A turned site goes on to keep its own promise of privacy, except for what it multiplies.
 """
 
 import tempfile
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,14 +31,14 @@ from server.evaluation import add_statistics
 from shared.attacks import PoisoningAttack
 from shared.cohort import BoolArray, Cohort
 from shared.errors import ConfigurationError, QuorumLostError
-from shared.messages import Statistics, Trained, TrainTask
 from shared.metrics import finish_metrics
 from shared.models import Parameters, set_parameters
 from shared.schema import TableSchema
 from shared.seeding import generator
-from shared.study import Strategy, Study
+from shared.study import PERSONAL, Faults, Strategy, Study
 from shared.task import Task
 from simulations.attacks.attacked_study import Victim, tested_part
+from simulations.faults import FaultyGrid
 from simulations.federation import virtual_sites
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.one_thread import one_thread
@@ -55,9 +55,9 @@ MOST_CLASSES = 100
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Every strategy that a study can name, as the type declares them."""
+    """Every strategy that a study can name and that makes one model for all sites, as the type declares them."""
     [union, *_] = typing.get_args(Strategy)
-    members = typing.get_args(union) or (union,)
+    members = [member for member in typing.get_args(union) or (union,) if not issubclass(member, PERSONAL)]
     return tuple(name for member in members for name in typing.get_args(member.model_fields["name"].annotation))
 
 
@@ -118,7 +118,7 @@ def attack_poisoning(
         data: as of `simulate`; virtual sites alone.
         seed: draws who is turned, and which records carry the trigger; the study keeps its own.
         attackers: turned sites; None: a quarter, at least one.
-        strategies: by name; None: every one that a study can name and that tolerates so many bad ones of so many sites. Each has its default
+        strategies: by name; None: every one that the study can name (scaffold needs its local_steps) and that tolerates so many bad ones of so many sites. Each has its default
             options, and the study's own is as it is.
 
     Raises:
@@ -130,7 +130,8 @@ def attack_poisoning(
     _check_names(strategies or (), strategy_names(), "strategy")
     turned = turned_sites(sorted(victim.federation.cohorts), attackers, seed)
     num_sites = len(victim.federation.cohorts)
-    least = {name: under(study, name, num_turned=len(turned)).strategy.least_updates for name in strategies or strategy_names()}
+    asked = strategies or [name for name in strategy_names() if name != "scaffold" or study.training.local_steps is not None]
+    least = {name: under(study, name, num_turned=len(turned)).strategy.least_updates for name in asked}
     if strategies is not None and max(least.values()) > num_sites:
         name = max(least, key=lambda name: least[name])
         raise ConfigurationError(
@@ -276,24 +277,6 @@ def _classes(predictions: NDArray[np.float64]) -> NDArray[np.int64]:
 # Training with turned sites ---------------------------------------------------------------------------------------------------------
 
 
-class TurnedSite(Site):
-    """A site that does everything as agreed and answers with another update."""
-
-    def __init__(self, honest: Site, task: Task, cohort: Cohort, change: Callable[[Parameters], Parameters]) -> None:
-        super().__init__(honest.settings, task, lambda: cohort)
-        self._change = change
-
-    def train(self, task: TrainTask, parameters: Parameters) -> tuple[Trained, Parameters, Statistics | None]:
-        """As an honest site, but for the update."""
-        trained, update, statistics = super().train(task, parameters)
-        return trained, self._change(update), statistics
-
-
-def scaled(update: Parameters, factor: float) -> Parameters:
-    """Every entry times `factor`, in its own type."""
-    return {name: np.asarray(value * factor, dtype=value.dtype) for name, value in update.items()}
-
-
 def replacing_factor(weights: Mapping[str, int], turned: frozenset[str]) -> float:
     """What a mean with these weights divides the turned sites' common update by (gamma, with the server's rate 1)."""
     return sum(weights.values()) / sum(weights[name] for name in turned)
@@ -305,11 +288,11 @@ def _train(poisoning: _Poisoning, study: Study, method: Method | None) -> Parame
     with tempfile.TemporaryDirectory(prefix="wardround-attack-") as out:
         folder = start_run(setting, Path(out))
         assert setting.federation is not None
-        honest = virtual_sites(setting.federation, setting.task, study, folder.path / "ledgers")
-        sites = _turn_updates(honest, setting, poisoning.turned, method)
+        sites = virtual_sites(setting.federation, setting.task, study, folder.path / "ledgers")
+        faults = _faults(sites, setting, poisoning.turned, method)
         try:
             coordinator = Coordinator(study, setting.task, folder)
-            _run(coordinator, sites)
+            _run(coordinator, sites, faults)
         except QuorumLostError:
             if method is None:
                 raise
@@ -320,19 +303,18 @@ def _train(poisoning: _Poisoning, study: Study, method: Method | None) -> Parame
     return coordinator.history.folds[-1].parameters
 
 
-def _turn_updates(sites: dict[str, Site], setting: Setting, turned: frozenset[str], method: Method | None) -> dict[str, Site]:
-    if method not in ("sign flip", "scaled update"):
-        return sites
+def _faults(sites: dict[str, Site], setting: Setting, turned: frozenset[str], method: Method | None) -> dict[str, Faults]:
+    """What turned sites send in place of their updates."""
+    if method == "sign flip":
+        return dict.fromkeys(sorted(turned), Faults(kind="sign-flipped"))
+    if method != "scaled update":
+        return {}
     weights = {name: site.settings.declared_size if setting.study.strategy.weights == "declared" else 1 for name, site in sites.items()}
-    factor = -1.0 if method == "sign flip" else replacing_factor(weights, turned)
-    return {
-        name: TurnedSite(site, setting.task, site.cohort(), lambda update: scaled(update, factor)) if name in turned else site
-        for name, site in sites.items()
-    }
+    return dict.fromkeys(sorted(turned), Faults(kind="scaled", factor=replacing_factor(weights, turned)))
 
 
-def _run(coordinator: Coordinator, sites: dict[str, Site]) -> None:
+def _run(coordinator: Coordinator, sites: dict[str, Site], faults: dict[str, Faults]) -> None:
     """The two apps over the in-process grid, one site after another."""
     app = client_app(lambda context: sites[str(context.node_config["site"])])
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
-    server_app(coordinator)(InProcessGrid(app, sorted(sites)), context)
+    server_app(coordinator)(FaultyGrid(InProcessGrid(app, sorted(sites)), faults, sorted(sites), seed=0), context)

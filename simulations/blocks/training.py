@@ -85,7 +85,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     steps = np.array([steps_of(local.study, site.part.num_records, site.plan.declared_size) for site in sites])
     batches = _draw(sites, local, steps)
     optimizer = LocalOptimizer(local.study, [flat], local.round_number)
-    proximal = ProximalTerm(local.study, [flat])
+    proximal = ProximalTerm.of_study(local.study, [flat])
     noise = _BlockNoise(sites, gradients, local) if private else None
     masks = _masks(stacked, sites, records, local)
     done = len(sites)  # sites from here on have taken all their steps

@@ -79,10 +79,10 @@ def _run(folder: SweepFolder, waiting: list[Cell], processes: int | None, engine
 
 
 def _here(folder: SweepFolder, waiting: list[Cell]) -> Iterator[CellResult]:
-    data, real = folder.data, bool(site_files(folder.data))
+    real = bool(site_files(folder.data))
     with memory_files.folder() as scratch:
         for cell in waiting:
-            result = run_cell(cell, data, baselines=folder.sweep.baselines, scratch=folder.path if real else scratch)
+            result = run_cell(cell, folder.data_of(cell), baselines=folder.sweep.baselines, scratch=folder.path if real else scratch)
             folder.write(result)
             yield result
 

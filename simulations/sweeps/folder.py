@@ -69,8 +69,8 @@ class SweepFolder:
         with storage_errors(path, "make the sweep's folder"):
             (path / CELLS).mkdir(parents=True)
         table = sweep.model_dump(mode="json")
-        grid = table.pop("grid")
-        write_atomic(path / SWEEP, toml_text({**table, "study": base.to_table(), "grid": grid}))
+        last = {key: table.pop(key) for key in ("grid", "variants")}
+        write_atomic(path / SWEEP, toml_text({**table, "study": base.to_table(), **{key: value for key, value in last.items() if value}}))
         start = SweepStart(
             sweep_sha256=_text_sha256(path / SWEEP),
             data=None if data is None else str(data.resolve()),
@@ -100,6 +100,11 @@ class SweepFolder:
             raise ConfigurationError(
                 f"--data: expected {known or 'none'}, with which this sweep began, got {data}", "leave it out, or begin a new sweep"
             )
+
+    def data_of(self, cell: Cell) -> Path | None:
+        """The patients given are those of the base study's task; a variant with another task has its own, bundled or synthetic."""
+        assert isinstance(self.sweep.study, dict)
+        return self.data if cell.study.task == self.sweep.study["task"] else None
 
     @classmethod
     def is_one(cls, path: Path) -> bool:

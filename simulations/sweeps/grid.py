@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from shared.config import Settings, TomlTable, read_toml, validate
+from shared.config import Settings, TomlTable, nearest, read_toml, validate
 from shared.errors import ConfigurationError
 from shared.study import NAME_PATTERN, Study, merge_tables
 
@@ -23,6 +24,7 @@ SHORT = {
     "learning_rate": "training.learning_rate",
 }  # settings that need not be written out
 NO_PRIVACY = "none"
+VARIANT = "variant"
 MOST_CELLS = 100_000
 
 
@@ -32,6 +34,8 @@ class Sweep(Settings):
     Attributes:
         study: the base: a study's TOML file beside the sweep's, or the name of a shipped study; or its tables.
         grid: setting -> values. Settings are named as in a study's file, `training.learning_rate`, or by one of `SHORT`; an epsilon may be "none".
+            "variant" goes over the names of `variants`.
+        variants: name -> changes of the study, as its own tables; the other settings of the grid change what comes of it.
         baselines: in every cell every site alone, and all data pooled, are trained as well, under the promise of that cell.
     """
 
@@ -39,6 +43,7 @@ class Sweep(Settings):
     study: str | TomlTable
     baselines: bool = True
     grid: dict[str, list[Value]] = Field(min_length=1)
+    variants: dict[str, TomlTable] = Field(default_factory=dict)
 
     @field_validator("grid")
     @classmethod
@@ -50,6 +55,13 @@ class Sweep(Settings):
         if len(set(full)) < len(full):
             raise ValueError(f"expected each setting once, got {', '.join(grid)}")
         return grid
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Self:
+        for name in self.grid.get(VARIANT, []):
+            if name not in self.variants:
+                raise ValueError(f"grid.variant: expected names of [variants], got {name!r}{nearest(str(name), list(self.variants))}")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":
@@ -93,7 +105,8 @@ def _cells(sweep: Sweep, base: Study) -> Iterator[Cell]:
     for number, values in enumerate(itertools.product(*sweep.grid.values()), start=1):
         settings = dict(zip(names, values, strict=True))
         try:
-            study = Study.from_table(merge_tables(table, _changes(settings)), source="study")
+            varied = merge_tables(table, sweep.variants[str(settings[VARIANT])]) if VARIANT in settings else table
+            study = Study.from_table(merge_tables(varied, _changes(settings)), source="study")
         except ConfigurationError as error:
             told = ", ".join(f"{name} = {value}" for name, value in settings.items())
             raise ConfigurationError(f"sweep {sweep.name}: cell {number} ({told}): {error.what}", error.remedy) from None
@@ -104,6 +117,8 @@ def _changes(settings: Mapping[str, Value]) -> TomlTable:
     """`{"privacy.epsilon": 1.0}` as `{"privacy": {"epsilon": 1.0}}`."""
     changes: dict[str, object] = {}
     for name, value in settings.items():
+        if name == VARIANT:
+            continue
         if name == "privacy.epsilon" and value == NO_PRIVACY:
             name, value = "privacy.unit", "none"
         table, _, key = name.rpartition(".")

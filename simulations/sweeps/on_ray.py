@@ -36,11 +36,11 @@ def run_on_ray(folder: SweepFolder, cells: list[Cell], *, address: str | None, p
         task = ray.remote(_run).options(num_cpus=1, max_retries=RETRIES, runtime_env={"env_vars": ONE_THREAD})
         at_once = processes or max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting, under_way = deque(cells), dict[Any, Cell]()
-        data = None if folder.data is None else str(folder.data)
         while waiting or under_way:
             while waiting and len(under_way) < at_once:
                 cell = waiting.popleft()
-                under_way[task.remote(cell.number, dict(cell.settings), cell.study.to_table(), data, folder.sweep.baselines)] = cell
+                data = folder.data_of(cell)
+                under_way[task.remote(cell.number, dict(cell.settings), cell.study.to_table(), data and str(data), folder.sweep.baselines)] = cell
             [done], _ = ray.wait(list(under_way), num_returns=1)
             cell = under_way.pop(done)
             try:

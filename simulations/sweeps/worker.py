@@ -20,11 +20,12 @@ def main() -> None:
     scratch, jobs = Path(sys.argv[2]), int(sys.argv[3])
     threading.Thread(target=_end_with_the_sweep, args=(jobs, scratch), daemon=True).start()
     folder = SweepFolder(Path(sys.argv[1]))
-    data, cells = folder.data, {cell.number: cell for cell in folder.cells}
+    cells = {cell.number: cell for cell in folder.cells}
     with open(jobs, "rb") as asked, open(int(sys.argv[4]), "wb", buffering=0) as answers:
         answers.write(READY)
         for line in iter(asked.readline, b""):
-            folder.write(run_cell(cells[int(line)], data, baselines=folder.sweep.baselines, scratch=scratch))
+            cell = cells[int(line)]
+            folder.write(run_cell(cell, folder.data_of(cell), baselines=folder.sweep.baselines, scratch=scratch))
             answers.write(line)
 
 

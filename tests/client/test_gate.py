@@ -1,6 +1,7 @@
 """The gate of a real hospital: what is no question of the coordinator's gets nothing, what is gets a sealed answer, and everything is written down."""
 
 import errno
+import logging
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ from shared.messages import (
     STATISTICS,
     Enrolled,
     Evaluated,
+    NotCounted,
     Refused,
     Stopped,
     Trained,
@@ -262,6 +264,28 @@ def test_a_task_that_is_not_allowed_is_never_imported(site: GatedSite, tmp_path:
         asked = study(task=task)
         assert "policy.allowed_tasks" in refused(site.enrol(asked))
     assert "planted_by_a_coordinator" not in sys.modules
+
+
+def test_a_study_with_planted_faults_is_refused_and_nobody_is_asked_to_approve_it(site: GatedSite) -> None:
+    asked = study(faults={"sites": 1, "kind": "nan"})
+    site.approve(asked)
+    reason = refused(site.enrol(asked))
+    assert reason.startswith("E300") and reason.endswith("Rule: faults.")
+    hospital = site.hospital
+    assert Approvals(hospital.state, hospital.signer).pending() == []
+    assert not hospital.file.ledger_path(hospital.site_file).exists()
+
+
+def test_the_daemon_s_log_says_why_an_update_did_not_count(site: GatedSite, caplog: pytest.LogCaptureFixture) -> None:
+    asked = study()
+    site.enrol(asked)
+    told = {"north": NotCounted(fold=1, round=1, reason="E102 tensor w: expected finite values"), "south": NotCounted(fold=1, round=1, reason="E801")}
+    task = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=2, fold=1, not_counted=told)
+    with caplog.at_level(logging.WARNING, logger="client"):
+        assert isinstance(site.ask(task, site.parameters), Trained)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["site north: its update of round 1 did not count: E102 tensor w: expected finite values"]
+    assert site.last("task received")["round"] == 2
 
 
 def test_what_nobody_approved_is_refused_and_remembered(site: GatedSite) -> None:

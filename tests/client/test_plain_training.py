@@ -12,9 +12,10 @@ from torch import nn
 
 from client.local_training import LocalRound, record_losses, round_batches, torch_keyed, train_round
 from client.noise import KeyedStream
-from client.optimizers import LocalOptimizer, learning_rate_at
+from client.optimizers import LocalOptimizer
 from shared.cohort import Cohort
 from shared.models import initial_parameters, set_parameters
+from shared.schedule import learning_rate_at
 from shared.study import Study
 from shared.task import Task
 

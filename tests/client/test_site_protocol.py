@@ -29,7 +29,19 @@ from shared.errors import (
     ProtocolError,
     SchemaError,
 )
-from shared.messages import Enrolled, EnrolTask, EvaluateTask, Refused, Trained, TrainTask, WitnessedHead, decode, decode_parameters, encode
+from shared.messages import (
+    Enrolled,
+    EnrolTask,
+    EvaluateTask,
+    NotCounted,
+    Refused,
+    Trained,
+    TrainTask,
+    WitnessedHead,
+    decode,
+    decode_parameters,
+    encode,
+)
 from shared.models import Parameters, initial_parameters, template_of
 from shared.plan import plan_site
 from shared.privacy import epsilon_of, filter_order, renyi_divergence, renyi_epsilon
@@ -90,6 +102,48 @@ def test_policy_comes_before_the_cohort(make_hospital: Hospitals, make_study: St
         )
     with pytest.raises(DataMissingError):
         hospital.site.enrol(hospital.enrolment(make_study()))
+
+
+def test_a_real_site_takes_no_study_with_planted_faults(
+    make_hospital: Hospitals, make_study: Studies, task: Task, make_patients: Patients, tmp_path: Path
+) -> None:
+    hospital, study = make_hospital(csv=None), make_study(faults={"sites": 1})
+    with pytest.raises(ConfigurationError, match="faults: expected none at a real site") as refused:
+        hospital.site.enrol(hospital.enrolment(study))
+    assert refused.value.rule == "faults"
+    virtual_site(task, make_patients(80), tmp_path).enrol(EnrolTask(run="r", study=study.to_table(), task_fingerprint=task.fingerprint()))
+
+
+HOSTILE = "E102 \x1b[2Jall is well\u2028" + "x" * 200
+
+
+def test_a_site_reads_its_own_entry_alone_once_and_as_plain_text(
+    make_study: Studies, task: Task, make_patients: Patients, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, site = make_study(privacy={"unit": "none"}), virtual_site(task, make_patients(80), tmp_path)
+    parameters, first = initial_parameters(task.model(), 0), enrol(site, task, study)
+    told = {name: NotCounted(fold=1, round=1, reason=reason) for name, reason in (("a", HOSTILE), ("b", "E801"))}
+    with caplog.at_level(logging.WARNING, logger="client"):
+        site.train(first, parameters)
+        site.train(first.model_copy(update={"round": 2, "not_counted": {"b": told["b"]}}), parameters)
+        for number in (2, 2, 3):
+            site.train(first.model_copy(update={"round": number, "not_counted": told}), parameters)
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("site a: its update of round 1 did not count: E102  [2Jall is well ") and said.isprintable()
+
+
+def test_a_reason_is_short() -> None:
+    with pytest.raises(ProtocolError, match="not_counted"):
+        long = f'{{"kind":"train","run":"r","study_hash":"h","round":1,"fold":1,"not_counted":{{"a":{{"fold":1,"round":1,"reason":"{"x" * 301}"}}}}}}'
+        decode(RecordDict({"message": ConfigRecord({"json": long})}), TrainTask)
+
+
+def test_an_answer_names_run_and_study(make_study: Studies, task: Task, make_patients: Patients, tmp_path: Path) -> None:
+    study, site = make_study(privacy={"unit": "none"}), virtual_site(task, make_patients(80), tmp_path)
+    first, parameters = enrol(site, task, study), initial_parameters(task.model(), 0)
+    trained, _, _ = site.train(first, parameters)
+    evaluated, _ = site.evaluate(EvaluateTask(run="run-1", study_hash=study.fingerprint(), round=study.rounds.count, fold=1), parameters)
+    assert {(answer.run, answer.study_hash) for answer in (trained, evaluated)} == {("run-1", study.fingerprint())}
 
 
 def test_an_exhausted_budget_is_refused_before_the_cohort_is_opened(make_hospital: Hospitals, make_study: Studies) -> None:

@@ -68,6 +68,10 @@ def lie_before_sealing(lies: dict[str, str]) -> None:
         fields = json.loads(str(answer[MESSAGE][JSON]))  # type: ignore[index]
         if lie == "1e9 samples":
             fields |= {"declared_size": 10**9, "declared_num_patients": 10**9}
+        if lie == "another round":
+            fields |= {"round": fields["round"] + 1}
+        if lie == "another study":
+            fields |= {"study_hash": "f" * 64}
         if lie == "text":
             fields |= {"withheld": "x" * 300, "note": "patient Ada Lovelace"}
         answer[MESSAGE] = ConfigRecord({JSON: json.dumps(fields, separators=(",", ":"))})

@@ -13,7 +13,7 @@ from tests.faults.federation import Federation, study
 
 pytestmark = pytest.mark.slow
 HONEST, LIAR = "cleveland", "va"
-LIES = ("nan", "inf", "million-fold", "shape", "missing", "extra", "pickle", "text", "negative statistics", "junk")
+LIES = ("nan", "inf", "million-fold", "shape", "missing", "extra", "pickle", "text", "negative statistics", "junk", "another round", "another study")
 
 
 @pytest.fixture
@@ -35,6 +35,10 @@ def test_only_the_lying_update_is_refused_named_and_the_model_stays_finite(feder
         assert str(reason).startswith("E102"), (lie, reason)
         assert federation.status_of(run, number, HONEST) == ("ok", None), lie
     assert federation.status_of(run, len(LIES) + 1, LIAR) == ("ok", None)
+    own_log = (federation.kit(LIAR) / "state" / "daemon.log").read_text()
+    for number in range(1, len(LIES) + 1):
+        reason = federation.status_of(run, number, LIAR)[1]
+        assert own_log.count(f"site {LIAR}: its update of round {number} did not count: {reason}") == 1
     tensors = safetensors.numpy.load(federation.model(run))
     assert all(np.isfinite(value).all() and np.abs(value).max() < 100 for value in tensors.values())
     said = b"".join(path.read_bytes() for path in files(federation.coordinator))

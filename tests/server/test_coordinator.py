@@ -10,18 +10,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Error, Message, RecordDict
 from torch import nn
 
 import server.coordinator
 import simulations.in_process
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.noise import subkey
+from server.aggregation import MAX_WEIGHT
 from server.evaluation import add_statistics
 from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
-from shared.errors import BudgetExhaustedError, DataError, PolicyRefusedError, QuorumLostError
-from shared.messages import Enrolled, EnrolTask, Refused, Statistics, TrainTask, decode, decode_statistics, encode
+from shared.errors import BudgetExhaustedError, DataError, PolicyRefusedError, ProtocolError, QuorumLostError
+from shared.messages import (
+    MAX_NAME,
+    MAX_NUMBER,
+    MAX_REASON,
+    Enrolled,
+    EnrolTask,
+    EvaluateTask,
+    NotCounted,
+    Refused,
+    Statistics,
+    Trained,
+    TrainTask,
+    decode,
+    decode_statistics,
+    encode,
+)
 from shared.metrics import finish_metrics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.results import RoundRecord
@@ -184,21 +200,6 @@ def test_equal_weights_and_declared_weights(make_rig: MakeRig) -> None:
             np.testing.assert_allclose(value, start[key] + mean, rtol=1e-6, atol=1e-7)
 
 
-def test_a_claim_of_size_beyond_belief_counts_as_the_largest_weight(make_rig: MakeRig) -> None:
-    """The site stays in the study; its weight is capped."""
-
-    def boast(app: Callable, message: Message, context: Context) -> Message:
-        reply = app(message, context)
-        if message.metadata.message_type == "query" and name_of(context) == "site-2":
-            enrolled = decode(reply.content, Enrolled)
-            return Message(encode(enrolled.model_copy(update={"declared_size": 2**31})), reply_to=message)
-        return reply
-
-    rig = make_rig(tamper=boast, rounds={"count": 1})
-    rig.run(rig.new_folder())
-    assert statuses(rig.records[0]) == {"site-1": "ok", "site-2": "ok", "site-3": "ok"}
-
-
 # Sites that refuse, fail or are late ----------------------------------------------------------------------------------------------
 
 
@@ -309,8 +310,10 @@ def test_two_sites_of_one_name_are_one_site(make_rig: MakeRig) -> None:
     assert "a name of its own" in reasons(rig.records[0])["node 3"]
 
 
-@pytest.mark.parametrize("size", [0, -5])
-def test_a_site_without_patients_cannot_enrol(make_rig: MakeRig, size: int) -> None:
+@pytest.mark.parametrize("size", [0, -5, MAX_WEIGHT + 1, 1_000_000_000])
+def test_a_site_that_claims_a_size_that_cannot_be_does_not_enrol(make_rig: MakeRig, size: int) -> None:
+    """Its weight would be that claim."""
+
     def tamper(app: Callable, message: Message, context: Context) -> Message:
         reply = app(message, context)
         if message.metadata.message_type == "query" and name_of(context) == "site-2":
@@ -319,7 +322,108 @@ def test_a_site_without_patients_cannot_enrol(make_rig: MakeRig, size: int) -> N
 
     rig = make_rig(tamper=tamper)
     rig.run(rig.new_folder())
-    assert statuses(rig.records[0])["node 3"] == "refused"
+    assert [statuses(record)["site-2"] for record in rig.records] == ["refused"] * 3
+    assert reasons(rig.records[0])["site-2"] == "E102 expected a declared size of 1 to 10000000, got another"
+
+
+# What a site is told of an update that did not count ------------------------------------------------------------------------------
+
+
+def spoiling(name: str, rounds: tuple[str, ...]) -> Callable:
+    """In these rounds the site of this name answers with nothing."""
+
+    def tamper(app: Callable, message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        spoiled = name_of(context) == name and message.metadata.message_type == "train" and message.metadata.group_id in rounds
+        return Message(RecordDict(), reply_to=message) if spoiled else reply
+
+    return tamper
+
+
+def listening(told: list[tuple[str, str, int, dict]]) -> Callable:
+    """Who was asked for what in which round, and whose updates the task says did not count."""
+
+    def tamper(app: Callable, message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        if kind != "query":
+            task = decode(message.content, TrainTask, EvaluateTask)
+            told.append((name_of(context), kind, task.round, {site: (it.fold, it.round, it.reason) for site, it in task.not_counted.items()}))
+        return app(message, context)
+
+    return tamper
+
+
+def empty_reason() -> str:
+    with pytest.raises(ProtocolError) as refused:
+        decode(RecordDict(), Trained)
+    return f"{refused.value.code} {refused.value.what}"
+
+
+EMPTY = empty_reason()
+
+
+def own_log(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "client.site"]
+
+
+def test_a_site_is_told_once_why_its_update_did_not_count(make_rig: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tuple[str, str, int, dict]] = []
+    rig = make_rig(tamper=all_of(listening(told), spoiling("site-2", ("2",))), rounds={"count": 4})
+    with caplog.at_level(logging.WARNING, logger="client"):
+        rig.run(rig.new_folder())
+    entry = {"site-2": (1, 2, EMPTY)}
+    assert {(kind, number, json.dumps(entries)) for _, kind, number, entries in told} == {
+        ("train", 1, "{}"), ("train", 2, "{}"), ("train", 3, json.dumps(entry)), ("train", 4, "{}"), ("evaluate", 4, "{}"),
+    }  # fmt: skip
+    assert own_log(caplog) == [f"site site-2: its update of round 2 did not count: {EMPTY}"]
+
+
+def test_after_the_last_round_the_closing_evaluation_tells_it(make_rig: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
+    rig = make_rig(tamper=spoiling("site-2", ("3",)))
+    with caplog.at_level(logging.WARNING, logger="client"):
+        rig.run(rig.new_folder())
+    assert own_log(caplog) == [f"site site-2: its update of round 3 did not count: {EMPTY}"]
+
+
+def test_its_own_refusal_a_site_knows(make_rig: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[tuple[str, str, int, dict]] = []
+    rig = make_rig(tamper=all_of(listening(told), refusing("site-2", "E101", "Broken.")))
+    with caplog.at_level(logging.WARNING, logger="client"):
+        rig.run(rig.new_folder())
+    assert all(entries == {} for *_, entries in told) and own_log(caplog) == []
+
+
+def die_after_round_two(record: RoundRecord) -> None:
+    if record.round == 2:
+        raise Killed
+
+
+def test_a_resumed_run_asks_what_it_asked_before(make_rig: MakeRig) -> None:
+    """The same question twice is one piece of work at a site only where it is the same in every character."""
+    whole, after = [], []
+    rig = make_rig(tamper=all_of(listening(whole), spoiling("site-2", ("1", "2"))), rounds={"count": 4})
+    rig.run(rig.new_folder())
+    rig.tamper, folder = spoiling("site-2", ("1", "2")), rig.new_folder()
+    with pytest.raises(Killed):
+        rig.run(folder, die_after_round_two)
+    rig.tamper = listening(after)
+    rig.run(folder)
+    assert after == [entry for entry in whole if entry[2] > 2]
+
+
+def test_however_many_sites_are_bad_the_task_stays_short(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.coordinator, "MOST_TOLD", 1)
+    told: list[tuple[str, str, int, dict]] = []
+    rig = make_rig(tamper=all_of(listening(told), spoiling("site-3", ("1",)), spoiling("site-2", ("1",))))
+    rig.run(rig.new_folder())
+    assert {tuple(entries) for _, kind, number, entries in told if (kind, number) == ("train", 2)} == {("site-2",)}
+
+
+def test_the_longest_task_can_be_read() -> None:
+    reason = NotCounted(fold=1, round=MAX_NUMBER, reason='"' * MAX_REASON)
+    told = {f"{number:0{MAX_NAME}d}": reason for number in range(server.coordinator.MOST_TOLD)}
+    task = TrainTask(run="r", study_hash="h", round=1, fold=1, not_counted=told)
+    assert decode(encode(task), TrainTask) == task
 
 
 class Clock:

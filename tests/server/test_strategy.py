@@ -1,6 +1,8 @@
 """Whatever one reply holds, it costs that site its round, by name and reason, and nobody else anything."""
 
+import dataclasses
 import io
+import json
 import pickle
 import re
 import struct
@@ -11,17 +13,21 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from server.aggregation import MAX_WEIGHT
+from server.blocks import Block
 from server.strategies.strategy import Answer, FederatedStrategy, Member
 from shared import study as options
 from shared.errors import ProtocolError
 from shared.messages import MESSAGE, PARAMETERS, STATISTICS, Evaluated, Refused, Trained, encode
 from shared.models import Parameters
 from shared.results import SitePrivacy
+from shared.study import Study
+from simulations.attacks.poisoning import strategy_names
 from simulations.in_process import InProcessGrid
 
 MEMBERS = {"a": Member(name="a", node_id=2, weight=10), "b": Member(name="b", node_id=3, weight=30), "c": Member(name="c", node_id=4, weight=60)}
 SHAPES = {"layer.weight": (2, 3), "layer.bias": (3,)}
 STATISTICS_DECLARED = {"histogram": (2, 4), "errors": (5,)}
+BARE = {"name": "s", "task": "t", "privacy": {"unit": "none"}, "training": {"local_steps": 1}}
 PRIVACY = SitePrivacy(epsilon=1.0, delta=1e-5, noise_multiplier=2.0, sample_rate=0.1, steps=7, epsilon_cross_check=None)
 
 
@@ -41,20 +47,24 @@ def grid() -> InProcessGrid:
 
 
 def make_strategy(strategy: options.Strategy | None = None, trainable: frozenset[str] = frozenset(SHAPES)) -> FederatedStrategy:
-    made = FederatedStrategy(strategy or options.FedAvg(), seed=1, trainable=trainable, statistics=STATISTICS_DECLARED)
+    made = FederatedStrategy(strategy or options.FedAvg(), seed=1, trainable=trainable, statistics=STATISTICS_DECLARED, local_steps=1)
     made.set_members(MEMBERS.values())
     return made
+
+
+ORIGIN = {"run": "run-1", "study_hash": "e" * 64}
+TASK = ConfigRecord({"json": json.dumps(ORIGIN)})
 
 
 def ask(strategy: FederatedStrategy, grid: InProcessGrid, *, number: int = 3, parameters: Parameters | None = None) -> dict[str, Message]:
     """The messages of a round, by site."""
     arrays = ArrayRecord({name: Array(value) for name, value in (parameters or start()).items()})
-    messages = strategy.configure_train(number, arrays, ConfigRecord({"json": "{}"}), grid)
+    messages = strategy.configure_train(number, arrays, TASK, grid)
     return {member.name: message for message in messages for member in MEMBERS.values() if member.node_id == message.metadata.dst_node_id}
 
 
 def trained(name: str, *, number: int = 3, fold: int = 1, privacy: SitePrivacy | None = None) -> Trained:
-    return Trained(name=name, round=number, fold=fold, privacy=privacy)
+    return Trained(name=name, **ORIGIN, round=number, fold=fold, loss=1.0, privacy=privacy)
 
 
 def good(name: str, message: Message) -> Message:
@@ -122,6 +132,7 @@ BAD_UPDATES: dict[str, tuple[Spoil, str]] = {
     "NaN": (with_value(np.nan), "layer.bias: expected finite"),
     "infinity": (with_value(np.inf), "layer.bias: expected finite"),
     "minus infinity": (with_value(-np.inf), "layer.bias: expected finite"),
+    "1e6-fold": (lambda update: {key: value * np.float32(1e6) for key, value in update.items()}, "norm of at most 1000 times the model's"),
     "1e30-fold": (lambda update: {key: value * np.float32(1e30) for key, value in update.items()}, "norm of at most|expected values below"),
     "the largest float32": (with_value(3.4e38), "norm of at most|expected values below"),
     "wrong shape": (with_tensor("layer.bias", np.zeros(4, np.float32)), r"layer.bias: expected \(3,\)"),
@@ -198,7 +209,7 @@ def raw(data: bytes, group: str = PARAMETERS) -> Callable[[Message], Message]:
 
 def other_kind(message: Message) -> Message:
     """An answer to an evaluation, marked as one, in reply to a call for training."""
-    reply = Message(encode(Evaluated(name="b", round=3, fold=1, privacy=None)), reply_to=message)
+    reply = Message(encode(Evaluated(name="b", **ORIGIN, round=3, fold=1, privacy=None)), reply_to=message)
     reply.metadata.__dict__["_message_type"] = "evaluate"
     return reply
 
@@ -215,7 +226,8 @@ def spoiled_json(text: str) -> Callable[[Message], Message]:
 def claiming(privacy: dict[str, str]) -> Callable[[Message], Message]:
     numbers = {"epsilon": "1", "delta": "1e-5", "noise_multiplier": "1", "sample_rate": "0.1", "steps": "1", "epsilon_cross_check": "null", **privacy}
     body = ", ".join(f'"{key}": {value}' for key, value in numbers.items())
-    return spoiled_json('{"kind":"trained","name":"b","round":3,"fold":1,"privacy":{' + body + "}}")
+    origin = json.dumps(ORIGIN)[1:-1]
+    return spoiled_json('{"kind":"trained","name":"b",' + origin + ',"round":3,"fold":1,"privacy":{' + body + "}}")
 
 
 def with_statistics(statistics: dict[str, np.ndarray]) -> Callable[[Message], Message]:
@@ -226,6 +238,11 @@ def one(value: float) -> np.ndarray:
     histogram = np.ones((2, 4))
     histogram[1, 2] = value
     return histogram
+
+
+def originating(message: Message, **origin: str | None) -> Message:
+    """A good reply that says it is of another run or study."""
+    return Message(encode(trained("b").model_copy(update=origin), parameters=update_of("b")), reply_to=message)
 
 
 def extra_record(message: Message) -> Message:
@@ -244,11 +261,14 @@ BAD_REPLIES: dict[str, tuple[Callable[[Message], Message], str]] = {
         "for this site and round",
     ),
     "another fold": (lambda message: Message(encode(trained("b", fold=2), parameters=update_of("b")), reply_to=message), "for this site and round"),
+    "another run": (lambda message: originating(message, run="run-2"), "for this run and study"),
+    "another study": (lambda message: originating(message, study_hash="f" * 64), "for this run and study"),
+    "no study": (lambda message: originating(message, run=None, study_hash=None), "for this run and study"),
     "empty": (lambda message: Message(RecordDict(), reply_to=message), "expected the records"),
     "no update": (lambda message: Message(encode(trained("b")), reply_to=message), "expected arrays under 'parameters'"),
     "an error": (lambda message: Message(Error(code=2, reason="patient 17 has HIV"), reply_to=message), "The site's app failed."),
     "an answer to another question": (
-        lambda message: Message(encode(Evaluated(name="b", round=3, fold=1, privacy=None), parameters=update_of("b")), reply_to=message),
+        lambda message: Message(encode(Evaluated(name="b", **ORIGIN, round=3, fold=1, privacy=None), parameters=update_of("b")), reply_to=message),
         "another message",
     ),
     "an evaluation that says so": (other_kind, ""),
@@ -289,6 +309,78 @@ def test_a_bad_reply_costs_its_site_the_round_and_nobody_else_anything(grid: InP
     after = aggregated(strategy)
     assert all(np.isfinite(value).all() for value in after.values())
     assert same(after, expected_mean(["a", "c"]))
+
+
+# Blocks, and the study's own bound --------------------------------------------------------------------------------------------------
+
+
+def flat(update: Parameters) -> np.ndarray:
+    return np.concatenate([update[key].reshape(-1) for key in SHAPES])
+
+
+def as_messages(updates: dict[str, Parameters], messages: dict[str, Message]) -> list[Message]:
+    return [Message(encode(trained(name), parameters=update), reply_to=messages[name]) for name, update in updates.items()]
+
+
+def as_block(updates: dict[str, Parameters], messages: dict[str, Message]) -> list[Block]:
+    nodes = tuple(MEMBERS[name].node_id for name in updates)
+    rows = np.stack([flat(update) for update in updates.values()])
+    return [Block(node_ids=nodes, replies=tuple(map(trained, updates)), shapes=SHAPES, updates=rows, statistics=(None,) * len(updates))]
+
+
+IN_FORM: dict[str, tuple[Spoil, str]] = {name: BAD_UPDATES[name] for name in ("NaN", "infinity", "minus infinity", "1e6-fold", "the largest float32")}
+
+
+@pytest.mark.parametrize("kind", list(IN_FORM))
+def test_a_block_of_sites_is_judged_as_each_alone(grid: InProcessGrid, kind: str) -> None:
+    updates = {name: update_of(name) for name in MEMBERS} | {"b": IN_FORM[kind][0](update_of("b"))}
+    told = []
+    for replies in (as_messages, as_block):
+        strategy = make_strategy()
+        strategy.take_replies(replies(updates, ask(strategy, grid)))
+        assert strategy.round is not None
+        told.append(strategy.round.answers)
+        assert same(aggregated(strategy), expected_mean(["a", "c"]))
+    assert told[0] == told[1] and told[0]["b"].status == "failed"
+    assert re.search(IN_FORM[kind][1], told[0]["b"].reason or "")
+
+
+@pytest.mark.parametrize("change", [{"round": 2}, {"fold": 2}, {"name": "a"}, {"run": "run-2"}, {"study_hash": None}])
+def test_a_block_may_not_answer_what_was_not_asked_either(grid: InProcessGrid, change: dict[str, object]) -> None:
+    strategy = make_strategy()
+    [block] = as_block({name: update_of(name) for name in MEMBERS}, ask(strategy, grid))
+    replies = tuple(reply.model_copy(update=change) if reply.name == "b" else reply for reply in block.replies)
+    strategy.take_replies([dataclasses.replace(block, replies=replies)])
+    assert strategy.round is not None
+    assert {name: answer.status for name, answer in strategy.round.answers.items()} == {"a": "ok", "b": "failed", "c": "ok"}
+    assert same(aggregated(strategy), expected_mean(["a", "c"]))
+
+
+@pytest.mark.parametrize("replies", [as_messages, as_block])
+@pytest.mark.parametrize("name", strategy_names())
+def test_a_study_bounds_the_norm_of_an_update(grid: InProcessGrid, name: str, replies: Callable[..., list[Message | Block]]) -> None:
+    """At the bound an update counts, beyond it it costs its site the round; whatever the strategy, and not as norm-bounding, which scales it down."""
+    lengths = {site: float(np.linalg.norm(flat(update_of(site)).astype(np.float64))) for site in MEMBERS}
+    longest = max(lengths, key=lambda site: lengths[site])
+    for bound, status in ((lengths[longest] * 1.0001, "ok"), (lengths[longest] * 0.9999, "failed")):
+        chosen = Study.from_table({**BARE, "strategy": {"name": name, "largest_update": bound}}).strategy
+        strategy = make_strategy(chosen)
+        strategy.take_replies(replies({site: update_of(site) for site in MEMBERS}, ask(strategy, grid)))
+        assert strategy.round is not None
+        assert {site: answer.status for site, answer in strategy.round.answers.items()} == {
+            site: status if site == longest else "ok" for site in MEMBERS
+        }
+        if status == "failed":
+            reason = f"E102 update: expected a norm of at most {bound:g} (strategy.largest_update), got a larger one"
+            assert strategy.round.answers[longest].reason == reason
+
+
+def test_a_bound_above_the_limit_lifts_it_for_nobody(grid: InProcessGrid) -> None:
+    strategy = make_strategy(options.FedAvg(largest_update=1e9))
+    messages = ask(strategy, grid)
+    strategy.take_replies([BAD_REPLIES["update: 1e6-fold"][0](messages["b"])])
+    assert strategy.round is not None
+    assert "1000 times the model's" in (strategy.round.answers["b"].reason or "")
 
 
 def test_the_oracle_of_bad_replies_would_notice_one_that_counts(grid: InProcessGrid) -> None:
@@ -344,7 +436,7 @@ def test_the_weight_is_the_enrolled_one_whatever_rides_along(grid: InProcessGrid
     strategy.set_members([Member(name="a", node_id=2, weight=1), Member(name="b", node_id=3, weight=MAX_WEIGHT)])
     arrays = ArrayRecord({name: Array(value) for name, value in start().items()})
     small = {key: np.full(shape, 1e-3, np.float32) for key, shape in SHAPES.items()}
-    messages = strategy.configure_train(3, arrays, ConfigRecord({"json": "{}"}), grid)
+    messages = strategy.configure_train(3, arrays, TASK, grid)
     strategy.take_replies(
         Message(encode(trained(name), parameters=update), reply_to=message)
         for (name, update), message in zip({"a": update_of("a"), "b": small}.items(), messages, strict=True)
@@ -403,11 +495,11 @@ def test_statistics_below_zero_are_taken_where_they_carry_noise(grid: InProcessG
     strategy = FederatedStrategy(options.FedAvg(), seed=1, trainable=frozenset(SHAPES), statistics=STATISTICS_DECLARED, noised_statistics=noised)
     strategy.set_members(MEMBERS.values())
     arrays = ArrayRecord({name: Array(value) for name, value in start().items()})
-    messages = strategy.configure_evaluate(3, arrays, ConfigRecord({"json": "{}"}), grid)
+    messages = strategy.configure_evaluate(3, arrays, TASK, grid)
     values = {"a": one(-3.25), "b": one(np.nan), "c": one(-1e300)}
     for message, (name, value) in zip(messages, values.items(), strict=True):
         strategy.take_replies(
-            [Message(encode(Evaluated(name=name, round=3, fold=1, privacy=None), statistics={"histogram": value}), reply_to=message)]
+            [Message(encode(Evaluated(name=name, **ORIGIN, round=3, fold=1, privacy=None), statistics={"histogram": value}), reply_to=message)]
         )
     assert strategy.round is not None
     statuses = {name: answer.status for name, answer in strategy.round.answers.items()}
@@ -417,9 +509,9 @@ def test_statistics_below_zero_are_taken_where_they_carry_noise(grid: InProcessG
 def test_evaluation_replies_add_no_update(grid: InProcessGrid) -> None:
     strategy = make_strategy()
     arrays = ArrayRecord({name: Array(value) for name, value in start().items()})
-    messages = strategy.configure_evaluate(3, arrays, ConfigRecord({"json": "{}"}), grid)
+    messages = strategy.configure_evaluate(3, arrays, TASK, grid)
     assert [message.metadata.dst_node_id for message in messages] == [2, 3, 4]
-    reply = Message(encode(Evaluated(name="a", round=3, fold=1, privacy=None), statistics={"histogram": one(2.0)}), reply_to=messages[0])
+    reply = Message(encode(Evaluated(name="a", **ORIGIN, round=3, fold=1, privacy=None), statistics={"histogram": one(2.0)}), reply_to=messages[0])
     smuggled = Message(encode(trained("b"), parameters=update_of("b")), reply_to=messages[1])
     smuggled.metadata.__dict__["_message_type"] = "train"
     assert strategy.aggregate_evaluate(3, [reply, smuggled]) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shared.envelope import from_records, pack
 from shared.errors import ProtocolError, SealError
-from shared.messages import MESSAGE, Refused, TrainTask, decode, decode_parameters, encode, to_array_record
+from shared.messages import CONTROL, MESSAGE, Refused, TrainTask, decode, decode_control, decode_parameters, encode, to_array_record
 from shared.models import template_of
 from shared.seals import MAX_SEAL_CHARACTERS, MAX_SECONDS, SealedTask, open_reply, open_task, packed_message, seal_reply, seal_task
 
@@ -32,6 +32,15 @@ def asked(
 
 def answered(task: SealedTask, *, model: dict[str, np.ndarray] = MODEL, signer: Ed25519PrivateKey = NORTH, head: str | None = HEAD) -> RecordDict:
     return seal_reply(encode(REPLY, parameters=model), task, signer=signer, audit_head=head)
+
+
+def test_what_a_strategy_sends_beside_the_parameters_is_sealed_as_they_are() -> None:
+    content = encode(TASK, parameters=MODEL)
+    content[CONTROL] = to_array_record({"w": MODEL["w"] * 2})
+    records, sent = seal_task(packed_message(content), site="north", seconds=60.0, signer=COORDINATOR, audit_head=HEAD)
+    record, task = opened_task(records)
+    assert np.array_equal(decode_control(record, {"w": ((2, 3), "float32")})["w"], MODEL["w"] * 2)
+    assert task.content == sent.content != opened_task(asked()[0])[1].content
 
 
 def opened_task(records: RecordDict, site: str = "north") -> tuple[RecordDict, SealedTask]:

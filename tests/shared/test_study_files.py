@@ -44,6 +44,13 @@ def tables(draw: st.DrawFn) -> dict[str, object]:
         )
     )
     strategy = draw(st.sampled_from([{}, {"name": "fedprox", "proximal_mu": 0.3}, {"name": "fedadam", "beta_1": 0.5}, {"fraction": 0.5}]))
+    faults = draw(
+        st.one_of(
+            st.fixed_dictionaries({"sites": st.one_of(st.integers(1, 9), st.lists(texts, min_size=1))}, optional={"kind": st.just("late")}),
+            st.just({"kind": "scaled", "factor": -3.0, "share": 0.5}),
+            st.none(),
+        )
+    )
     return {
         "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)),
         "task": draw(texts.filter(lambda text: bool(text) and not text.endswith(".toml"))),
@@ -51,6 +58,7 @@ def tables(draw: st.DrawFn) -> dict[str, object]:
         "seed": draw(st.integers(0, 2**63 - 1)),
         "rounds": {"count": draw(st.integers(1, 1000)), "require": draw(st.one_of(st.just("all"), st.integers(1, 9)))},
         "training": training, "strategy": strategy, "privacy": privacy, "federation": federation,
+        **({} if faults is None else {"faults": faults}),
     }  # fmt: skip
 
 
@@ -76,6 +84,7 @@ def test_fingerprints_agree_exactly_when_contents_do(one: dict[str, object], oth
         {"rounds": {"deadline": "9m"}}, {"training": {"learning_rate": 0.11}}, {"training": {"momentum": 0.1}}, {"training": {"local_steps": 1}},
         {"training": {"batch_size": 33}}, {"strategy": {"name": "fedprox"}}, {"strategy": {"weights": "equal"}}, {"privacy": {"epsilon": 3.0001}},
         {"privacy": {"delta": 1.1e-4}}, {"privacy": {"unit": "record"}}, {"privacy": {"unit": "none"}}, {"privacy": {"max_grad_norm": 2.0}},
+        {"faults": {}}, {"faults": {"sites": 2}}, {"faults": {"kind": "inf"}}, {"strategy": {"largest_update": 5}},
         {"privacy": {"noise_source": "os"}}, {"privacy": {"evaluation_epsilon": 1.0}}, {"evaluation": {"folds": 2}}, {"federation": {"sites": 4}}, {"federation": {"alpha": 0.4}},
     ],
 )  # fmt: skip
@@ -100,6 +109,14 @@ def test_noised_statistics_are_asked_for_by_a_budget() -> None:
     assert noised.replace(privacy={"noise_multiplier": 2.0}).privacy.evaluation_epsilon == 2.0
     with pytest.raises(ConfigurationError, match="a patient tested in one fold is trained on in the others"):
         noised.replace(evaluation={"folds": 3})
+
+
+def test_a_study_without_faults_and_bound_is_what_it_was() -> None:
+    """Studies keep their fingerprint: hospitals approved it."""
+    assert study().faults is None and "faults" not in study().to_toml() and "largest_update" not in study().to_toml()
+    planted = study(faults={"sites": ["b", "a"], "kind": "scaled", "factor": 10})
+    assert planted.to_table()["faults"] == {"sites": ["b", "a"], "kind": "scaled", "factor": 10.0, "from_round": 1, "share": 1.0}
+    assert Study.from_table(planted.to_table()) == planted and planted.replace(faults=None) == study()
 
 
 def test_replace_rules() -> None:
@@ -161,6 +178,17 @@ BAD = [
     ({"federation": {"partition": "natural", "sites": 3}}, "federation: partition 'natural' takes its sites from the data, got sites = 3"),
     ({"federation": {"partition": "column", "column": "ward", "sites": 3}}, "takes its sites from the data, got sites = 3"),
     ({"federation": {"sites": 0}}, "federation.sites: expected greater than or equal to 1, got 0"),
+    ({"faults": {"sites": 0}}, "faults.sites: expected names of sites, or how many, got 0"),
+    ({"faults": {"sites": []}}, "faults.sites: expected names of sites, or how many, got []"),
+    ({"faults": {"sites": [1]}}, "faults.sites: expected names of sites, or how many, got [1]"),
+    ({"faults": {"sites": True}}, "faults.sites: expected names of sites, or how many, got True"),
+    ({"faults": {"kind": "null"}}, "faults.kind: expected 'nan', 'inf', 'scaled'"),
+    ({"faults": {"knd": "nan"}}, "faults.knd: unknown key (did you mean 'kind'?); known here: claimed_size, factor"),
+    ({"faults": {"factor": 3}}, "faults: factor belongs to kind 'scaled', got kind 'nan'; remove factor"),
+    ({"faults": {"claimed_size": 3}}, "faults: claimed_size belongs to kind 'claimed-size', got kind 'nan'; remove claimed_size"),
+    ({"faults": {"share": 0}}, "faults.share: expected greater than 0"),
+    ({"faults": {"from_round": 0}}, "faults.from_round: expected greater than or equal to 1, got 0"),
+    ({"strategy": {"largest_update": 0}}, "strategy.largest_update: expected greater than 0, got 0"),
     ({"evaluation": {"folds": 0}}, "evaluation.folds: expected greater than or equal to 1, got 0"),
     ({"name": "a b"}, "name: expected"),
     ({"seed": -1}, "seed: expected greater than or equal to 0, got -1"),

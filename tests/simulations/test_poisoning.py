@@ -21,12 +21,12 @@ from simulations.attacks.poisoning import (
     backdoored,
     flipped,
     replacing_factor,
-    scaled,
     strategy_names,
     trigger_of,
     trigger_success,
     turned_sites,
 )
+from simulations.faults import scaled
 
 
 @pytest.fixture
@@ -114,7 +114,8 @@ def test_a_strategy_that_tolerates_no_so_many_bad_sites_is_refused_by_name(study
 
 def test_strategies_are_those_that_a_study_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi"} <= set(strategy_names())
-    for name in strategy_names():
+    assert not {"ditto", "fedper"} & set(strategy_names()), "they have no one model to harm"
+    for name in set(strategy_names()) - {"scaffold"}:
         assert Study.from_table({"name": "s", "task": "t", "privacy": {"unit": "none"}, "strategy": {"name": name}}).strategy.name == name
 
     class Robust(shared.study.FedAvg):
@@ -129,10 +130,10 @@ def test_strategies_are_those_that_a_study_can_name(monkeypatch: pytest.MonkeyPa
 def test_a_study_that_the_coordinator_stops_has_no_metric(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     real = poisoning._run
 
-    def stopped(coordinator: object, sites: dict[str, object]) -> None:
-        if any(isinstance(site, poisoning.TurnedSite) for site in sites.values()):
+    def stopped(coordinator: object, sites: dict[str, object], faults: dict[str, object]) -> None:
+        if faults:
             raise QuorumLostError("too few")
-        real(coordinator, sites)
+        real(coordinator, sites, faults)
 
     monkeypatch.setattr(poisoning, "_run", stopped)
     [attack] = attack_poisoning(study.replace(rounds={"count": 1}), methods=["scaled update"], strategies=["fedavg"])
@@ -207,6 +208,8 @@ def test_a_scaled_update_is_all_that_a_weighted_mean_keeps() -> None:
 def test_numbers_real_sites_and_unknown_names_are_refused(study: Study, wards, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="virtual sites"):
         attack_poisoning(wards.study, wards.path)
+    with pytest.raises(ConfigurationError, match="without faults"):
+        attack_poisoning(study.replace(faults={"sites": 1}))
     with pytest.raises(ConfigurationError, match="method"):
         attack_poisoning(study, methods=["bribery"])
     with pytest.raises(ConfigurationError, match="strategy"):

@@ -57,7 +57,7 @@ def _site_row(site: "PlannedSite") -> list[str]:
     row = [site.name, site.state, "-" if site.declared_size is None else str(site.declared_size)]
     if numbers is None:
         return [*row, "-", "-", "-", "-"]
-    steps = numbers.steps_per_round * (numbers.rounds + numbers.spare_rounds)
+    steps = numbers.planned_steps
     return [*row, number(numbers.noise_multiplier, 2), number(numbers.sample_rate), str(steps), number(numbers.epsilon, 2)]
 
 
