@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site
 from shared.errors import WardroundError, describe_exception
 from shared.messages import MAX_REASON, Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_control, decode_parameters, encode
+from shared.secure_sum.messages import AdvertiseKeysTask, SecureTrainTask, ShareKeysTask, UnmaskTask
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,8 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
 
         return answer
 
-    app.query()(answered(EnrolTask))
-    app.train()(answered(TrainTask))
+    app.query()(answered(EnrolTask, AdvertiseKeysTask, ShareKeysTask, UnmaskTask))
+    app.train()(answered(TrainTask, SecureTrainTask))
     app.evaluate()(answered(EvaluateTask))
     return app
 
@@ -49,6 +50,12 @@ def answer_record(site: Site, task: Content, record: RecordDict) -> RecordDict:
         case TrainTask():
             trained, update, statistics = site.train(task, decode_parameters(record, site.template), decode_control(record, site.control_template))
             return encode(trained, parameters=update, statistics=statistics)
+        case SecureTrainTask():
+            parameters, control = decode_parameters(record, site.template), decode_control(record, site.control_template)
+            secured, payload, statistics = site.train_securely(task, parameters, control)
+            return encode(secured, masked=payload, statistics=statistics)
+        case AdvertiseKeysTask() | ShareKeysTask() | UnmaskTask():
+            return encode(site.answer_sum(task))
         case EvaluateTask():
             evaluated, statistics = site.evaluate(task, decode_parameters(record, site.template))
             return encode(evaluated, statistics=statistics)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from client.account import AccountName, Event, Reserve
 from client.ledger import Ledger
 from client.noise import KEY_BYTES
-from client.releases import Arrays, Releases, arrays_digest
+from client.releases import Arrays, Releases
 from shared.messages import WitnessedHead
-from shared.models import Parameters
+from shared.models import Parameters, arrays_digest
 from shared.privacy import PrivacyEvent
 from shared.seeding import derive_key
 

@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -44,6 +45,7 @@ from shared.errors import (
 from shared.files import storage_errors, write_atomic
 from shared.kit import installed_version
 from shared.messages import (
+    MASKED,
     PARAMETERS,
     STATISTICS,
     Content,
@@ -60,10 +62,22 @@ from shared.messages import (
     encode,
 )
 from shared.seals import SealedTask, open_task, packed_message, seal_reply
+from shared.secure_sum.messages import (
+    AdvertisedKeys,
+    AdvertiseKeysTask,
+    SecureTrained,
+    SecureTrainTask,
+    SharedKeys,
+    ShareKeysTask,
+    SumMessage,
+    Unmasked,
+    UnmaskTask,
+)
 from shared.study import NAME_PATTERN, Study
 from shared.task import Task, resolve_task
 
 Details = dict[str, Value]
+Asking = EnrolTask | TrainTask | SecureTrainTask | EvaluateTask | AdvertiseKeysTask | ShareKeysTask | UnmaskTask
 MOST_SECONDS = 86_400.0  # that a question is worked on, whatever it says itself; a longer round is not of this world, and is asked again
 RECEIVED = "task received"  # the event in the audit log that names a question's nonce
 MAX_OPEN_RUNS = 4
@@ -122,7 +136,7 @@ class Gate:
     def _reply(self, record: RecordDict, task: SealedTask, num_bytes: int) -> RecordDict:
         asked: Content | None = None
         try:
-            asked = decode(record, EnrolTask, TrainTask, EvaluateTask, StopTask)
+            asked = decode(record, EnrolTask, TrainTask, SecureTrainTask, EvaluateTask, StopTask, AdvertiseKeysTask, ShareKeysTask, UnmaskTask)
             self._log(RECEIVED, _came(asked, task, num_bytes))
             content = self._decide(asked, record, task)
         except AskedAgainError:
@@ -139,7 +153,7 @@ class Gate:
         if isinstance(asked, StopTask):
             self._bench.cancel(asked.run)
             return encode(Stopped(name=self._hospital.name))
-        assert isinstance(asked, EnrolTask | TrainTask | EvaluateTask)
+        assert isinstance(asked, Asking)
         place = Place(run=asked.run) if isinstance(asked, EnrolTask) else _place(asked)
         return self._bench.do(place, task.content, functools.partial(self._work, asked, record), seconds=min(task.seconds, MOST_SECONDS))
 
@@ -154,12 +168,12 @@ class Gate:
 
     # On the bench's thread -----------------------------------------------------------------------------------------------------
 
-    def _work(self, asked: EnrolTask | TrainTask | EvaluateTask, record: RecordDict) -> RecordDict:
+    def _work(self, asked: Asking, record: RecordDict) -> RecordDict:
         self._read_again()
         if isinstance(asked, EnrolTask):
             run = self._enrol(asked)
             return encode(run.enrolled)
-        run = self._open_run(asked.run)
+        run = self._open_run(_where(asked).run)
         self._approvals.check(run.asked)  # an approval may have been withdrawn, or have expired
         return answer_record(run.site, asked, record)
 
@@ -217,7 +231,10 @@ class Gate:
         if known is not None:
             known.site.close()
         file, path = self._hospital.file, self._hospital.site_file
-        return open_site(path, file, task, opened=self._cohorts, still_wanted=self._bench.check_wanted, noise_seed=self._noise_seed)
+        return open_site(
+            path, file, task, opened=self._cohorts, still_wanted=self._bench.check_wanted, noise_seed=self._noise_seed,
+            roster_key=self._hospital.signer,
+        )  # fmt: skip
 
     def _open_run(self, name: str) -> "_OpenRun":
         """A run that was agreed to; where the daemon was started anew since, it is agreed to again, under policy, approval and ledger of today."""
@@ -263,16 +280,24 @@ def _parse(question: bytes) -> RecordDict:
         raise ProtocolError("expected Flower records, got other bytes") from None
 
 
-def _place(asked: TrainTask | EvaluateTask) -> Place:
-    return Place(run=asked.run, fold=asked.fold, round=asked.round, closing=isinstance(asked, EvaluateTask))
+def _place(asked: TrainTask | SecureTrainTask | EvaluateTask | SumMessage) -> Place:
+    where = _where(asked)
+    return Place(run=where.run, fold=where.fold, round=where.round, closing=isinstance(asked, EvaluateTask))
+
+
+def _where(asked: Content) -> Any:
+    """What says which run and round this is of."""
+    if isinstance(asked, SumMessage):
+        return asked.of
+    return asked.train if isinstance(asked, SecureTrainTask) else asked
 
 
 def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
     """What the audit log says of a question."""
     details: Details = {"kind": _kind(asked), "nonce": task.nonce, "content": task.content, "bytes": num_bytes, "audit_head": task.audit_head}
     for name in ("run", "study_hash", "round", "fold"):
-        if hasattr(asked, name):
-            details[name] = getattr(asked, name)
+        if hasattr(_where(asked), name):
+            details[name] = getattr(_where(asked), name)
     if isinstance(asked, EnrolTask):
         study = asked.study.get("name")
         details["study"] = study if isinstance(study, str) and re.fullmatch(NAME_PATTERN, study) else "?"
@@ -281,16 +306,17 @@ def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
 
 def _leaves(content: RecordDict, asked: Content | None) -> Details:
     """What the audit log says of an answer: names, shapes, bytes, hash, epsilon."""
-    reply = decode(content, Enrolled, Trained, Evaluated, Stopped, Refused)
+    reply = decode(content, Enrolled, Trained, SecureTrained, Evaluated, Stopped, Refused, AdvertisedKeys, SharedKeys, Unmasked)
     details: Details = {"kind": _kind(reply), "outcome": "ok", "content": packed_message(content).content}
     for name in ("run", "study_hash", "round", "fold"):
-        if asked is not None and hasattr(asked, name):
-            details[name] = getattr(asked, name)
+        if asked is not None and hasattr(_where(asked), name):
+            details[name] = getattr(_where(asked), name)
     if isinstance(reply, Refused):
         details |= {"outcome": "refused", "reason": f"{reply.code} {reply.reason}"}
-    if isinstance(reply, Trained | Evaluated) and reply.privacy is not None:
-        details |= {"epsilon": reply.privacy.epsilon, "delta": reply.privacy.delta, "steps": reply.privacy.steps}
-    for part in (PARAMETERS, STATISTICS):
+    told = reply.trained if isinstance(reply, SecureTrained) else reply
+    if isinstance(told, Trained | Evaluated) and told.privacy is not None:
+        details |= {"epsilon": told.privacy.epsilon, "delta": told.privacy.delta, "steps": told.privacy.steps}
+    for part in (PARAMETERS, MASKED, STATISTICS):
         arrays = content.get(part)
         if isinstance(arrays, ArrayRecord):
             details[part] = {

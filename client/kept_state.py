@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from client.releases import arrays_digest
 from client.strategies.local_rule import Kept
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
-from shared.models import Parameters
+from shared.models import Parameters, arrays_digest
 
 NUM_STATES = 2
 OWN = 0o600  # of a file: without privacy, a site's own model is made of its patients with no noise

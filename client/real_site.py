@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from client.keys import signing_key, site_key
 from client.policy import SiteFile
 from client.site import Site, SiteSettings
@@ -23,6 +25,7 @@ def open_site(
     opened: dict[str, Cohort] | None = None,
     still_wanted: Callable[[], None] = lambda: None,
     noise_seed: int | None = None,
+    roster_key: Ed25519PrivateKey | None = None,
 ) -> Site:
     """A hospital as its site file describes it. Its cohort is opened only when a study has passed policy and ledger.
 
@@ -30,6 +33,7 @@ def open_site(
         opened: cohorts by task, kept from study to study.
         still_wanted: called before every training step; raises where the work is stale.
         noise_seed: for tests alone, see `SiteSettings`.
+        roster_key: of a deployment, see `SiteSettings`.
     """
     folder = path.parent
     state = folder / file.state
@@ -48,6 +52,7 @@ def open_site(
         policy=file.policy,
         cohort_id=file.name,
         noise_seed=noise_seed,
+        roster_key=roster_key,
     )
 
     def open_cohort() -> Cohort:

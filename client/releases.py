@@ -14,17 +14,9 @@ from safetensors.numpy import save
 
 from shared.errors import StorageError
 from shared.files import storage_errors, write_atomic
+from shared.models import arrays_digest
 
 Arrays = dict[str, NDArray[np.floating]]
-
-
-def arrays_digest(arrays: Mapping[str, NDArray[np.floating]]) -> str:
-    """SHA-256 (hex) over names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in arrays.items():
-        digest.update(f"{name}\n{value.dtype.str}{value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def row_digests(rows: NDArray[np.floating], template: Mapping[str, NDArray[np.floating]]) -> tuple[str, ...]:

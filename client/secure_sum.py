@@ -8,10 +8,12 @@ A refused request changes nothing, and each stage is answered once; so however a
 - unmasks once a round, for one list of at least the threshold of those, itself in it, and gives one share a neighbour: of the self-mask seed of
   one that is in the sum, of the mask key of one that is not. Keys and shares are forgotten with that.
 
-What a site knows between stages is in memory alone: one that restarts has dropped out. A round that was not unmasked may begin anew, with new keys; one
-that was may not, since the difference of two sums over other survivors would tell an input.
+What a site knows between stages is in memory alone: one that restarts has dropped out. A round may begin anew, with new keys; but one that was unmasked
+is unmasked again for the same survivors and of the same input alone, since the difference of two sums would tell an input else; these two say the same
+but for their roundings.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +77,7 @@ class _Session:
     others: dict[str, AdvertisedKeys] = field(default_factory=dict)  # of the neighbours
     own_share: bytes = b""  # of the self-mask seed
     sharing: tuple[str, ...] = ()
+    input: str = ""  # its digest
     held: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # by neighbour: shares of its self-mask seed and mask key
 
 
@@ -88,7 +91,9 @@ class SumSite:
         sign: the site's long-lived Ed25519 signature.
         roster: the sites' public keys, this one's among them.
         random_bytes: the operating system's; a test may seed it.
-        unmasked: the last (fold, round) that was unmasked, where that is known from before a restart (`last_unmasked`).
+        unmasked: the last (fold, round) that was unmasked, where that is known from before a restart (`last_unmasked`), and
+        survivors: for whom, and
+        last_input: the digest of this site's own.
     """
 
     def __init__(
@@ -102,6 +107,8 @@ class SumSite:
         roster: Mapping[str, Ed25519PublicKey],
         random_bytes: RandomBytes = os.urandom,
         unmasked: tuple[int, int] = NEVER,
+        survivors: tuple[str, ...] = (),
+        last_input: str = "",
     ) -> None:
         self._name = name
         self._form = form
@@ -110,6 +117,8 @@ class SumSite:
         self._roster = roster
         self._random_bytes = random_bytes
         self._unmasked = unmasked
+        self._survivors = survivors
+        self._input = last_input
         self._session: _Session | None = None
 
     @property
@@ -117,11 +126,16 @@ class SumSite:
         """The last (fold, round) that this site gave shares in; to be kept where a restart must not let it be asked for again."""
         return self._unmasked
 
+    @property
+    def last_input(self) -> str:
+        """The digest of what this site had in that sum; to be kept with it."""
+        return self._input
+
     def advertise_keys(self, task: AdvertiseKeysTask) -> AdvertisedKeys:
         """Stage 1: new keys, signed. A round that was under way is forgotten.
 
         Raises:
-            ProtocolError: the run or study is another, the round was unmasked before or is an earlier one, a site is not on the roster, or the threshold is too low.
+            ProtocolError: the run or study is another, the round is before the last that was unmasked, a site is not on the roster, or the threshold is too low.
             ConfigurationError: no sum of so many sites could be encoded.
         """
         setting = self._judge(task)
@@ -138,8 +152,8 @@ class SumSite:
     def _judge(self, task: AdvertiseKeysTask) -> SumSetting:
         if (task.of.run, task.of.study_hash) != self._admitted:
             raise self._refusal("the run and study that it agreed to", "others")
-        if (task.of.fold, task.of.round) <= self._unmasked:
-            raise self._refusal("a round after the last that it unmasked", "an earlier one")
+        if (task.of.fold, task.of.round) < self._unmasked:
+            raise self._refusal("the last round that it unmasked, or a later one", "an earlier one")
         if self._name not in task.sites or not set(task.sites) <= set(self._roster):
             raise self._refusal("sites on its roster, itself among them", "others")
         least = least_threshold(len(task.sites))
@@ -188,12 +202,15 @@ class SumSite:
             raise self._refusal("different keys of different sites", "the same key twice")
         return {name: others[name] for name in mine}
 
-    def mask_input(self, task: MaskInputTask, values: NDArray[np.floating], weight: int) -> tuple[MaskedInput, NDArray[np.uint8]]:
+    def mask_input(
+        self, task: MaskInputTask, values: NDArray[np.floating], weight: int, *, model: str = ""
+    ) -> tuple[MaskedInput, NDArray[np.uint8]]:  # fmt: skip
         """Stage 3: values times weight, and the weight, under masks.
 
         Args:
             values: `(num_values,)`, finite; what is beyond the study's largest value is clipped.
             weight: 1 to the study's largest.
+            model: digest of what the values were trained on; the masks of two sites cancel where both have the same.
 
         Returns:
             The reply, and what rides beside it: `(B (num_values + 2),)`.
@@ -213,15 +230,18 @@ class SumSite:
             raise self._refusal(f"shares of all its neighbours that shared keys, {plan.share_threshold - 1} or more", f"{len(task.shares)}")
         if values.shape != (self._form.num_values,):
             raise self._refusal(f"values of shape ({self._form.num_values},)", str(values.shape))
+        digest = hashlib.sha256(f"{weight}\n{model}\n".encode() + np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()
+        if (task.of.fold, task.of.round) == self._unmasked and digest != self._input:
+            raise self._refusal("the input of this round that was unmasked before", "another")
         held = self._open_shares(session, secrets, task, mine)
         words = setting.encoding.encode(values, weight, key=self._random_bytes(KEY_BYTES))
         if clipped := int(np.count_nonzero(np.abs(values) > self._form.max_value)):
             logger.warning("secure sum: %d of %d values were beyond %g, and clipped to it", clipped, len(values), self._form.max_value)
         pairs = PairKeys(setting, self._name, secrets.mask_key)
-        masks = {name: pairs.mask(name, session.others[name].mask_key) for name in mine}
+        masks = {name: pairs.mask(name, session.others[name].mask_key, model) for name in mine}
         plus = [self_mask_key(secrets.self_mask, setting=setting, site=self._name), *(masks[name] for name in mine if self._name < name)]
         add_masks(words, plus=plus, minus=[masks[name] for name in mine if name < self._name])
-        session.sharing, session.held, session.secrets, session.stage = task.sites, held, None, _Stage.MASKED
+        session.sharing, session.held, session.secrets, session.stage, session.input = task.sites, held, None, _Stage.MASKED, digest
         return MaskedInput(of=setting.of, name=self._name), setting.encoding.pack(words)
 
     def _open_shares(self, session: _Session, secrets: RoundSecrets, task: MaskInputTask, mine: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
@@ -241,12 +261,15 @@ class SumSite:
         plan, survivors = session.plan, set(task.survivors)
         assert plan is not None
         self._check_sites(task.survivors, within=session.sharing, what="whose inputs are in the sum", threshold=session.setting.threshold)
+        if (task.of.fold, task.of.round) == self._unmasked and task.survivors != self._survivors:
+            raise self._refusal("the survivors for whom this round was unmasked before", "others")
         inside = [name for name in session.held if name in survivors]
         if len(inside) + 1 < plan.share_threshold:
             raise self._refusal(f"{plan.share_threshold - 1} of its neighbours or more in the sum", str(len(inside)))
         self_masks = {self._name: session.own_share.hex(), **{name: session.held[name][0].hex() for name in inside}}
         mask_keys = {name: shares[1].hex() for name, shares in session.held.items() if name not in survivors}
-        self._unmasked, self._session = (task.of.fold, task.of.round), None
+        self._unmasked, self._survivors, self._input = (task.of.fold, task.of.round), task.survivors, session.input
+        self._session = None
         return Unmasked(of=session.setting.of, name=self._name, self_masks=self_masks, mask_keys=mask_keys)
 
     def _at(self, task: SumMessage, stage: _Stage) -> _Session:

@@ -6,6 +6,7 @@ comes from. A refusal is an ordinary answer; an exception's own text never leave
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
 from torch import nn
 
 from client.charging import KIND, Ask, Charging
@@ -27,6 +29,7 @@ from client.memory_chain import Journal
 from client.policy import Policy
 from client.private_probe import probe_model
 from client.releases import Arrays, Releases
+from client.secure_updates import SecureUpdates
 from client.spending import burn_down, site_privacy
 from client.strategies.choice import local_rule
 from client.strategies.fine_tuning import FineTuning
@@ -47,11 +50,13 @@ from shared.messages import (
     head_statement,
     plain_text,
 )
-from shared.models import Parameters, Template, get_parameters, set_parameters, template_of
+from shared.models import Parameters, Template, arrays_digest, get_parameters, set_parameters, template_of
 from shared.personal import personal_names
 from shared.plan import Limit, SitePlan, check_delta, plan_site, shape_site, within_filter
 from shared.privacy import SOLVE_MARGIN, PrivacyEvent, evaluation_noise_multiplier
 from shared.results import SitePrivacy
+from shared.secure_sum.messages import SecureTrained, SecureTrainTask, SumReply, SumTask
+from shared.secure_sum.setting import SumForm
 from shared.study import Scaffold, Study
 from shared.task import Task
 
@@ -73,6 +78,7 @@ class SiteSettings:
         releases_path: folder of what was released last; only where noise comes from the operating system.
         split_key: keys the hash that fixes each patient's split.
         signer: signs the ledger's rows; None for a virtual site.
+        roster_key: what the daemon signs with, as the federation's roster knows it; None outside a deployment.
         journal: of a simulation whose ledgers are in memory until they are closed.
         noise_seed: for tests that compare two runs bit for bit, and settable from Python alone: noise drawn from a seed protects nobody.
     """
@@ -85,6 +91,7 @@ class SiteSettings:
     releases_path: Path
     split_key: bytes = field(repr=False)
     signer: Ed25519PrivateKey | None = field(default=None, repr=False)
+    roster_key: Ed25519PrivateKey | None = field(default=None, repr=False)
     policy: Policy | None = None
     cohort_id: str = "virtual"
     noise_seed: int | None = field(default=None, repr=False)
@@ -113,6 +120,7 @@ class Admission:
     rule: LocalRule
     template: Template  # of the parameters that are shared
     control: Template  # of what the strategy sends beside them
+    secure: SecureUpdates | None  # where updates are aggregated securely
     coordinator_key: str | None
 
     def planned(self) -> PlannedStudy:
@@ -180,7 +188,7 @@ class Site:
             probe_model(self._task, study)
         admission = Admission(
             run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, evaluation=self._evaluation_event(study),
-            rule=local_rule(study, self._task), template=self._shared_template(study), control=self._control_template(study),
+            rule=local_rule(study, self._task), template=self._shared_template(study), control=self._control_template(study), secure=self._secure_updates(task, study),
             coordinator_key=task.coordinator_key,
         )  # fmt: skip
         if plan.private:
@@ -194,7 +202,52 @@ class Site:
             declared_num_patients=self.settings.declared_num_patients,
             declared_num_test=self.settings.declared_num_test,
             ledger_head=self._head(plan),
+            sum_key=None if admission.secure is None else self._sum_signer.public_key().public_bytes_raw().hex(),
         )
+
+    @functools.cached_property
+    def _sum_signer(self) -> Ed25519PrivateKey:
+        """Signs this site's keys for secure sums; who is on no roster makes one up."""
+        return self.settings.roster_key or Ed25519PrivateKey.generate()
+
+    def _secure_updates(self, task: EnrolTask, study: Study) -> SecureUpdates | None:
+        if study.secure_aggregation is None:
+            return None
+        num_values = sum(math.prod(shape) for shape, _ in self._shared_template(study).values())
+        return SecureUpdates(
+            SumForm.of_study(study, num_values), name=self.settings.name, run=task.run, study_hash=study.fingerprint(), signer=self._sum_signer,
+            folder=self.settings.releases_path, largest_norm=study.strategy.largest_update, seed=self._study_seed(study),
+        )  # fmt: skip
+
+    def answer_sum(self, task: SumTask) -> SumReply:
+        """The reply to a stage of a secure sum that takes no update.
+
+        Raises:
+            ProtocolError, SealError: the refusal; or no study with secure aggregation was agreed to here.
+        """
+        if self._admission is None or self._admission.secure is None:
+            raise ProtocolError("secure sum: expected a study with secure aggregation that this site has agreed to, got another")
+        return self._admission.secure.answer(task)
+
+    def train_securely(
+        self, task: SecureTrainTask, parameters: Parameters, control: Parameters | None = None
+    ) -> tuple[SecureTrained, NDArray[np.uint8], Statistics | None]:  # fmt: skip
+        """As `train`, with the update under masks.
+
+        Raises:
+            ProtocolError, SealError: also where the update or the request is not one that may be masked; then nothing leaves, and what was charged stays charged.
+        """
+        admission = self._admitted(task.train)
+        if admission.secure is None:
+            raise ProtocolError("secure sum: expected a study with secure aggregation, got one without")
+        assert admission.study.secure_aggregation is not None
+        declared = self.settings.declared_size if admission.study.strategy.weights == "declared" else 1
+        if task.weight > min(declared, admission.study.secure_aggregation.max_weight):
+            raise ProtocolError(f"secure sum: expected a weight of at most this site's declared size, got {task.weight}")
+        trained, update, statistics = self._trained_on(task.train, parameters, control)
+        model = arrays_digest({**parameters, **_apart(control or {})})
+        masked, payload = admission.secure.mask(task.mask_input, update, task.weight, model=model)
+        return SecureTrained(trained=trained, masked=masked), payload, statistics
 
     def _shared_template(self, study: Study) -> Template:
         personal = personal_names(study.strategy, self._model)
@@ -291,6 +344,13 @@ class Site:
             LedgerError: the ledger was put back to an earlier state since the coordinator saw it.
             NotApprovedError: something would leave without noise, and the study has no more rounds.
         """
+        if self._admitted(task).secure is not None:
+            raise ProtocolError("expected a request for an update under masks, as the study says, got one for an update in the clear")
+        return self._trained_on(task, parameters, control)
+
+    def _trained_on(
+        self, task: TrainTask, parameters: Parameters, control: Parameters | None
+    ) -> tuple[Trained, Parameters, Statistics | None]:  # fmt: skip
         admission = self._admitted(task)
         self._check_not_put_back(admission, task.heads.get(self.settings.name))
         self._count_exact(task, admission, parameters)
@@ -560,7 +620,9 @@ class Site:
 
     def _seed(self, admission: Admission) -> int | None:
         """The seed of a simulation's noise; None where it comes from the operating system."""
-        study = admission.study
+        return self._study_seed(admission.study)
+
+    def _study_seed(self, study: Study) -> int | None:
         return study.seed if self.settings.virtual and study.privacy.noise_source == "seeded" else self.settings.noise_seed
 
     def _evaluation_event(self, study: Study) -> PrivacyEvent | None:

@@ -7,14 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server.aggregation import MAX_WEIGHT
+from server.arrivals import ArrivalGrid, AtWork, ClockedGrid, OpenQuestion, take_open_questions, with_open_questions
 from server.blocks import BlockGrid
 from server.evaluation import add_statistics, check_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import Checkpoint, RunFolder
-from server.strategies.strategy import Answer, FederatedStrategy, Member, failure_reason
+from server.secure_sum import STAGES, SecureSum, Stage
+from server.strategies.dp_fedavg import SiteNoise
+from server.strategies.strategy import Answer, FederatedStrategy, Member, config_of, failure_reason
 from server.witness import Witness
 from shared.errors import (
     BudgetExhaustedError,
@@ -25,6 +29,7 @@ from shared.errors import (
     PolicyRefusedError,
     ProtocolError,
     QuorumLostError,
+    SealError,
     SiteFileError,
     StorageError,
     WardroundError,
@@ -33,7 +38,6 @@ from shared.errors import (
 from shared.kit import installed_version
 from shared.messages import (
     MAX_REASON,
-    MESSAGE,
     PARAMETERS,
     Content,
     Enrolled,
@@ -55,7 +59,10 @@ from shared.personal import personal_names
 from shared.plan import shape_site
 from shared.results import RoundRecord, SitePrivacy, SiteRound
 from shared.schedule import learning_rate_at
-from shared.study import Cyclic, Study
+from shared.secure_sum.messages import AdvertisedKeys, SharedKeys, SumReply, Unmasked
+from shared.secure_sum.setting import SumForm, SumRound, SumSetting, least_threshold
+from shared.site_level import plan_site_level
+from shared.study import Cyclic, FedBuff, Study
 from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
@@ -141,6 +148,9 @@ class Membership(Protocol):
     def name_of(self, node_id: int) -> str:
         """The name of a node's site."""
 
+    def public_key(self, name: str) -> str | None:
+        """A site's long-lived Ed25519 key, hex."""
+
     def declared_size(self, name: str) -> int | None:
         """Training patients of a site, as it declared when it was approved; None where it did not."""
 
@@ -169,6 +179,7 @@ class Coordinator:
         self._asking: dict[int, _Asking] = {}  # by node: those that have not enrolled
         self._nodes: dict[str, int] = {}  # of the enrolled, by name
         self._told = ""
+        self._sum_keys: dict[str, Ed25519PublicKey] = {}  # by site, where updates are aggregated securely
         self._study = study
         self._task = task
         self._noise = planned_noise_std(study, task)
@@ -177,14 +188,32 @@ class Coordinator:
         model = task.model()
         self._architecture = architecture_hash(model)
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        self.site_level = plan_site_level(study)
         self._strategy = FederatedStrategy(
             study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics, noised_statistics=study.noised_statistics,
             personal=personal_names(study.strategy, model), local_steps=study.training.local_steps,
-            learning_rate=lambda number: learning_rate_at(study.training, number, study.rounds.count),
+            learning_rate=lambda number: learning_rate_at(study.training, number, study.rounds.count), site_noise=self._site_noise(trainable),
         )  # fmt: skip
         self._epsilons: dict[str, float] = {}  # by site, as last told
         self._not_counted: dict[str, NotCounted] = {}  # by site, where the last one asked for did not
+        self._open_questions: list[OpenQuestion] = []  # of the checkpoint that a run goes on from: of buffered aggregation
+        self._open_models: dict[int, Parameters] = {}  # by round, what they ask about
         self.history = History()
+
+    def _site_noise(self, trainable: frozenset[str]) -> SiteNoise | None:
+        """Seeded in a simulation alone: where hospitals are real, by a witness or by membership, its key is the operating system's, whatever a study says.
+
+        Frozen parameters and buffers, which no site moves but in a task's `refine`, are left as they are, without noise.
+        """
+        plan, study = self.site_level, self._study
+        if plan is None:
+            return None
+        virtual = self._witness is None and self._membership is None
+        released = trainable if self._task.refine is None else frozenset(self._task.model().state_dict())
+        return SiteNoise(
+            max_norm=plan.max_norm, noise_multiplier=plan.noise_multiplier, released=released,
+            seed=study.seed if virtual and study.privacy.noise_source == "seeded" else None,
+        )  # fmt: skip
 
     def run(self, grid: Grid) -> History:
         """The whole study, from the last checkpoint in the run's folder where there is one.
@@ -296,6 +325,8 @@ class Coordinator:
 
     def _member(self, site: Enrolled) -> Member:
         weight = self._size_of(site) if self._study.strategy.weights == "declared" else 1
+        if self._study.secure_aggregation is not None:
+            weight = min(weight, self._study.secure_aggregation.max_weight)
         steps = shape_site(self._study, self._size_of(site)).shared_steps
         return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT), steps=steps)
 
@@ -325,9 +356,22 @@ class Coordinator:
                 expected = "a name of its own" if taken else f"a declared size of 1 to {MAX_WEIGHT}"
                 self._refuse(node_id, f"{ProtocolError.code} expected {expected}, got another", name=own)
                 return
+            key = self._key_of(content)
+            if self._study.secure_aggregation is not None and key is None:
+                self._refuse(node_id, f"{ProtocolError.code} expected its key for secure sums, as on the roster, got another", name=content.name)
+                return
             self.history.refused.pop(content.name, None)
             self.history.enrolled[content.name] = content
+            if key is not None:
+                self._sum_keys[content.name] = key
             self._nodes[content.name] = node_id
+
+    def _key_of(self, site: Enrolled) -> Ed25519PublicKey | None:
+        """By which its keys for secure sums are verified: in a deployment it is the one that the roster has."""
+        known = None if self._membership is None else self._membership.public_key(site.name)
+        if site.sum_key is None or known not in (None, site.sum_key):
+            return None
+        return Ed25519PublicKey.from_public_bytes(bytes.fromhex(site.sum_key))
 
     def _refuse(self, node_id: int, reason: str, *, name: str | None = None) -> None:
         known = f"node {node_id}" if self._membership is None else self._membership.name_of(node_id)
@@ -336,7 +380,8 @@ class Coordinator:
 
     def _run_fold(self, grid: Grid, start: Checkpoint) -> None:
         fold, first, arrays = start.fold, start.round_number + 1, to_array_record(start.parameters)
-        self._strategy.fold, self._strategy.state = fold, start.state
+        self._strategy.fold = fold
+        self._strategy.state, self._open_questions, self._open_models = take_open_questions(start.state, start.parameters)
         del start
         for number in range(first, self._study.rounds.count + 1):
             arrays = self._run_round(grid, fold, number, arrays)
@@ -348,21 +393,28 @@ class Coordinator:
 
     def _run_round(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> ArrayRecord:
         self._welcome(grid)
-        started = time.monotonic()
+        started, clock = time.monotonic(), _clock_of(grid)
         train = self._train_in_turn if isinstance(self._study.strategy, Cyclic) else self._train_together
+        if isinstance(self._study.strategy, FedBuff):
+            train = self._train_as_they_come
+        if self._study.secure_aggregation is not None:
+            train = self._train_securely
         answers, updated = train(grid, fold, number, arrays)
         self._take_privacy(answers)
         line = self._round_record(fold, number, answers, time.monotonic() - started)
+        if clock is not None:
+            line = line.model_copy(update={"virtual_seconds": ((_clock_of(grid) or 0) - clock) / 1e9})
         self._folder.append_round(line)
         self._note_not_counted(line)
-        self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=from_array_record(updated), state=self._strategy.state))
+        state = with_open_questions(self._strategy.state, self._at_work(grid))
+        self._folder.write_checkpoint(Checkpoint(fold=fold, round_number=number, parameters=from_array_record(updated), state=state))
         self._observe(line)
         return updated
 
     def _train_together(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
         """All that are sampled train on the same model."""
-        record = self._train_task(fold, number, arrays)
-        answers = self._collect(grid, self._strategy.configure_train(number, _arrays(record), _config(record), grid))
+        record = encode(self._train_task(fold, number), parameters=arrays)
+        answers = self._collect(grid, self._strategy.configure_train(number, _arrays(record), config_of(record), grid))
         self._hold_round(number, answers)
         updated, _ = self._strategy.aggregate_train(number, [])
         assert updated is not None
@@ -372,18 +424,144 @@ class Coordinator:
         """Each trains on what the one before it made; one without a usable update is passed over."""
         answers: dict[str, Answer] = {}
         for name in self._strategy.turns(number):
-            record = self._train_task(fold, number, arrays)
-            answers |= self._collect(grid, self._strategy.configure_turn(number, _arrays(record), _config(record), name))
+            record = encode(self._train_task(fold, number), parameters=arrays)
+            answers |= self._collect(grid, self._strategy.configure_turn(number, _arrays(record), config_of(record), name))
             updated, _ = self._strategy.aggregate_train(number, [])
             arrays = arrays if updated is None else updated
         self._hold_round(number, answers)
         return answers, arrays
 
-    def _train_task(self, fold: int, number: int, arrays: ArrayRecord) -> RecordDict:
-        content = TrainTask(
+    def _train_securely(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
+        """All that are sampled train on the same model, and only the sum of their updates is learnt. A sum that fails is begun anew where the study
+        waits for who is missing: a site gives the same update again, and nothing more is charged."""
+        deadline = time.monotonic() + self._study.rounds.deadline_seconds
+        for attempts in reversed(range(MAX_ATTEMPTS if self._study.rounds.on_missing == "wait" else 1)):
+            try:
+                return self._sum_updates(grid, fold, number, arrays, deadline)
+            except (QuorumLostError, ProtocolError) as error:
+                if not attempts or time.monotonic() >= deadline:
+                    raise QuorumLostError(f"round {number}: {error.what}", error.remedy or MEND) from error
+                logger.warning("round %d is begun anew: %s", number, error.what)
+        raise AssertionError("there is a last attempt")
+
+    def _sum_updates(
+        self, grid: Grid, fold: int, number: int, arrays: ArrayRecord, deadline: float
+    ) -> tuple[dict[str, Answer], ArrayRecord]:  # fmt: skip
+        names, task = self._strategy.sampled(number), self._train_task(fold, number)
+        secure = SecureSum(self._sum_setting(task, names, arrays), roster=self._sum_keys)
+        answers = {name: Answer(name=name, status="missing", reason=LATE) for name in names}
+        for stage in STAGES:
+            if stage == Stage.MASK_INPUT:
+                messages = self._strategy.configure_secure(arrays, task, secure)
+                self._strategy.take_replies(grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())))
+                assert self._strategy.round is not None
+                answers |= {name: self._believed(name, answer) for name, answer in self._strategy.round.answers.items()}
+                self._hold_round(number, answers)
+            else:
+                failed = self._ask_stage(grid, secure, deadline)
+                answers |= failed if stage != Stage.UNMASK else {}  # the last stage takes nobody out of the sum
+            secure.close_stage()
+        return answers, self._strategy.aggregate_secure(secure.total)
+
+    def _sum_setting(self, task: TrainTask, names: list[str], arrays: ArrayRecord) -> SumSetting:
+        options, parameters = self._study.secure_aggregation, from_array_record(arrays)
+        assert options is not None
+        personal = personal_names(self._study.strategy, self._task.model())
+        form = SumForm.of_study(self._study, sum(value.size for name, value in parameters.items() if name not in personal))
+        least = least_threshold(len(names))
+        threshold = max(options.threshold or least, least)
+        if len(names) < threshold:
+            raise QuorumLostError(f"secure sum: expected {threshold} sites or more, got {len(names)}", "ask more sites, or lower the threshold")
+        of = SumRound(run=task.run, study_hash=task.study_hash, fold=task.fold, round=task.round)
+        return SumSetting(of=of, sites=tuple(names), threshold=threshold, form=form)
+
+    def _ask_stage(self, grid: Grid, secure: SecureSum, deadline: float) -> dict[str, Answer]:
+        """One stage without an update; who is out with it, and why."""
+        asked = secure.tasks()
+        by_node = {self._nodes[name]: name for name in asked}
+        messages = [Message(encode(task), self._nodes[name], MessageType.QUERY) for name, task in asked.items()]
+        answers = {name: Answer(name=name, status="missing", reason=LATE) for name in asked}
+        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
+            name = by_node.get(reply.metadata.src_node_id)
+            if name is None:
+                continue
+            answer = self._take_stage(name, reply, secure)
+            if answer is None:
+                answers.pop(name, None)
+            elif name in answers:
+                answers[name] = answer
+        return answers
+
+    def _take_stage(self, name: str, reply: Message, secure: SecureSum) -> Answer | None:
+        """None where the reply counts."""
+        if reply.has_error():
+            return Answer(name=name, status="failed", reason=failure_reason(reply))
+        try:
+            content: Content = decode(reply.content, AdvertisedKeys, SharedKeys, Unmasked, Refused)
+            if isinstance(content, Refused):
+                return Answer(name=name, status="refused", reason=plain_text(f"{content.code} {content.reason}"))
+            assert isinstance(content, SumReply)
+            secure.take(name, content)
+        except (ProtocolError, SealError) as error:
+            return Answer(name=name, status="failed", reason=f"{error.code} {error.what}")
+        return None
+
+    def _train_as_they_come(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
+        """Who is idle trains on this model; the round ends with the last update that the buffer takes, and who is at work then works on.
+
+        A site has the study's deadline from when it was asked. When nobody is at work any more the round ends too, and the quorum decides.
+        """
+        arriving, deadline = _arriving(grid), self._study.rounds.deadline_seconds
+        self._ask_once_more(arriving, fold)
+        record = encode(self._train_task(fold, number), parameters=arrays)
+        messages = self._strategy.configure_work(number, _arrays(record), config_of(record), self._strategy.idle(number))
+        asked = {message.metadata.dst_node_id: message for message in messages}
+        left = dict.fromkeys(asked, MAX_ATTEMPTS - 1 if self._study.rounds.on_missing == "wait" else 0)
+        arriving.ask(messages, seconds=deadline)
+        for reply in arriving.arrivals():
+            node_id, answer = reply.metadata.src_node_id, self._strategy.take_arrival(reply)
+            del reply  # before the next one is fetched
+            if self._strategy.is_full:
+                break
+            if answer is not None and answer.status == "failed" and left.get(node_id, 0) > 0:
+                left[node_id] -= 1
+                self._strategy.reopen(answer.name)
+                arriving.ask([asked[node_id]], seconds=deadline)
+        answers = self._answers_so_far(arriving)
+        self._hold_round(number, {name: answer for name, answer in answers.items() if answer.status != "at work"})
+        updated, _ = self._strategy.aggregate_train(number, [])
+        assert updated is not None
+        return answers, updated
+
+    def _ask_once_more(self, grid: ArrivalGrid, fold: int) -> None:
+        """Of a run that is resumed: who was at work at the checkpoint is asked the same again, and has done as much of it where that is known."""
+        for number, model in sorted(self._open_models.items()):
+            begun = {question.name: question.nanoseconds for question in self._open_questions if question.round_number == number}
+            record = encode(self._train_task(fold, number), parameters=to_array_record(model))
+            messages = self._strategy.configure_work(number, _arrays(record), config_of(record), sorted(begun))
+            nodes = {self._nodes[name]: nanoseconds for name, nanoseconds in begun.items() if name in self._nodes}
+            grid.ask(messages, seconds=self._study.rounds.deadline_seconds, begun=nodes)
+        self._open_questions, self._open_models = [], {}
+
+    def _answers_so_far(self, grid: ArrivalGrid) -> dict[str, Answer]:
+        """What came in this round; "missing" are those whose time was over in it, and "at work" who has time left."""
+        assert self._strategy.round is not None
+        answers = {name: self._believed(name, answer) for name, answer in self._strategy.round.answers.items()}
+        late = self._strategy.forget_all_but(grid.at_work())
+        answers |= {name: Answer(name=name, status="missing", reason=LATE) for name in late}
+        return answers | {name: Answer(name=name, status="at work") for name in self._strategy.at_work}
+
+    def _at_work(self, grid: Grid) -> dict[str, tuple[int, AtWork]]:
+        """By site, the round in which it was asked what it has not answered yet, and the question."""
+        if not self._strategy.at_work:
+            return {}
+        working = _arriving(grid).at_work()
+        return {name: (question.number, working[self._nodes[name]]) for name, question in self._strategy.at_work.items()}
+
+    def _train_task(self, fold: int, number: int) -> TrainTask:
+        return TrainTask(
             run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads(), not_counted=self._told_sites()
         )  # fmt: skip
-        return encode(content, parameters=arrays)
 
     def _hold_round(self, number: int, answers: dict[str, Answer]) -> None:
         num_usable = sum(answer.status == "ok" for answer in answers.values())
@@ -401,7 +579,7 @@ class Coordinator:
         for site in record.sites:
             if site.status in ("failed", "missing") and site.reason is not None:
                 self._not_counted[site.name] = NotCounted(fold=record.fold, round=record.round, reason=site.reason[:MAX_REASON])
-            elif site.status != "not asked":
+            elif site.status not in ("not asked", "at work"):
                 self._not_counted.pop(site.name, None)
 
     def _told_sites(self) -> dict[str, NotCounted]:
@@ -470,10 +648,12 @@ class Coordinator:
     def _hold_rule(self, num_usable: int, *, what: str) -> None:
         """Return where the strategy's own promise holds with so many updates."""
         strategy = self._study.strategy
+        if isinstance(strategy, FedBuff) and self._study.rounds.require != "all":
+            return  # the study itself says how much of a buffer is enough
         if num_usable < strategy.least_updates:
             raise QuorumLostError(
                 f"{what}: strategy {strategy.name} needs at least {strategy.least_updates} usable updates, got {num_usable}",
-                "ask more sites, or let the strategy tolerate fewer bad ones",
+                "ask more sites, or let the strategy need fewer (tolerated, buffer_size)",
             )
 
     def _round_record(self, fold: int, number: int, answers: dict[str, Answer], seconds: float) -> RoundRecord:
@@ -481,7 +661,7 @@ class Coordinator:
             name: Answer(name=name, status="missing" if reason == LATE else "refused", reason=reason) for name, reason in self.history.refused.items()
         }
         everyone = {**{name: Answer(name=name, status="not asked") for name in self.history.enrolled}, **refused, **answers}
-        total = add_statistics(answer.statistics for _, answer in sorted(answers.items()))
+        total = add_statistics(answer.statistics for _, answer in sorted(answers.items()) if not answer.staleness)  # else of an older model
         evaluation = evaluate(
             self._task,
             total,
@@ -498,6 +678,7 @@ class Coordinator:
             metrics=evaluation.metrics,
             metrics_ci95=evaluation.ci95,
             seconds=seconds,
+            site_level_epsilon=None if self.site_level is None else self.site_level.epsilon_after((fold - 1) * self._study.rounds.count + number),
         )
 
     def _site_round(self, name: str, answer: Answer) -> SiteRound:
@@ -511,6 +692,7 @@ class Coordinator:
             num_test=self._num_test(name, answer),
             metrics=metrics,
             epsilon=self._epsilons.get(name),
+            staleness=answer.staleness,
         )
 
     def _num_test(self, name: str, answer: Answer) -> int | None:
@@ -522,11 +704,14 @@ class Coordinator:
 
     def _close_fold(self, grid: Grid, fold: int, parameters: Parameters) -> dict[str, Statistics]:
         number = self._study.rounds.count
+        if isinstance(self._study.strategy, FedBuff):  # at a site, the closing question makes stale what it is still at work on
+            _arriving(grid).dismiss()
+            self._strategy.forget_all_but(())
         content = EvaluateTask(
             run=self._folder.name, study_hash=self._study.fingerprint(), round=number, fold=fold, heads=self._heads(), not_counted=self._told_sites()
         )  # fmt: skip
         record = encode(content, parameters=parameters)
-        messages = self._strategy.configure_evaluate(number, _arrays(record), _config(record), grid)
+        messages = self._strategy.configure_evaluate(number, _arrays(record), config_of(record), grid)
         answers = self._collect(grid, messages)
         self._take_privacy(answers)
         for name, reason in sorted(_reasons(answers).items()):
@@ -562,10 +747,17 @@ def _arrays(record: RecordDict) -> ArrayRecord:
     return arrays
 
 
-def _config(record: RecordDict) -> ConfigRecord:
-    config = record[MESSAGE]
-    assert isinstance(config, ConfigRecord)
-    return config
+def _arriving(grid: Grid) -> ArrivalGrid:
+    if not isinstance(grid, ArrivalGrid):
+        raise ConfigurationError(
+            "strategy fedbuff: expected an engine that hands over answers as they come, got one that waits for all", "choose another strategy here"
+        )
+    return grid
+
+
+def _clock_of(grid: Grid) -> int | None:
+    """Nanoseconds, where the grid has a clock of its own."""
+    return grid.virtual_nanoseconds if isinstance(grid, ClockedGrid) else None
 
 
 def _sites(number: int) -> str:

@@ -67,6 +67,10 @@ class LiveRoster:
         """Training patients of a site that may take part now, as the roster has it; None where it declared none."""
         return next((site.declared_size for site in self.active() if site.name == name), None)
 
+    def public_key(self, name: str) -> str | None:
+        """What the daemon of a site that may take part now signs with, hex."""
+        return next((site.signing_key for site in self.active() if site.name == name), None)
+
     def remember(self, nodes: dict[str, int]) -> None:
         """Durably take these as the node ids by node key."""
         if nodes != self._nodes:

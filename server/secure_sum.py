@@ -70,6 +70,9 @@ class SumResult:
 class SecureSum:
     """One round, from the first request to the sum.
 
+    Attributes:
+        model: digest of what the sites are to train on, as they find it themselves; set before the last stage.
+
     Args:
         setting: what is summed, of whom, above which threshold.
         roster: the sites' long-lived Ed25519 keys.
@@ -95,6 +98,7 @@ class SecureSum:
         self._self_masks: dict[str, dict[int, bytes]] = {}  # shares by owner and the holder's number
         self._mask_keys: dict[str, dict[int, bytes]] = {}
         self._total: SumResult | None = None
+        self.model = ""
 
     @property
     def stage(self) -> Stage:
@@ -124,7 +128,8 @@ class SecureSum:
     def _task(self, name: str) -> SumTask:
         of = self._setting.of
         if self._stage == Stage.ADVERTISE_KEYS:
-            return AdvertiseKeysTask(of=of, sites=self._setting.sites, threshold=self._setting.threshold)
+            roster = {site: self._roster[site].public_bytes_raw().hex() for site in self._setting.sites}
+            return AdvertiseKeysTask(of=of, sites=self._setting.sites, threshold=self._setting.threshold, roster=roster)
         if self._stage == Stage.SHARE_KEYS:
             keys = tuple(self._keys[other] for other in self._neighbours[name])
             return ShareKeysTask(of=of, sites=self._asked, graph_seed=self._seed.hex(), keys=keys)
@@ -246,7 +251,7 @@ class SecureSum:
             pairs = PairKeys(setting, name, private)
             for other in self._neighbours[name]:
                 if other in inside:  # it added the mask where it comes first, and subtracted it where it does not
-                    (minus if other < name else plus).append(pairs.mask(other, self._keys[other].mask_key))
+                    (minus if other < name else plus).append(pairs.mask(other, self._keys[other].mask_key, self.model))
         add_masks(self._sum, plus=plus, minus=minus)
         values, weight = setting.encoding.decode(self._sum, num_summed=len(inside))
         return SumResult(values=values, weight=weight, sites=self._survivors)

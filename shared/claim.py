@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from shared.errors import ConfigurationError
 from shared.privacy import PrivacyEvent, epsilon_of
 from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy, StartedFrom
+from shared.site_claim import ACCOUNTANTS as SITE_LEVEL_ACCOUNTANTS
+from shared.site_claim import site_level_claim
 from shared.study import PERSONAL, FedDyn, QFedAvg, Scaffold, Study
 from shared.whole_promise import rounded_up, start_sentence
 
@@ -40,6 +42,10 @@ NOT_COVERED = [
 ]
 WARM_START = "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, if by any. {start}"
 OWN_ALONE = "This is said of this run's own updates alone, and not of the model that it started with. {start} {statement}"
+SECURE = (
+    "secure aggregation (SecAgg+): the coordinator follows the protocol, and learns sums of updates over more than half of the sites that began, and no "
+    "single one; the promise above holds without this. A malicious site is outside this model: what it puts into a sum is checked by its own code alone"
+)
 EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
     "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
@@ -57,6 +63,15 @@ def privacy_claim(
         started_from: the model of another run that it started with, which it says nothing for; the statement begins with that.
     """
     warm = [] if started_from is None else [WARM_START.format(start=start_sentence(started_from))]
+    whole_sites = None if privacy.site_level is None else site_level_claim(study, privacy.site_level, seeded=privacy.seeded_noise)
+    if not study.private and whole_sites is not None:
+        return PrivacyClaim(
+            unit="site", neighbouring_relation=whole_sites.neighbouring_relation, mechanism=whole_sites.mechanism, sampling=whole_sites.sampling,
+            composition=whole_sites.composition, protects=whole_sites.protects,
+            statement=whole_sites.statement if started_from is None else _of_own_alone(started_from, whole_sites.statement),
+            covered=whole_sites.covered, not_covered=[*warm, *whole_sites.not_covered], assumed=whole_sites.assumed,
+            accountants=SITE_LEVEL_ACCOUNTANTS, sites={}, site_level=whole_sites, started_from=started_from, versions=versions,
+        )  # fmt: skip
     if not study.private:
         return PrivacyClaim(
             unit="none", neighbouring_relation=None, mechanism=None, sampling=None, composition=None, protects=False,
@@ -66,7 +81,7 @@ def privacy_claim(
         )  # fmt: skip
     unit = study.privacy.unit
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
-    assumed = [NOISE[privacy.seeded_noise], *ASSUMED]
+    assumed = [NOISE[privacy.seeded_noise], *ASSUMED, *([SECURE] if study.secure_aggregation is not None else [])]
     statement = _statement(study, privacy, federation)
     return PrivacyClaim(
         unit=unit,
@@ -74,7 +89,7 @@ def privacy_claim(
         mechanism=MECHANISM.format(clip=study.privacy.max_grad_norm),
         sampling=SAMPLING.format(unit=unit, records=RECORDS.get((unit, study.privacy.records_per_patient), "")),
         composition=COMPOSITION,
-        statement=statement if started_from is None else OWN_ALONE.format(start=start_sentence(started_from), statement=statement),
+        statement=statement if started_from is None else _of_own_alone(started_from, statement),
         protects=not privacy.seeded_noise,
         covered=_covered(study) if privacy.sites else [],
         not_covered=[*warm, *_not_covered(study, privacy)],
@@ -84,10 +99,15 @@ def privacy_claim(
         accountants=ACCOUNTANTS,
         sites={name: _site_claim(spent, declared_sizes[name], seeded=privacy.seeded_noise) for name, spent in privacy.sites.items()},
         federation=federation,
+        site_level=whole_sites,
         evaluation_epsilon=study.privacy.evaluation_epsilon,
         started_from=started_from,
         versions=versions,
     )
+
+
+def _of_own_alone(start: StartedFrom, statement: str) -> str:
+    return OWN_ALONE.format(start=start_sentence(start), statement=statement)
 
 
 def across_sites(sites: Mapping[str, SitePrivacy], *, overlap: bool) -> FederationClaim | None:

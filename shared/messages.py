@@ -1,6 +1,6 @@
 """Every message between coordinator and site, and how it rides in Flower's records.
 
-A message is a pydantic model (JSON in one ConfigRecord field) and up to three groups of named arrays. What does not decode to exactly the
+A message is a pydantic model (JSON in one ConfigRecord field) and up to four groups of named arrays. What does not decode to exactly the
 declared keys, shapes, dtypes and finite values is a `ProtocolError`; nothing else of Flower's types passes further in.
 """
 
@@ -24,13 +24,15 @@ JSON = "json"
 PARAMETERS = "parameters"
 STATISTICS = "statistics"
 CONTROL = "control"
-GROUPS = (PARAMETERS, STATISTICS, CONTROL)  # of named arrays
+MASKED = "masked"
+GROUPS = (PARAMETERS, STATISTICS, CONTROL, MASKED)  # of named arrays
 MAX_LOSS = 1e9
 MAX_JSON_BYTES = 1_000_000
 MAX_NAME = 200  # characters of the name of a site, run or study
 MAX_NUMBER = 2**31  # of a round or fold
 MAX_REASON = 300  # characters of a refusal
 NPY = "numpy.ndarray"  # Flower's name for data in .npy format
+BYTES = "bytes"  # of an array that is bytes as they are
 NPY_PREFIX = 10  # magic, version and header length, in bytes
 
 Statistics = dict[str, NDArray[np.float64]]
@@ -80,6 +82,7 @@ class Enrolled(Content):
     declared_num_patients: int = Field(le=MAX_NUMBER)
     declared_num_test: int = Field(le=MAX_NUMBER)
     ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    sum_key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="its Ed25519 key, where the study aggregates securely")
 
 
 class NotCounted(Content):
@@ -184,13 +187,18 @@ def plain_text(told: str) -> str:
     return "".join(character if character.isprintable() else " " for character in told)
 
 
-def encode(content: Content, *, parameters: Parameters | ArrayRecord | None = None, statistics: Statistics | None = None) -> RecordDict:
+def encode(
+    content: Content, *, parameters: Parameters | ArrayRecord | None = None, statistics: Statistics | None = None,
+    masked: NDArray[np.uint8] | None = None,
+) -> RecordDict:  # fmt: skip
     """Flower records of a message; parameters that are a record already are not copied."""
     record = RecordDict({MESSAGE: ConfigRecord({JSON: content.model_dump_json()})})
     if parameters is not None:
         record[PARAMETERS] = parameters if isinstance(parameters, ArrayRecord) else to_array_record(parameters)
     if statistics is not None:
         record[STATISTICS] = to_array_record(statistics)
+    if masked is not None:
+        record[MASKED] = ArrayRecord({MASKED: Array(dtype="uint8", shape=masked.shape, stype=BYTES, data=masked.tobytes())})
     return record
 
 
@@ -204,11 +212,11 @@ def decode(record: RecordDict, *expected: type[ContentT]) -> ContentT:
     fields = record.get(MESSAGE)
     text = fields.get(JSON) if isinstance(fields, ConfigRecord) else None
     if unknown or not isinstance(fields, ConfigRecord) or set(fields) != {JSON} or not isinstance(text, str):
-        raise ProtocolError("expected the records message, parameters, statistics and control with one JSON text, got others")
+        raise ProtocolError("expected the records message, parameters, statistics, control and masked with one JSON text, got others")
     if len(text) > MAX_JSON_BYTES:
         raise ProtocolError(f"expected a message of at most {MAX_JSON_BYTES} characters, got {len(text)}")
     for kind in expected:
-        if f'"kind":"{kind.model_fields["kind"].default}"' in text[:200]:
+        if text.startswith(f'{{"kind":"{kind.model_fields["kind"].default}"'):
             try:
                 return kind.model_validate_json(text)
             except ValidationError as error:
@@ -244,6 +252,19 @@ def decode_control(record: RecordDict, template: Template) -> Parameters:
     arrays = _arrays(record, CONTROL)
     check_parameters(arrays, template)
     return arrays
+
+
+def decode_masked(record: RecordDict) -> NDArray[np.uint8]:
+    """The masked update that rides as `masked`, `(length,)`.
+
+    Raises:
+        ProtocolError: there is none, or other bytes than it declares.
+    """
+    group = record.get(MASKED)
+    array = group.get(MASKED) if isinstance(group, ArrayRecord) and len(group) == 1 else None
+    if array is None or array.stype != BYTES or array.dtype != "uint8" or tuple(array.shape) != (len(array.data),):
+        raise ProtocolError("expected a masked update in plain bytes, got none")
+    return np.frombuffer(array.data, dtype=np.uint8)
 
 
 def decode_statistics(record: RecordDict, shapes: dict[str, tuple[int, ...]], *, signed: bool) -> Statistics | None:

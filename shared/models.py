@@ -1,6 +1,7 @@
 """Models as both sides build them, and parameters as they cross the wire: a dict of NumPy arrays in the order of the state."""
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -85,6 +86,15 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, NDArray[np.generic
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(torch.from_numpy(np.array(parameters[name])))
+
+
+def arrays_digest(arrays: Mapping[str, NDArray[np.floating]]) -> str:
+    """SHA-256 (hex) over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in arrays.items():
+        digest.update(f"{name}\n{value.dtype.str}{value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 Template = dict[str, tuple[tuple[int, ...], str]]

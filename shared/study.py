@@ -311,12 +311,28 @@ class Cyclic(_StrategyOptions):
     weights: Literal["equal"] = Field(default="equal", description="each site's update is taken whole")
 
 
+class FedBuff(_StrategyOptions):
+    """Nguyen et al. 2022: a round ends as soon as enough updates are there; who is still at work works on, and counts later, for less."""
+
+    name: Literal["fedbuff"]
+    weights: Literal["equal"] = Field(default="equal", description="sites count alike, but for the age of the model that they trained")
+    buffer_size: int = Field(default=3, ge=1, description="updates of a round, at which the server steps")
+    server_learning_rate: Positive = 1.0
+    largest_staleness: int = Field(default=20, ge=0, description="rounds since the model that an update was trained on; an older one is refused")
+
+    @property
+    def least_updates(self) -> int:
+        """The buffer is full."""
+        return self.buffer_size
+
+
 PERSONAL = (FedBN, FedPer, FedRep, Ditto, Apfl, FineTuning)  # a site is judged by a model of its own
 PARTIAL = (FedBN, FedPer, FedRep)  # part of which is all that it shares
+SUMS_ALONE = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi, Scaffold, FedDyn, *PERSONAL)  # a weighted mean of updates is all they need
 Strategy = Annotated[
     FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi
     | CoordinateMedian | TrimmedMean | Krum | MultiKrum | Bulyan | GeometricMedian | NormBounding
-    | QFedAvg | FedNova | Scaffold | FedDyn | FedBN | FedPer | FedRep | Ditto | Apfl | FineTuning | Cyclic,
+    | QFedAvg | FedNova | Scaffold | FedDyn | FedBN | FedPer | FedRep | Ditto | Apfl | FineTuning | Cyclic | FedBuff,
     Field(discriminator="name"),
 ]  # fmt: skip
 
@@ -324,7 +340,9 @@ Strategy = Annotated[
 class Privacy(Settings):
     """The promise a study asks every site to keep. The site's policy can only make it stricter."""
 
-    unit: Literal["patient", "record", "none"] = "patient"
+    unit: Literal["patient", "record", "site", "none"] = Field(
+        default="patient", description="'site': whole sites, by the coordinator's noise and against everybody but the coordinator"
+    )
     epsilon: Real | None = Field(default=None, gt=0, le=100, description="the whole study's budget at each site; above 100 promises nothing")
     noise_multiplier: Real | None = Field(default=None, ge=MIN_NOISE_MULTIPLIER, le=1e6, description="instead of epsilon")
     delta: Real | None = Field(default=None, gt=0, lt=0.1, description="omitted: min(1e-4, 1/(10 x smallest declared size))")
@@ -337,6 +355,13 @@ class Privacy(Settings):
         description="the test patients' budget: statistics leave a site once, with noise, with the final model; omitted: exact, every round",
     )
     patients_overlap: bool = Field(default=False, description="whether a patient may be known to several sites; if so, their promises are composed")
+    max_site_norm: Real | None = Field(
+        default=None, ge=1e-6, le=1e6, description="of a promise to whole sites: S, the L2 norm to which the coordinator clips each site's update"
+    )
+    site_epsilon: Real | None = Field(
+        default=None, gt=0, le=100, description="beside a promise to patients or records, one to whole sites: its budget over the whole study"
+    )
+    site_delta: Real | None = Field(default=None, gt=0, lt=0.1, description="of site_epsilon; omitted: min(1e-3, 1/(10 x sites))")
     noise_source: Literal["seeded", "os"] = Field(default="seeded", description="simulation only; a site's own ledger takes 'os' always")
     records_per_patient: Literal["one", "all"] = Field(
         default="one", description="of unit 'patient', in a step: one record, drawn anew, or the mean gradient of all, clipped as one"
@@ -361,6 +386,33 @@ class Privacy(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_sites(self) -> Self:
+        if self.unit == "site" and self.evaluation_epsilon is not None:
+            raise ValueError("unit 'site' promises nothing to single patients, so expected no evaluation_epsilon; remove it")
+        if self.unit in ("site", "none") and (self.site_epsilon is not None or self.site_delta is not None):
+            remedy = "give epsilon and delta, which are for sites then" if self.unit == "site" else "use unit = 'site'"
+            raise ValueError(f"site_epsilon and site_delta stand beside a promise to patients or records, got unit {self.unit!r}; {remedy}")
+        if self.site_epsilon is None and self.site_delta is not None:
+            raise ValueError("expected site_epsilon with site_delta, got none; give it, or remove site_delta")
+        wanted = self.unit == "site" or self.site_epsilon is not None
+        if wanted and self.max_site_norm is None:
+            raise ValueError(
+                "a promise to whole sites: expected max_site_norm, the L2 norm to which a site's update is clipped, got none; "
+                "about what an update usually comes to is a place to begin"
+            )
+        if not wanted and self.max_site_norm is not None:
+            raise ValueError("expected unit 'site' or site_epsilon with max_site_norm, got neither; give one, or remove max_site_norm")
+        return self
+
+
+class SecureAggregation(Settings):
+    """The coordinator learns sums of updates, and no single one: SecAgg+ (Bell et al. 2020)."""
+
+    threshold: int | None = Field(default=None, ge=3, description="fewest sites in a sum; omitted, and at least: more than half of those asked, never under 3")
+    max_value: Positive = Field(default=10.0, description="of an entry of an update; what is beyond is clipped to it, at the site")
+    max_weight: int = Field(default=10_000, ge=1, le=10_000_000, description="a larger declared size counts as this many patients")
+
 
 class Evaluation(Settings):
     """How the study is judged."""
@@ -380,6 +432,9 @@ class Federation(Settings):
     min_patients: int = Field(default=10, ge=2, description="least number of patients at a site")
     min_per_class: int = Field(default=1, ge=0, description="least number of patients of each class at a site, where that is possible")
     num_patients: int | None = Field(default=None, ge=2, description="of a synthetic cohort, all sites together")
+    slowness: Real = Field(
+        default=0.0, ge=0, le=5, description="sigma of the sites' log-normal virtual seconds for a training, with median 1; 0: all alike"
+    )
 
     @model_validator(mode="after")
     def _check_partition(self) -> Self:
@@ -431,6 +486,7 @@ class Study(Settings):
     training: Training = Training()
     strategy: Strategy = FedAvg()
     privacy: Privacy
+    secure_aggregation: SecureAggregation | None = Field(default=None, description="an empty table is enough")
     evaluation: Evaluation = Evaluation()
     federation: Federation = Federation()
     faults: Faults | None = Field(default=None, description="bad sites, in a simulation only; no real site takes part in a study with some")
@@ -454,6 +510,46 @@ class Study(Settings):
             raise ValueError(
                 "strategy 'scaffold' divides by the steps of a round: expected training.local_steps, which sites and coordinator know alike, "
                 "got local_epochs; give local_steps"
+            )
+        if isinstance(self.strategy, FedBuff) and self.rounds.require != "all" and self.rounds.require > self.strategy.buffer_size:
+            raise ValueError(
+                f"strategy 'fedbuff' ends a round with strategy.buffer_size updates: expected at least rounds.require, {self.rounds.require}, "
+                f"got {self.strategy.buffer_size}; raise buffer_size, or lower require"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_secure_aggregation(self) -> Self:
+        if self.secure_aggregation is None:
+            return self
+        if not isinstance(self.strategy, SUMS_ALONE):
+            raise ValueError(
+                f"secure_aggregation with strategy {self.strategy.name!r}, which looks at single updates: expected one that needs only their mean, "
+                f"such as 'fedavg'; choose one, or remove [secure_aggregation]"
+            )
+        if self.faults is not None:
+            raise ValueError("secure_aggregation with [faults]: expected no faults, for nobody sees the update that they spoil; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_site_level(self) -> Self:
+        if not self.site_level:
+            return self
+        name = self.strategy.name
+        if not isinstance(self.strategy, SUMS_ALONE):
+            raise ValueError(
+                f"strategy {name!r} with a promise to whole sites: expected a strategy of which the coordinator needs the mean alone, for the promise is "
+                f"that of a noised sum of clipped updates; {name!r} looks at single ones, weighs them, or moves the model by one at a time; use 'fedavg'"
+            )
+        if self.strategy.weights != "equal":
+            raise ValueError(
+                f"strategy.weights: expected 'equal' with a promise to whole sites, for a site's part in the sum must not grow with its size, "
+                f"got {self.strategy.weights!r}; set it"
+            )
+        if self.secure_aggregation is not None:
+            raise ValueError(
+                "secure_aggregation with a promise to whole sites: expected one of the two, for the coordinator clips every update to max_site_norm, and under masks "
+                "it sees none; remove [secure_aggregation], or max_site_norm"
             )
         return self
 
@@ -493,7 +589,7 @@ class Study(Settings):
         """A study with these keys changed: `study.replace(seed=8, privacy={"epsilon": 1.0})`; tables are merged.
 
         Setting `epsilon`, `noise_multiplier` or `unit = "none"` takes the place of the other two, and "none" of `evaluation_epsilon`;
-        setting `sites` alone turns a natural partition into an iid one.
+        setting `sites` alone turns a natural partition into an iid one. Another unit than before drops the promise to whole sites, or that to patients.
         """
         return Study.from_table(merge_tables(self.to_table(), changes), source="study")
 
@@ -517,8 +613,13 @@ class Study(Settings):
 
     @property
     def private(self) -> bool:
-        """True when the study asks for differential privacy."""
-        return self.privacy.unit != "none"
+        """True when the study asks every site to train with differential privacy, for its patients or records."""
+        return self.privacy.unit in ("patient", "record")
+
+    @property
+    def site_level(self) -> bool:
+        """True when the coordinator's noise makes a promise to whole sites, alone or beside the sites' own."""
+        return self.privacy.max_site_norm is not None
 
     @property
     def noised_statistics(self) -> bool:
@@ -559,9 +660,12 @@ def _without_rival_sites(old: Mapping[str, object], change: Mapping[str, object]
 
 
 def _without_rival_budgets(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
-    rivals = {"epsilon", "noise_multiplier"}
+    rivals, unit = {"epsilon", "noise_multiplier"}, change.get("unit", old.get("unit"))
+    of_sites = {"max_site_norm", "site_epsilon", "site_delta"}
+    if unit != old.get("unit", "patient") and "site" in (unit, old.get("unit")):
+        old = {key: value for key, value in old.items() if key not in rivals | of_sites | {"delta", "evaluation_epsilon"}}
     if change.get("unit") == "none" or rivals & change.keys():
-        dropped = rivals | {"evaluation_epsilon"} if change.get("unit") == "none" else rivals
+        dropped = rivals | of_sites | {"evaluation_epsilon"} if change.get("unit") == "none" else rivals
         kept = {key: value for key, value in old.items() if key not in dropped}
         if kept.get("unit") == "none" and "unit" not in change:
             kept["unit"] = "patient"

@@ -18,6 +18,7 @@ from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.privacy import default_delta_of_sites
 from shared.results import SiteSummary
 from shared.schema import TableSchema
+from shared.site_level import resolve_site_delta
 from shared.study import Study
 from shared.task import Task
 from simulations.partitioners import partition_cohort
@@ -85,7 +86,12 @@ def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
 
 
 def resolve_delta(study: Study, declared_sizes: list[int]) -> Study:
-    """The study with its delta filled in from declared sizes, where it asks for privacy and leaves delta out."""
+    """The study with its deltas filled in from declared sizes and the number of sites, where it asks for privacy and leaves them out.
+
+    Raises:
+        ConfigurationError: the delta of a promise to whole sites is too large for so many.
+    """
+    study = resolve_site_delta(study, len(declared_sizes))
     if not study.private or study.privacy.delta is not None:
         return study
     return study.replace(privacy={"delta": default_delta_of_sites(declared_sizes)})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid
 
 from client.app import client_app
 from client.policy import refuse_faults
@@ -27,6 +28,7 @@ from shared.personal import personal_names
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord, SubgroupResult
 from shared.root_log import root_log_unchanged
+from shared.secure_sum.setting import MIN_THRESHOLD
 from shared.study import PERSONAL, Study
 from shared.task import resolve_task
 from simulations.baselines import run_baselines
@@ -40,6 +42,7 @@ from simulations.one_thread import one_thread
 from simulations.setting import Setting
 from simulations.site_files import site_files
 from simulations.subgroups import evaluate_subgroups
+from simulations.timed_grid import with_clock
 
 if TYPE_CHECKING:  # Ray is an extra
     from simulations.blocks.ray_workers import RayWorkers
@@ -66,7 +69,7 @@ def prepare(study: Study, data: Path | None) -> Setting:
         check_quorum(study, len(real))
         sizes = [site.settings.declared_size for site in real.values()]
         resolved = resolve_delta(study, sizes)
-        if resolved.private:
+        if resolved.private or resolved.site_level:
             resolved = resolved.replace(privacy={"noise_source": "os"})  # a hospital's noise is never seeded, whatever a study says
         return Setting(study=resolved, task=task, federation=None, real=real)
     federation = virtual_federation(task, study, data)
@@ -88,10 +91,14 @@ def check_quorum(study: Study, num_sites: int) -> None:
             f"rounds.require: expected at most the number of sites, {num_sites}, got {study.rounds.require}", "lower it, or use 'all'"
         )
     asked = num_asked(num_sites, study.strategy.fraction)
+    if study.secure_aggregation is not None and asked < (needed := max(MIN_THRESHOLD, study.secure_aggregation.threshold or 0)):
+        raise ConfigurationError(
+            f"secure_aggregation: expected at least {needed} sites asked in a round, got {asked}", "ask more sites, or lower secure_aggregation.threshold"
+        )
     if asked < study.strategy.least_updates:
         raise ConfigurationError(
             f"strategy {study.strategy.name}: expected at least {study.strategy.least_updates} sites asked in a round, got {asked}",
-            "ask more sites, or let the strategy tolerate fewer bad ones",
+            "ask more sites, or let the strategy need fewer (tolerated, buffer_size)",
         )
 
 
@@ -215,7 +222,10 @@ def describe(setting: Setting) -> str:
     study = setting.study
     privacy = study.privacy
     budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise multiplier {privacy.noise_multiplier}"
-    promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if privacy.delta is not None and study.private else "no privacy"
+    promised = privacy.delta is not None and privacy.unit != "none"
+    promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if promised else "no privacy"
+    if privacy.site_epsilon is not None:
+        promise += f", and epsilon {privacy.site_epsilon:g} for each site at delta {privacy.site_delta:g}"
     patients = "synthetic patients" if setting.federation is not None and setting.federation.synthetic else "patients"
     return f"{study.name}: task {setting.task.name} ({patients}), {len(setting.site_names)} sites, {study.rounds.count} rounds, {study.strategy.name}, {promise}"
 
@@ -225,14 +235,19 @@ def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting
     ordered = {name: sites[name] for name in sorted(sites)}
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
     if choice.in_process:
-        server_app(coordinator)(with_faults(InProcessGrid(app, ordered), setting.study, list(ordered)), context)
+        server_app(coordinator)(_wrapped(InProcessGrid(app, ordered), setting, list(ordered)), context)
         return
     engine = BlockEngine(
         app, ordered, setting.task, setting.study, block_size=choice.block_size, stacked=choice.blocks, make_workers=_workers(choice),
         device=choice.device,
     )  # fmt: skip
     with contextlib.closing(engine):
-        server_app(coordinator)(with_faults(engine, setting.study, list(ordered)), context)
+        server_app(coordinator)(_wrapped(engine, setting, list(ordered)), context)
+
+
+def _wrapped(grid: Grid, setting: Setting, names: list[str]) -> Grid:
+    """The grid with the faults and the clock that the study asks for."""
+    return with_clock(with_faults(grid, setting.study, names), setting.study, names, virtual=setting.federation is not None)
 
 
 def _workers(choice: Choice) -> MakeWorkers | None:

@@ -7,8 +7,8 @@ reply is judged, added to a running sum and dropped; its weight is the size that
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -20,12 +20,15 @@ from server.aggregation import Aggregator, ExactMean, blocks
 from server.blocks import Block
 from server.kept_updates import KeptUpdates
 from server.sampler import sample_sites
+from server.secure_sum import SecureSum, SumResult
 from server.strategies.bulyan import Bulyan
 from server.strategies.coordinate_median import coordinate_median
+from server.strategies.dp_fedavg import NoisedMean, SiteNoise
 from server.strategies.fedadagrad import fedadagrad
 from server.strategies.fedadam import fedadam
 from server.strategies.fedavg import FedAvg
 from server.strategies.fedavgm import FedAvgM
+from server.strategies.fedbuff import Buffer, FedBuff
 from server.strategies.feddyn import FedDyn
 from server.strategies.fednova import NormalisedMean
 from server.strategies.fedyogi import fedyogi
@@ -44,19 +47,24 @@ from shared.messages import (
     JSON,
     MESSAGE,
     PARAMETERS,
+    Content,
     Evaluated,
     Refused,
     Statistics,
     Trained,
+    TrainTask,
     decode,
+    decode_masked,
     decode_parameters,
     decode_statistics,
+    encode,
     from_array_record,
     plain_text,
     to_array_record,
 )
-from shared.models import Parameters, Template, check_parameters, template_of
+from shared.models import Parameters, Template, arrays_digest, check_parameters, template_of
 from shared.results import SitePrivacy, Status
+from shared.secure_sum.messages import MaskInputTask, SecureTrained, SecureTrainTask
 from shared.seeding import derive
 
 logger = logging.getLogger(__name__)
@@ -87,6 +95,25 @@ class Answer:
     statistics: Statistics | None = None
     privacy: SitePrivacy | None = None
     ledger_head: str | None = None
+    staleness: int | None = None  # of fedbuff: rounds since the model that was asked about was the newest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What the sites were asked, as far as an answer is judged by it.
+
+    Attributes:
+        origin: run and study hash of the task, which a reply must name.
+        template: of the parameters that are shared.
+        norm: L2 norm of the model.
+    """
+
+    number: int
+    fold: int
+    origin: tuple[object, object]
+    training: bool
+    template: Template
+    norm: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,17 +121,16 @@ class Round:
     """What is known of the round under way; made anew by `configure_train` and `configure_evaluate`.
 
     Attributes:
-        origin: run and study hash of the task, which a reply must name.
+        secure: takes the updates, under masks, in place of `mean`.
     """
 
-    number: int
-    fold: int
-    origin: tuple[object, object]
-    training: bool
+    question: Question
     parameters: Parameters
     asked: dict[str, Member]
     mean: Aggregator
     losses: dict[str, float] = field(default_factory=dict)
+    secure: SecureSum | None = None
+    staleness: dict[str, int] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
@@ -118,6 +144,8 @@ def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = No
             return FedDyn(strategy)
         case options.FedAvgM():
             return FedAvgM(strategy)
+        case options.FedBuff():
+            return FedBuff(strategy)
         case options.FedAdagrad():
             return fedadagrad(strategy)
         case options.FedAdam():
@@ -129,7 +157,8 @@ def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = No
 
 
 def aggregator(
-    strategy: options.Strategy, *, steps: Mapping[str, int] = NONE, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0
+    strategy: options.Strategy, *, steps: Mapping[str, int] = NONE, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0,
+    staleness: Mapping[str, int] = NONE,
 ) -> Aggregator:  # fmt: skip
     """What takes the updates of a round, and makes one of them.
 
@@ -137,8 +166,11 @@ def aggregator(
         steps: of a round, by site.
         losses: by site, where the strategy asks for them; each is there before the update is added.
         learning_rate: of the sites in this round.
+        staleness: by site, where the strategy takes what comes late; as `losses`.
     """
     match strategy:
+        case options.FedBuff():
+            return Buffer(strategy, staleness=staleness)
         case options.FedNova():
             return NormalisedMean(steps)
         case options.QFedAvg():
@@ -171,6 +203,7 @@ class FederatedStrategy(Strategy):
         personal: names of the parameters that stay at the sites: they are not sent, and are as they were in the model that comes out.
         local_steps: of a round at every site, where the study fixes them.
         learning_rate: of the sites, by round.
+        site_noise: of a promise to whole sites; the mean of updates is then `NoisedMean`'s.
     """
 
     def __init__(
@@ -184,10 +217,12 @@ class FederatedStrategy(Strategy):
         personal: frozenset[str] = frozenset(),
         local_steps: int | None = None,
         learning_rate: Callable[[int], float] = lambda number: 1.0,
+        site_noise: SiteNoise | None = None,
     ) -> None:
         self._options = strategy
         self._personal = personal
         self._learning_rate = learning_rate
+        self._site_noise = site_noise
         self._optimizer = server_optimizer(strategy, local_steps=local_steps)
         self._seed = seed
         self._trainable = trainable
@@ -197,6 +232,7 @@ class FederatedStrategy(Strategy):
         self.state: State = {}
         self.fold = 1
         self.round: Round | None = None
+        self.at_work: dict[str, Question] = {}  # of fedbuff: by site, what it has not answered yet, of whichever round
 
     def set_members(self, members: Iterable[Member]) -> None:
         """The sites that enrolled."""
@@ -204,18 +240,70 @@ class FederatedStrategy(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """One message for each sampled site, all sharing one record."""
-        names = sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
-        return self._configure(server_round, arrays, config, MessageType.TRAIN, names)
+        return self._configure(server_round, arrays, config, MessageType.TRAIN, self._sampled(server_round))
+
+    def _sampled(self, server_round: int) -> list[str]:
+        return sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+
+    def sampled(self, server_round: int) -> list[str]:
+        """Names of the sites of a round, in order."""
+        return sorted(
+            sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+        )
+
+    def configure_secure(self, arrays: ArrayRecord, task: TrainTask, secure: SecureSum) -> list[Message]:
+        """A message of its own for each site that is in the sum so far: who its neighbours are differs, the parameters are shared."""
+        [record, *_] = [message.content for message in self._configure(task.round, arrays, config_of(encode(task)), MessageType.TRAIN, list(secure.asked))]
+        current, asked = self._current(), secure.tasks()
+        current.secure = secure
+        sent, control = (from_array_record(record[key]) if key in record else {} for key in (PARAMETERS, CONTROL))  # type: ignore[arg-type]
+        secure.model = arrays_digest({**sent, **{f"{CONTROL} {name}": value for name, value in control.items()}})
+        messages = []
+        for name, member in current.asked.items():
+            mask_input = asked[name]
+            assert isinstance(mask_input, MaskInputTask)
+            own = config_of(encode(SecureTrainTask(train=task, mask_input=mask_input, weight=member.weight)))
+            messages.append(Message(RecordDict({**record, MESSAGE: own}), member.node_id, MessageType.TRAIN, group_id=str(task.round)))
+        return messages
 
     def turns(self, server_round: int) -> list[str]:
         """The sampled sites one after another, in an order that depends on (seed, fold, round) alone: for cyclic weight transfer."""
-        names = sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+        names = self._sampled(server_round)
         rng = np.random.default_rng(derive(self._seed, "turns", self.fold, server_round))
         return [names[place] for place in rng.permutation(len(names))]
 
     def configure_turn(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, name: str) -> list[Message]:
         """The message for the site whose turn it is."""
         return self._configure(server_round, arrays, config, MessageType.TRAIN, [name])
+
+    def idle(self, server_round: int) -> list[str]:
+        """The sampled sites that are not at work: for buffered aggregation."""
+        return [name for name in self._sampled(server_round) if name not in self.at_work]
+
+    def configure_work(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, names: Iterable[str]) -> list[Message]:
+        """The messages for these sites, which are at work from now on; who is not enrolled is left out."""
+        messages = self._configure(server_round, arrays, config, MessageType.TRAIN, [name for name in names if name in self._members])
+        self.at_work |= dict.fromkeys(self._current().asked, self._current().question)
+        return messages
+
+    def reopen(self, name: str) -> None:
+        """The site's answer of this round is forgotten, and it is at work again: it is asked the same once more."""
+        current = self._current()
+        del current.answers[name]
+        self.at_work[name] = current.question
+
+    def forget_all_but(self, nodes: Container[int]) -> list[str]:
+        """Who is at work elsewhere than at these nodes is so no more; their names."""
+        gone = [name for name in self.at_work if self._members[name].node_id not in nodes]
+        for name in gone:
+            del self.at_work[name]
+        return gone
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the buffer of this round takes no more."""
+        assert isinstance(self._options, options.FedBuff)
+        return self._current().mean.total_weight >= self._options.buffer_size
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """One message for every site."""
@@ -225,12 +313,18 @@ class FederatedStrategy(Strategy):
         asked = {name: self._members[name] for name in names}
         parameters = from_array_record(arrays)
         training = message_type == MessageType.TRAIN
-        told, losses, steps = json.loads(str(config[JSON])), dict[str, float](), {name: member.steps for name, member in asked.items()}
-        mean = aggregator(self._options, steps=steps, losses=losses, learning_rate=self._learning_rate(number))
-        origin = (told.get("run"), told.get("study_hash"))
-        self.round = Round(
-            number=number, fold=self.fold, origin=origin, training=training, parameters=parameters, asked=asked, mean=mean, losses=losses
-        )
+        told, steps = json.loads(str(config[JSON])), {name: member.steps for name, member in asked.items()}
+        losses, staleness = dict[str, float](), dict[str, int]()
+        mean: Aggregator
+        if self._site_noise is None:
+            mean = aggregator(self._options, steps=steps, losses=losses, learning_rate=self._learning_rate(number), staleness=staleness)
+        else:
+            mean = NoisedMean(self._site_noise, num_asked=len(asked), fold=self.fold, round_number=number)
+        question = Question(
+            number=number, fold=self.fold, origin=(told.get("run"), told.get("study_hash")), training=training,
+            template=template_of({name: parameters[name] for name in self._shared(parameters)}), norm=norm(parameters),
+        )  # fmt: skip
+        self.round = Round(question=question, parameters=parameters, asked=asked, mean=mean, losses=losses, staleness=staleness)
         shared = arrays if not self._personal else to_array_record({name: parameters[name] for name in self._shared(parameters)})
         record = RecordDict({MESSAGE: config, PARAMETERS: shared})
         control = self.state.get(SERVER_CONTROL, {})
@@ -248,14 +342,29 @@ class FederatedStrategy(Strategy):
                 continue
             member = by_node.get(reply.metadata.src_node_id)
             if member is not None and member.name not in current.answers:
-                current.answers[member.name] = self._judge(reply, member, current)
+                current.answers[member.name] = self._judge(reply, member, current, current.question)
             del reply  # before the next one is fetched
 
-    def _judge(self, reply: Message, member: Member, current: Round) -> Answer:
+    def take_arrival(self, reply: Message) -> Answer | None:
+        """Judge the reply of a site at work by what that site was asked, however long ago; an update goes into this round's buffer.
+
+        None where nobody who is at work sent it: a second reply, say.
+        """
+        current, node_id = self._current(), reply.metadata.src_node_id
+        member = next((self._members[name] for name in self.at_work if self._members[name].node_id == node_id), None)
+        if member is None:
+            return None
+        question = self.at_work.pop(member.name)
+        staleness = current.staleness[member.name] = current.question.number - question.number
+        answer = replace(self._judge(reply, member, current, question), staleness=staleness)
+        current.answers[member.name] = answer
+        return answer
+
+    def _judge(self, reply: Message, member: Member, current: Round, question: Question) -> Answer:
         if reply.has_error():
             return Answer(name=member.name, status="failed", reason=failure_reason(reply))
         try:
-            return self._accept(reply.content, member, current)
+            return self._accept(reply.content, member, current, question)
         except ProtocolError as error:
             return _failed(member, error)
         except Exception:  # the border of the coordinator: bytes that break their reader cost this site its round, and nobody else anything
@@ -265,15 +374,14 @@ class FederatedStrategy(Strategy):
     def _take_block(self, block: Block, by_node: Mapping[int, Member], current: Round) -> None:
         """Judge the sites of a block, each as it would be judged alone."""
         members = [by_node[node_id] for node_id in block.node_ids]
-        of_model = norm(current.parameters)
         judged: dict[int, Answer] = {}
         for row, (member, reply, statistics) in enumerate(zip(members, block.replies, block.statistics, strict=True)):
             if isinstance(reply, Refused):
                 judged[row] = Answer(name=member.name, status="refused", reason=f"{reply.code} {reply.reason}")
                 continue
             try:
-                _check_asked(reply, member, current)
-                self._check_norm(_row_norm(block, row), of_model)
+                _check_asked(reply, member, current.question)
+                self._check_norm(_row_norm(block, row), current.question.norm)
             except ProtocolError as error:
                 judged[row] = _failed(member, error)
                 continue
@@ -288,23 +396,30 @@ class FederatedStrategy(Strategy):
                 judged[row] = _failed(members[row], refusal)
         current.answers.update({answer.name: answer for answer in judged.values()})
 
-    def _accept(self, record: RecordDict, member: Member, current: Round) -> Answer:
-        content = decode(record, Trained if current.training else Evaluated, Refused)
+    def _accept(self, record: RecordDict, member: Member, current: Round, question: Question) -> Answer:
+        kind: type[Content] = Evaluated if not question.training else Trained if current.secure is None else SecureTrained
+        content = decode(record, kind, Refused)
         if isinstance(content, Refused):
             return Answer(name=member.name, status="refused", reason=plain_text(f"{content.code} {content.reason}"))
+        masked = None
+        if isinstance(content, SecureTrained):
+            masked, content = content.masked, content.trained
         assert isinstance(content, Trained | Evaluated)
-        _check_asked(content, member, current)
+        _check_asked(content, member, question)
         _check_privacy(content.privacy)
         statistics = decode_statistics(record, self._statistics, signed=self._noised_statistics)
-        if statistics is not None and self._noised_statistics and current.training:
+        if statistics is not None and self._noised_statistics and question.training:
             raise ProtocolError("expected noised statistics with the closing evaluation alone, got some with an update")
         _check_statistics(statistics or {})
-        if current.training:
-            update = decode_parameters(record, self._template(current))
+        if masked is not None:
+            assert current.secure is not None
+            current.secure.take(member.name, masked, decode_masked(record))
+        elif question.training:
+            update = decode_parameters(record, question.template)
             assert isinstance(content, Trained)
             if content.loss is not None:
                 current.losses[member.name] = content.loss
-            self._check_norm(norm(update), norm(current.parameters))
+            self._check_norm(norm(update), question.norm)
             current.mean.add(update, member.weight, site=member.name)
         withheld = None if content.withheld is None else plain_text(content.withheld)
         return Answer(name=member.name, status="ok", reason=withheld, statistics=statistics, privacy=content.privacy, ledger_head=content.ledger_head)
@@ -324,20 +439,37 @@ class FederatedStrategy(Strategy):
     def _shared(self, parameters: Parameters) -> list[str]:
         return [name for name in parameters if name not in self._personal]
 
-    def _template(self, current: Round) -> Template:
-        return template_of({name: current.parameters[name] for name in self._shared(current.parameters)})
-
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The next model from the updates taken so far and in `replies`; None where there is none. Metrics come from `round.answers`."""
         self.take_replies(replies)
         current = self._current()
         if current.mean.total_weight == 0:
             return None, None
-        share = current.mean.total_weight / max(1, sum(member.weight for member in self._members.values()))
+        weight = current.mean.total_weight
         mean, current.mean = current.mean.take_mean(), ExactMean()  # the sum is not needed any more, and larger than the model
-        taken = Taken(share=share, learning_rate=self._learning_rate(current.number))
+        return self._moved_by(mean, weight, current), None
+
+    def aggregate_secure(self, total: SumResult) -> ArrayRecord:
+        """The next model from a secure sum.
+
+        Raises:
+            ProtocolError: its weight is not that of the sites in it.
+        """
+        current = self._current()
+        expected = sum(current.asked[name].weight for name in total.sites)
+        if total.weight != expected:
+            raise ProtocolError(f"secure sum: expected a weight of {expected} for the sites in it, got {total.weight}")
+        flat, mean, start = total.mean(), {}, 0
+        for name, (shape, _) in current.question.template.items():
+            end = start + math.prod(shape)
+            mean[name], start = flat[start:end].reshape(shape), end
+        return self._moved_by(mean, total.weight, current)
+
+    def _moved_by(self, mean: FloatArrays, weight: int, current: Round) -> ArrayRecord:
+        share = weight / max(1, sum(member.weight for member in self._members.values()))
+        taken = Taken(share=share, learning_rate=self._learning_rate(current.question.number))
         self.state, parameters = self._apply(mean, current.parameters, taken)
-        return to_array_record(parameters), None
+        return to_array_record(parameters)
 
     def _apply(self, mean: FloatArrays, parameters: Parameters, taken: Taken) -> tuple[State, Parameters]:
         state, change = self._optimizer.step(self.state, {name: value for name, value in mean.items() if name in self._trainable}, taken)
@@ -360,6 +492,13 @@ class FederatedStrategy(Strategy):
     def _current(self) -> Round:
         assert self.round is not None, "configure_* comes before aggregate_*"
         return self.round
+
+
+def config_of(record: RecordDict) -> ConfigRecord:
+    """The text of a message."""
+    config = record[MESSAGE]
+    assert isinstance(config, ConfigRecord)
+    return config
 
 
 def norm(arrays: Parameters) -> float:
@@ -389,15 +528,15 @@ def _row_norm(block: Block, row: int) -> float:
     return length
 
 
-def _check_asked(content: Trained | Evaluated, member: Member, current: Round) -> None:
+def _check_asked(content: Trained | Evaluated, member: Member, question: Question) -> None:
     """Return where this is the answer to what was asked.
 
     Raises:
         ProtocolError: it is another site's, or one to another round, run or study.
     """
-    if (content.name, content.round, content.fold) != (member.name, current.number, current.fold):
+    if (content.name, content.round, content.fold) != (member.name, question.number, question.fold):
         raise ProtocolError("expected a reply for this site and round, got one for another")
-    if (content.run, content.study_hash) != current.origin:
+    if (content.run, content.study_hash) != question.origin:
         raise ProtocolError("expected a reply for this run and study, got one for another")
 
 

@@ -80,13 +80,13 @@ class PairKeys:
         self._site = site
         self._private = X25519PrivateKey.from_private_bytes(private)
 
-    def mask(self, other: str, public: str) -> bytes:
-        """The key of the mask between the two, the same at both.
+    def mask(self, other: str, public: str, model: str) -> bytes:
+        """The key of the mask between the two, the same at both where both trained on the model with this digest.
 
         Raises:
             ProtocolError: `public` (hex) is no key that anything could be agreed with.
         """
-        return self._derive(other, public, "mask", *sorted((self._site, other)))
+        return self._derive(other, public, "mask", *sorted((self._site, other)), model)
 
     def shares(self, other: str, public: str, *, sender: str) -> bytes:
         """The key of the shares that `sender`, one of the two, seals to the other.

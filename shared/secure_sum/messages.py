@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from shared.messages import Content, Name
+from shared.messages import Content, Name, Trained, TrainTask
 from shared.secure_sum.setting import MAX_SITES, MIN_THRESHOLD, SumRound
 from shared.secure_sum.sharing import SHARE_BYTES
 
@@ -42,11 +42,12 @@ class SumReply(SumMessage):
 
 
 class AdvertiseKeysTask(SumMessage):
-    """A sum begins, of these sites, and says nothing unless `threshold` of them are in it."""
+    """A sum begins, of these sites, and says nothing unless `threshold` of them are in it. `roster`: their long-lived Ed25519 keys."""
 
     kind: Literal["advertise-keys"] = "advertise-keys"
     sites: Sites
     threshold: Annotated[int, Field(ge=MIN_THRESHOLD, le=MAX_SITES)]
+    roster: dict[Name, Hex32] = Field(default_factory=dict, max_length=MAX_SITES)
 
 
 class AdvertisedKeys(SumReply):
@@ -107,6 +108,23 @@ class Unmasked(SumReply):
         return f"Unmasked(name={self.name!r}, of={self.of!r})"  # shares are key material
 
     __str__ = __repr__
+
+
+class SecureTrainTask(Content):
+    """Train, and send the update under masks, with this weight."""
+
+    kind: Literal["secure-train"] = "secure-train"
+    train: TrainTask
+    mask_input: MaskInputTask
+    weight: Annotated[int, Field(ge=1)]
+
+
+class SecureTrained(Content):
+    """As an update in the clear is told of; the masked one rides beside this."""
+
+    kind: Literal["secure-trained"] = "secure-trained"
+    trained: Trained
+    masked: MaskedInput
 
 
 SumTask = AdvertiseKeysTask | ShareKeysTask | MaskInputTask | UnmaskTask

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from shared.errors import ConfigurationError, ProtocolError
 from shared.secure_sum.masks import Words, stream_words
 
-LEAST_LEVELS = 2**20  # a step of a millionth of the largest product
+LEAST_LEVELS = 2**24  # a step of a sixteen-millionth of the largest product
 MOST_LEVELS = 2**52  # whole numbers that float64 has, with room to round
 MOST_BYTES = 8
 EXTRA_WORDS = 2  # weight and count

@@ -18,6 +18,9 @@ What is promised, where X25519, HKDF-SHA256, ChaCha20, ChaCha20-Poly1305 and Ed2
   attack on the protocol, but the reason for a threshold.
 - *An active server that substitutes keys or replays* is refused: keys are signed over run, study, fold, round, the sites that began, threshold,
   encoding, stage and the site's name.
+- *An active server that sends sites different models* (Pasquini, Francati, Ateniese 2022, "Eluding Secure Aggregation in Federated Learning via Model
+  Inconsistency") gets no sum: masks are drawn from keys that depend on the model that a site trained on, so they cancel between sites with the same
+  one alone.
 - *An active server that lies about who dropped out*: a site answers one list of survivors a round, and gives one kind of share a neighbour. With a
   complete graph and c colluding sites, both secrets of one honest site need 2t shares of at most n + c there are, so none is unmasked alone as long as
   c < 2t - n (n = 2t - 1: c = 0; t = 2n/3: c < n/3). *Not* promised against it: that the sum it learns, telling different sites different lists, has
@@ -35,6 +38,7 @@ from dataclasses import dataclass
 from shared.errors import ConfigurationError
 from shared.messages import Content, Name, Number
 from shared.secure_sum.quantisation import FixedPoint
+from shared.study import Study
 
 MIN_THRESHOLD = 3  # of two sites, each knows the other's input from the sum
 MAX_SITES = 1000
@@ -62,6 +66,13 @@ class SumForm:
     num_values: int
     max_value: float
     max_weight: int
+
+    @classmethod
+    def of_study(cls, study: Study, num_values: int) -> "SumForm":
+        """Of updates with so many values in a study that aggregates securely; where sites count alike, no digit is left to weights."""
+        options = study.secure_aggregation
+        assert options is not None
+        return cls(num_values=num_values, max_value=options.max_value, max_weight=options.max_weight if study.strategy.weights == "declared" else 1)
 
 
 class SumRound(Content):

@@ -38,6 +38,11 @@ class Victim:
             raise ConfigurationError("attack: expected virtual sites, got site files of real ones", "attack a simulation of the same study")
         if study.faults is not None:
             raise ConfigurationError("attack: expected a study without faults, got one with some", "remove [faults]")
+        if study.secure_aggregation is not None:
+            raise ConfigurationError(
+                "attack: expected a study that aggregates in the clear, got one with [secure_aggregation]",
+                "attack the study without it: what it learns of a sum is no more than what it learns of an update",
+            )
         if isinstance(study.strategy, PERSONAL):
             raise ConfigurationError(
                 f"attack: expected a strategy with one model for all sites, got {study.strategy.name}", "attack the study under fedavg"

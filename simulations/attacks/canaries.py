@@ -54,6 +54,7 @@ from simulations.one_thread import one_thread
 from simulations.setting import Setting
 from simulations.simulate import prepare
 from simulations.site_files import site_files
+from simulations.timed_grid import with_clock
 
 CanaryKind = Literal["gradient", "record"]
 Score = Callable[[Parameters, Parameters], NDArray[np.float64]]  # (sent to the site, its update) -> (m,), high where a canary seems to be in
@@ -301,7 +302,8 @@ def run_with_canaries(setting: Setting, canaries: Canaries, inside: BoolArray, *
         coordinator = Coordinator(setting.study, canaries.task, folder)
         app = client_app(lambda context: sites[str(context.node_config["site"])])
         context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
-        server_app(coordinator)(CuriousGrid(app, sorted(sites), watched=site, tell=tell), context)
+        grid = CuriousGrid(app, sorted(sites), watched=site, tell=tell)
+        server_app(coordinator)(with_clock(grid, setting.study, sorted(sites)), context)
     if not steps:
         raise ProtocolError(f"site {site}: expected updates to attack, got none: it was never selected", "use more rounds, or select all sites")
     return Watched(scores=scores, privacy=coordinator.history.privacy.get(site), steps=steps)

@@ -44,6 +44,7 @@ from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.one_thread import one_thread
 from simulations.setting import Setting
 from simulations.simulate import start_run
+from simulations.timed_grid import with_clock
 
 Method = Literal["label flip", "scaled update", "sign flip", "backdoor"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
@@ -218,9 +219,11 @@ def _attack_strategy(poisoning: _Poisoning, name: str, methods: Sequence[Method]
 
 
 def under(study: Study, name: str, *, num_turned: int) -> Study:
-    """The study under the strategy of this name: its own as it is, another with default options, told how many sites are bad."""
+    """The study under the strategy of this name: its own as it is, another with default options, told how many sites are bad, or its quorum."""
     if study.strategy.name == name:
         return study
+    if name == "fedbuff" and study.rounds.require != "all":
+        return study.replace(strategy={"name": name, "buffer_size": study.rounds.require})
     asked = study.replace(strategy={"name": name})
     return asked.replace(strategy={"name": name, "tolerated": num_turned}) if hasattr(asked.strategy, "tolerated") else asked
 
@@ -292,7 +295,7 @@ def _train(poisoning: _Poisoning, study: Study, method: Method | None) -> Parame
         faults = _faults(sites, setting, poisoning.turned, method)
         try:
             coordinator = Coordinator(study, setting.task, folder)
-            _run(coordinator, sites, faults)
+            _run(coordinator, sites, faults, study)
         except QuorumLostError:
             if method is None:
                 raise
@@ -313,8 +316,9 @@ def _faults(sites: dict[str, Site], setting: Setting, turned: frozenset[str], me
     return dict.fromkeys(sorted(turned), Faults(kind="scaled", factor=replacing_factor(weights, turned)))
 
 
-def _run(coordinator: Coordinator, sites: dict[str, Site], faults: dict[str, Faults]) -> None:
+def _run(coordinator: Coordinator, sites: dict[str, Site], faults: dict[str, Faults], study: Study) -> None:
     """The two apps over the in-process grid, one site after another."""
     app = client_app(lambda context: sites[str(context.node_config["site"])])
     context = Context(run_id=RUN_ID, node_id=SERVER_NODE_ID, node_config={}, state=RecordDict(), run_config={})
-    server_app(coordinator)(FaultyGrid(InProcessGrid(app, sorted(sites)), faults, sorted(sites), seed=0), context)
+    grid = FaultyGrid(InProcessGrid(app, sorted(sites)), faults, sorted(sites), seed=0)
+    server_app(coordinator)(with_clock(grid, study, sorted(sites)), context)

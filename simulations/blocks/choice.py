@@ -12,7 +12,7 @@ from torch import nn
 from shared.errors import ConfigurationError
 from shared.models import initial_parameters, set_parameters
 from shared.plan import shape_site
-from shared.study import PERSONAL, Cyclic, FedDyn, QFedAvg, Scaffold, Study
+from shared.study import PERSONAL, Cyclic, FedBuff, FedDyn, QFedAvg, Scaffold, Study
 from shared.task import Task
 from simulations.blocks.layers import NotStackableError
 from simulations.blocks.stacked import StackedModel
@@ -29,7 +29,7 @@ MANY_SITE_ROUNDS, MANY_SLOW_SITE_ROUNDS = 10_000, 500  # from there on several p
 SITES_A_JOB = 4  # that a process trains one after another before it is asked again
 NUM_PROBE_PATIENTS = 6
 TOLERANCE = 1e-4
-SITE_BY_SITE = (*PERSONAL, Scaffold, FedDyn, QFedAvg, Cyclic)  # strategies with a part at each site that is not FedAvg's
+SITE_BY_SITE = (*PERSONAL, Scaffold, FedDyn, QFedAvg, Cyclic, FedBuff)  # strategies with a part at each site that is not FedAvg's, or an order
 COPIES = 12  # of a site's parameters while it trains: itself, gradient, noise, optimizer, temporaries
 
 
@@ -63,8 +63,8 @@ class Choice:
             raise ConfigurationError(
                 "--engine ray: expected virtual sites with seeded noise, got others, which no other machine may see", "leave it out"
             )
-        if isinstance(setting.study.strategy, SITE_BY_SITE):
-            raise ConfigurationError(f"--engine ray: expected another strategy, got {_own_part(setting.study)}", "leave it out")
+        if one_by_one(setting.study):
+            raise ConfigurationError(f"--engine ray: expected a study whose sites are trained together, got {_own_part(setting.study)}", "leave it out")
         return replace(self, engine="ray", ray_address=address, num_workers=processes or 0)
 
     @property
@@ -138,7 +138,7 @@ def _block_size(setting: Setting, memory: int, *, cached: bool = True) -> int:
         raise NotStackableError("every real site answers for itself")
     if _noise_of_its_own(study):
         raise NotStackableError("noise from the operating system is kept site by site")
-    if isinstance(study.strategy, SITE_BY_SITE):
+    if one_by_one(study):
         raise NotStackableError(_own_part(study))
     sizes = [cohort.num_patients for cohort in setting.federation.cohorts.values()]
     if len(sizes) < 2:
@@ -158,7 +158,7 @@ def _block_size(setting: Setting, memory: int, *, cached: bool = True) -> int:
 
 def _num_workers(setting: Setting, processes: int | None, many: int) -> int:
     """One for each core where training takes far longer than their start; none where one process is enough, or a site keeps what no other may see."""
-    if setting.federation is None or _noise_of_its_own(setting.study) or isinstance(setting.study.strategy, SITE_BY_SITE):
+    if setting.federation is None or _noise_of_its_own(setting.study) or one_by_one(setting.study):
         return 0
     if processes is not None:
         return processes if processes > 1 else 0
@@ -167,8 +167,16 @@ def _num_workers(setting: Setting, processes: int | None, many: int) -> int:
     return cores if cores > 1 and len(setting.site_names) * rounds >= many else 0
 
 
+def one_by_one(study: Study) -> bool:
+    """Whether each site must answer for itself."""
+    return isinstance(study.strategy, SITE_BY_SITE) or study.secure_aggregation is not None
+
+
 def _own_part(study: Study) -> str:
-    return f"strategy {study.strategy.name}, which has a part of its own at each site"
+    if study.secure_aggregation is not None:
+        return "secure aggregation, where each site masks its update"
+    own = "whose sites train at times of their own" if isinstance(study.strategy, FedBuff) else "which has a part of its own at each site"
+    return f"strategy {study.strategy.name}, {own}"
 
 
 def _noise_of_its_own(study: Study) -> bool:

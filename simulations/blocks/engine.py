@@ -15,12 +15,11 @@ from typing import Protocol
 from flwr.app import Message, MessageType
 from flwr.clientapp import ClientApp
 
-from client.releases import arrays_digest
 from client.site import BegunRound, Site
 from server.blocks import Block
 from shared.errors import WardroundError, describe_exception
 from shared.messages import MAX_REASON, Refused, Trained, TrainTask, decode, decode_parameters
-from shared.models import Parameters
+from shared.models import Parameters, arrays_digest
 from shared.study import Study
 from shared.task import Task
 from simulations.blocks.patients import Patients

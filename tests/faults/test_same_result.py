@@ -23,8 +23,13 @@ def federation(seeded: Federation) -> Federation:
     return seeded
 
 
-def test_a_deployment_equals_the_in_process_engine_bit_for_bit(federation: Federation, tmp_path: Path) -> None:
-    run = federation.submit(asked := study(rounds={"count": 3, "require": "all"}))
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"strategy": {"name": "scaffold"}, "training": {"local_steps": 3}}, {"strategy": {"name": "ditto"}}, {"secure_aggregation": {}}],
+    ids=["fedavg", "scaffold", "ditto", "secure"],
+)
+def test_a_deployment_equals_the_in_process_engine_bit_for_bit(federation: Federation, tmp_path: Path, changes: dict[str, object]) -> None:
+    run = federation.submit(asked := study(rounds={"count": 3, "require": "all"}, **changes))
     federation.finished(run)
     task = resolve_task(asked.task)
     sites = {}

@@ -556,15 +556,60 @@ def test_a_site_gives_one_share_a_neighbour_and_unmasks_once() -> None:
     assert set(reply.self_masks) == set(SURVIVORS) and set(reply.mask_keys) == {"s005"}
     for survivors in (SURVIVORS, federation.names, ("s000", "s001", "s002", "s005")):
         refused(lambda survivors=survivors: site.unmask(UnmaskTask(of=OF, survivors=survivors)), "under way")
-    begin = AdvertiseKeysTask(of=OF, sites=federation.names, threshold=4)
-    refused(lambda: site.advertise_keys(begin), "after the last that it unmasked")
-    refused(lambda: site.advertise_keys(begin.model_copy(update={"of": OF.model_copy(update={"round": 0})})), "after the last")
+    begin = next(iter(SecureSum(federation.setting, roster=federation.roster).tasks().values()))
+    earlier = begin.model_copy(update={"of": OF.model_copy(update={"round": 0})})
+    refused(lambda: site.advertise_keys(earlier), "the last round that it unmasked, or a later one")
     restarted = SumSite(
-        "s000", FORM, run="r", study_hash="h", sign=federation.signers["s000"].sign, roster=federation.roster, unmasked=site.last_unmasked
-    )
-    refused(lambda: restarted.advertise_keys(begin), "after the last")
+        "s000", FORM, run="r", study_hash="h", sign=federation.signers["s000"].sign, roster=federation.roster, unmasked=site.last_unmasked,
+        survivors=SURVIVORS, last_input=site.last_input,
+    )  # fmt: skip
+    refused(lambda: restarted.advertise_keys(earlier), "the last round that it unmasked, or a later one")
     refused(lambda: restarted.unmask(task), "under way")
     assert restarted.advertise_keys(begin.model_copy(update={"of": OF.model_copy(update={"round": 2})})).name == "s000"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_round_is_unmasked_again_for_the_same_sites_and_inputs_alone(restart: bool) -> None:
+    """Else the difference of the two sums would be one site's input, or its change."""
+    first, out = Federation(6, 4), {Stage.MASK_INPUT: frozenset({"s005"})}
+    first.until(Stage.DONE, out)
+    of_first = first.server.total
+
+    def again(out: dict[Stage, frozenset[str]], stage: Stage) -> Federation:
+        other = Federation(6, 4)
+        for name, site in first.sites.items():
+            state = {} if name == "s005" else {"unmasked": site.last_unmasked, "survivors": SURVIVORS, "last_input": site.last_input}
+            restarted = SumSite(name, FORM, run="r", study_hash="h", sign=first.signers[name].sign, roster=first.roster, **state)
+            other.sites[name] = restarted if restart else site
+        other.until(stage, out)
+        return other
+
+    everyone = again({}, Stage.UNMASK)
+    refused(lambda: everyone.sites["s000"].unmask(everyone.server.tasks()["s000"]), "the survivors for whom this round was unmasked before")
+    changed = again(out, Stage.MASK_INPUT)
+    task, site, values, weight = changed.server.tasks()["s000"], changed.sites["s000"], first.values["s000"], first.weight("s000")
+    refused(lambda: site.mask_input(task, values * 0.5, weight), "the input of this round")
+    refused(lambda: site.mask_input(task, values, weight + 1), "the input of this round")
+    refused(lambda: site.mask_input(task, values, weight, model="another"), "the input of this round")
+    same = again(out, Stage.DONE)
+    assert same.server.total.sites == of_first.sites
+    np.testing.assert_allclose(same.server.total.values, of_first.values, atol=2 * same.setting.encoding.largest_error(5))
+
+
+def test_sites_that_were_sent_different_models_have_no_sum() -> None:
+    """Pasquini et al. 2022: a server that gives one site another model would learn from the sum what that one alone did."""
+    federation = Federation(5, 3)
+    federation.until(Stage.MASK_INPUT)
+    tasks = federation.server.tasks()
+    for name, task in tasks.items():
+        reply, payload = federation.sites[name].mask_input(task, federation.values[name], federation.weight(name), model="b" if name == "s002" else "a")
+        federation.server.take(name, reply, payload)
+    federation.server.model = "a"
+    federation.server.close_stage()
+    for name, task in federation.server.tasks().items():
+        federation.server.take(name, federation.sites[name].unmask(task))
+    with pytest.raises(ProtocolError, match="expected a sum over 5 sites, got words that are none"):
+        federation.server.close_stage()
 
 
 def test_a_server_that_lies_about_who_stayed_restores_one_secret_of_a_site_at_most() -> None:

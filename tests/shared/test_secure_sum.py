@@ -300,12 +300,12 @@ def test_two_sites_agree_on_keys_that_differ_by_purpose_and_direction() -> None:
     mine, theirs = RoundSecrets.draw(draw), RoundSecrets.draw(draw)
     here, there = PairKeys(SETTING, "a", mine.mask_key), PairKeys(SETTING, "b", theirs.mask_key)
     of_here, of_there = public_key(mine.mask_key).hex(), public_key(theirs.mask_key).hex()
-    keys = [here.mask("b", of_there), here.shares("b", of_there, sender="a"), here.shares("b", of_there, sender="b")]
-    assert keys == [there.mask("a", of_here), there.shares("a", of_here, sender="a"), there.shares("a", of_here, sender="b")]
+    keys = [here.mask("b", of_there, "m"), here.shares("b", of_there, sender="a"), here.shares("b", of_there, sender="b")]
+    assert keys == [there.mask("a", of_here, "m"), there.shares("a", of_here, sender="a"), there.shares("a", of_here, sender="b")]
     elsewhere = PairKeys(replace(SETTING, of=OF.model_copy(update={"round": 2})), "a", mine.mask_key)
-    assert len({*keys, elsewhere.mask("b", of_there)}) == 4
+    assert len({*keys, elsewhere.mask("b", of_there, "m"), here.mask("b", of_there, "n")}) == 5
     with pytest.raises(ProtocolError, match="agrees with nobody"):
-        here.mask("b", "00" * 32)
+        here.mask("b", "00" * 32, "m")
 
 
 def test_sealed_shares_open_for_one_receiver_from_one_sender() -> None:

@@ -1,0 +1,141 @@
+"""A site's updates under secure aggregation: what it keeps of the sums of one run, and what it checks before it masks.
+
+The coordinator cannot judge a masked update, so the site's own code does: names and shapes are its own, values must be finite, the norm within the
+study's bound, and no entry beyond its largest value (those are clipped). A site that runs other code can break a round or bias it; that is outside
+what secure aggregation promises.
+
+Which round was unmasked last, with whom and with what, is on disk before the shares leave: after a restart the same round is unmasked again only with
+the same sites and the same update, so that two sums never differ by one of them.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from numpy.typing import NDArray
+
+from client.noise import KeyedStream
+from client.secure_sum import NEVER, SumSite
+from shared.errors import ProtocolError, StorageError
+from shared.files import storage_errors, write_atomic
+from shared.models import Parameters
+from shared.secure_sum.messages import AdvertiseKeysTask, MaskedInput, MaskInputTask, ShareKeysTask, SumReply, SumTask, UnmaskTask
+from shared.secure_sum.setting import SumForm
+from shared.seeding import derive_key
+
+T = TypeVar("T")
+OWN = 0o600
+
+
+class SecureUpdates:
+    """The sums of one run at one site.
+
+    Args:
+        form: what the study fixes of its sums.
+        signer: the site's long-lived key; a virtual site has one for the run.
+        folder: where it is kept which round was unmasked last.
+        largest_norm: of an update, in L2; None: no bound of the study.
+        seed: of a simulation, from which its keys and roundings follow; None: the operating system's randomness.
+    """
+
+    def __init__(
+        self, form: SumForm, *, name: str, run: str, study_hash: str, signer: Ed25519PrivateKey, folder: Path,
+        largest_norm: float | None, seed: int | None,
+    ) -> None:  # fmt: skip
+        self._name = name
+        self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-sum.json"
+        self._largest_norm = largest_norm
+        self._seed = seed
+        self._stream: KeyedStream | None = None
+        self._roster: dict[str, Ed25519PublicKey] = {}
+        unmasked, survivors, last_input = self._read()
+        self._site = SumSite(
+            name, form, run=run, study_hash=study_hash, sign=signer.sign, roster=self._roster, random_bytes=self._random_bytes, unmasked=unmasked,
+            survivors=survivors, last_input=last_input,
+        )  # fmt: skip
+        self._last: tuple[SumTask, object] | None = None  # a question that comes again, because its answer was lost, has the same answer
+
+    def answer(self, task: SumTask) -> SumReply:
+        """The reply to a stage without an update.
+
+        Raises:
+            ProtocolError, SealError: the refusal; see `client.secure_sum`.
+            StorageError: what is to be unmasked could not be written down.
+        """
+        match task:
+            case AdvertiseKeysTask():
+                self._meet(task.roster)
+                self._last = None
+                if self._seed is not None:
+                    self._stream = KeyedStream(derive_key(self._seed, "secure sum", self._name, task.of.fold, task.of.round))
+                return self._site.advertise_keys(task)
+            case ShareKeysTask():
+                return self._once(task, lambda: self._site.share_keys(task))
+            case UnmaskTask():
+                return self._once(task, lambda: self._unmask(task))
+            case _:
+                raise ProtocolError("secure sum: expected a masked input with an update, got a request for it without")
+
+    def mask(self, task: MaskInputTask, update: Parameters, weight: int, *, model: str) -> tuple[MaskedInput, NDArray[np.uint8]]:
+        """An update under masks.
+
+        Args:
+            model: `arrays_digest` of what it was trained on.
+
+        Raises:
+            ProtocolError: it is not finite, or too long; or the refusal, see `client.secure_sum`.
+        """
+        flat = np.concatenate([value.reshape(-1).astype(np.float64) for value in update.values()])
+        norm = math.sqrt(float(np.square(flat).sum()))
+        if not math.isfinite(norm):
+            raise ProtocolError("update: expected finite values, got NaN or infinity")
+        if self._largest_norm is not None and norm > self._largest_norm:
+            raise ProtocolError(f"update: expected a norm of at most {self._largest_norm:g} (strategy.largest_update), got a larger one")
+        return self._once(task, lambda: self._site.mask_input(task, flat, weight, model=model))
+
+    def _meet(self, roster: Mapping[str, str]) -> None:
+        """Take the other sites' keys as they are first told; nobody's may change while the run lasts.
+
+        Raises:
+            ProtocolError: a key is another than before.
+        """
+        for name, key in roster.items():
+            known = self._roster.setdefault(name, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)))
+            if known.public_bytes_raw().hex() != key:
+                raise ProtocolError(f"secure sum: expected the key of site {name} that this run began with, got another")
+
+    def _once(self, task: SumTask, make: Callable[[], T]) -> T:
+        if self._last is None or self._last[0] != task:
+            self._last = task, make()
+        return self._last[1]  # type: ignore[return-value]
+
+    def _unmask(self, task: UnmaskTask) -> SumReply:
+        reply = self._site.unmask(task)
+        fold, number = self._site.last_unmasked
+        with storage_errors(self._path, "keep which sum was unmasked"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, json.dumps({"fold": fold, "round": number, "survivors": list(task.survivors), "input": self._site.last_input}), mode=OWN)
+        return reply
+
+    def _read(self) -> tuple[tuple[int, int], tuple[str, ...], str]:
+        if not self._path.exists():
+            return NEVER, (), ""
+        try:
+            with storage_errors(self._path, "read which sum was unmasked"):
+                table = json.loads(self._path.read_bytes())
+            return (int(table["fold"]), int(table["round"])), tuple(map(str, table["survivors"])), str(table["input"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{self._path}: expected which sum was unmasked last, got a damaged file", "end the study; begin a new run") from error
+
+    def _random_bytes(self, count: int) -> bytes:
+        if self._stream is None:
+            return os.urandom(count)
+        drawn = bytearray(count)
+        self._stream.fill_bytes(memoryview(drawn))
+        return bytes(drawn)
