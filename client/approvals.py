@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # who reads what was approved need not wait for torch
 
 APPROVALS, ASKED = "approvals", "asked"  # folders in a site's state
 MAX_ASKED = 100  # studies that wait to be decided at once
+SITE_LEVEL_LINE = (
+    "each round's mean leaves the coordinator clipped and noised by site, if the coordinator keeps to the study; this site cannot check it"
+)
 REMEDY = "the hospital decides: 'wardround site approve KIT STUDY'"
 
 
@@ -56,6 +59,13 @@ class Asked(Settings):
         """The budget in words."""
         if self.unit == "none":
             return "NO PRIVACY: no noise is added"
+        if self.unit == "site":
+            return f"NO PRIVACY FOR PATIENTS against the coordinator, who gets every update without noise; against everybody else {self._budget}"
+        return self._budget
+
+    @property
+    def _budget(self) -> str:
+        """As the study names it."""
         asked = f"epsilon {self.epsilon:g}" if self.epsilon is not None else f"noise multiplier {self.noise_multiplier:g}"
         return f"{asked} for each {self.unit}" + (f" at delta {self.delta:g}" if self.delta is not None else "")
 
@@ -107,6 +117,8 @@ def _leaves(study: Study, task: "Task", file: SiteFile, *, num_bytes: int) -> li
         "once: the declared numbers of training and test patients in site.toml",
         f"in each of {study.rounds.count * study.evaluation.folds} rounds: an update of the model, {num_bytes:,} bytes, {noise}; what was spent; a hash of the ledger",
     ]
+    if study.site_level:
+        lines.append(SITE_LEVEL_LINE)
     exact = study.private and not study.noised_statistics
     for name in sorted({metric.statistic.name for metric in task.metrics}):
         rule = file.policy.withholds(task, name, num_test=file.cohort.declared_test_size, exact=exact)
@@ -204,7 +216,7 @@ class Approvals:
 
     def _approved_in_advance(self, asked: Asked, now: datetime) -> bool:
         advance = self._advance
-        if advance is None or asked.unit == "none" or asked.task not in advance.tasks or now.date() > advance.until:
+        if advance is None or asked.unit in ("none", "site") or asked.task not in advance.tasks or now.date() > advance.until:
             return False
         budgets = [budget for budget in (asked.epsilon, asked.evaluation_epsilon) if budget is not None]
         return asked.epsilon is not None and max(budgets) <= advance.max_epsilon

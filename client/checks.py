@@ -431,6 +431,11 @@ def _loose(policy: Policy, size: int) -> Iterator[tuple[str, str]]:
             f"max_delta = {policy.max_delta:g} is not below 1/{size}: publishing one patient outright would be allowed",
             f"set it below {1 / size:.1g}",
         )
+    if policy.allow_site_unit:
+        yield (
+            "allow_site_unit = true: a study that sends the coordinator updates without noise may be approved",
+            "set it to false, unless one is meant",
+        )
     if policy.allow_no_privacy:
         yield "allow_no_privacy = true: a study without any noise may be approved", "set it to false, unless such a study is meant"
     if policy.exact_metrics:

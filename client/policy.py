@@ -34,6 +34,13 @@ class Policy(Settings):
         default=False, description="whether the process that faces the network may run as it is, where neither Landlock nor another user confines it"
     )
     allow_record_unit: bool = Field(default=False, description="whether a promise to single records, not to patients, may ever be accepted")
+    allow_site_unit: bool = Field(
+        default=False,
+        description="whether a promise to this whole hospital, not to its patients, and not against the coordinator, may ever be accepted",
+    )
+    accept_distributed_noise: bool = Field(
+        default=False, description="whether noise may be shared among the sites, so that a promise holds only while few of them collude or are absent"
+    )
     allow_no_privacy: bool = Field(default=False, description="whether a study without privacy may ever be accepted")
 
     @property
@@ -74,8 +81,14 @@ class Policy(Settings):
     def _check_kind(self, study: Study, task: "Task") -> None:
         if not {task.name, study.task} & set(self.allowed_tasks):
             raise _refusal("allowed_tasks", f"one of {', '.join(self.allowed_tasks)}", repr(task.name), "ask the hospital")
-        if not study.private and not self.allow_no_privacy:
+        if study.privacy.unit == "site" and not self.allow_site_unit:
+            raise _refusal("allow_site_unit", "a promise to patients", "unit = 'site'", "set [privacy] unit = 'patient', with site_epsilon for both")
+        if study.privacy.unit == "none" and not self.allow_no_privacy:
             raise _refusal("allow_no_privacy", "a study with differential privacy", "unit = 'none'", "set [privacy] epsilon")
+        if study.distributed_noise and not self.accept_distributed_noise:
+            raise _refusal(
+                "accept_distributed_noise", "noise that protects each update alone", "secure_aggregation.noise = 'distributed'", "set it to 'local'"
+            )
         if study.privacy.unit == "record" and not self.allow_record_unit:
             raise _refusal("allow_record_unit", "a promise to patients", "unit = 'record'", "set [privacy] unit = 'patient'")
 

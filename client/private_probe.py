@@ -71,6 +71,8 @@ def _probe(task: Task, study: Study) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     frozen = untrained_state(model)
     _check_loss(model, cohort, task)
+    if study.site_level and not study.private:  # noise on running statistics would be no statistics any more
+        _check_running_buffers(model, before)
     if study.private:
         _check_layers(model)
         _check_running_buffers(model, before)

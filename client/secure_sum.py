@@ -159,7 +159,9 @@ class SumSite:
         least = least_threshold(len(task.sites))
         if not least <= task.threshold <= len(task.sites):
             raise self._refusal(f"a threshold of {least} to {len(task.sites)}", str(task.threshold))
-        return SumSetting(of=task.of, sites=task.sites, threshold=task.threshold, form=self._form)
+        if self._form.noise is not None and task.threshold < self._form.noise.honest(len(task.sites)):
+            raise self._refusal(f"a threshold of {self._form.noise.honest(len(task.sites))} or more, for the shares of noise", str(task.threshold))
+        return SumSetting(of=task.of, sites=task.sites, threshold=task.threshold, form=self._form, noise_multiplier=task.noise_multiplier)
 
     def share_keys(self, task: ShareKeysTask) -> SharedKeys:
         """Stage 2: shares of both secrets, sealed to each neighbour.
@@ -203,7 +205,7 @@ class SumSite:
         return {name: others[name] for name in mine}
 
     def mask_input(
-        self, task: MaskInputTask, values: NDArray[np.floating], weight: int, *, model: str = ""
+        self, task: MaskInputTask, values: NDArray[np.floating] | NDArray[np.int64], weight: int, *, model: str = ""
     ) -> tuple[MaskedInput, NDArray[np.uint8]]:  # fmt: skip
         """Stage 3: values times weight, and the weight, under masks.
 
@@ -230,12 +232,13 @@ class SumSite:
             raise self._refusal(f"shares of all its neighbours that shared keys, {plan.share_threshold - 1} or more", f"{len(task.shares)}")
         if values.shape != (self._form.num_values,):
             raise self._refusal(f"values of shape ({self._form.num_values},)", str(values.shape))
-        digest = hashlib.sha256(f"{weight}\n{model}\n".encode() + np.ascontiguousarray(values, dtype=np.float64).tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{weight}\n{model}\n".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
         if (task.of.fold, task.of.round) == self._unmasked and digest != self._input:
             raise self._refusal("the input of this round that was unmasked before", "another")
         held = self._open_shares(session, secrets, task, mine)
         words = setting.encoding.encode(values, weight, key=self._random_bytes(KEY_BYTES))
-        if clipped := int(np.count_nonzero(np.abs(values) > self._form.max_value)):
+        clipped = 0 if self._form.noise is not None else int(np.count_nonzero(np.abs(values) > self._form.max_value))
+        if clipped:
             logger.warning("secure sum: %d of %d values were beyond %g, and clipped to it", clipped, len(values), self._form.max_value)
         pairs = PairKeys(setting, self._name, secrets.mask_key)
         masks = {name: pairs.mask(name, session.others[name].mask_key, model) for name in mine}

@@ -22,9 +22,11 @@ from numpy.typing import NDArray
 
 from client.noise import KeyedStream
 from client.secure_sum import NEVER, SumSite
+from shared.distributed_noise import MORE, check_room
 from shared.errors import ProtocolError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.models import Parameters
+from shared.plan import SitePlan
 from shared.secure_sum.messages import AdvertiseKeysTask, MaskedInput, MaskInputTask, ShareKeysTask, SumReply, SumTask, UnmaskTask
 from shared.secure_sum.setting import SumForm
 from shared.seeding import derive_key
@@ -38,6 +40,7 @@ class SecureUpdates:
 
     Args:
         form: what the study fixes of its sums.
+        plan: of this site.
         signer: the site's long-lived key; a virtual site has one for the run.
         folder: where it is kept which round was unmasked last.
         largest_norm: of an update, in L2; None: no bound of the study.
@@ -45,9 +48,12 @@ class SecureUpdates:
     """
 
     def __init__(
-        self, form: SumForm, *, name: str, run: str, study_hash: str, signer: Ed25519PrivateKey, folder: Path,
+        self, form: SumForm, *, plan: SitePlan, name: str, run: str, study_hash: str, signer: Ed25519PrivateKey, folder: Path,
         largest_norm: float | None, seed: int | None,
     ) -> None:  # fmt: skip
+        self.noise = form.noise
+        self.share_std = 0.0  # of this site's noise in the round under way, in grid points
+        self._plan = plan
         self._name = name
         self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-sum.json"
         self._largest_norm = largest_norm
@@ -71,6 +77,7 @@ class SecureUpdates:
         match task:
             case AdvertiseKeysTask():
                 self._meet(task.roster)
+                self._agree_on_noise(task)
                 self._last = None
                 if self._seed is not None:
                     self._stream = KeyedStream(derive_key(self._seed, "secure sum", self._name, task.of.fold, task.of.round))
@@ -92,6 +99,8 @@ class SecureUpdates:
             ProtocolError: it is not finite, or too long; or the refusal, see `client.secure_sum`.
         """
         flat = np.concatenate([value.reshape(-1).astype(np.float64) for value in update.values()])
+        if self.noise is not None:
+            return self._once(task, lambda: self._site.mask_input(task, flat.astype(np.int64), weight, model=model))
         norm = math.sqrt(float(np.square(flat).sum()))
         if not math.isfinite(norm):
             raise ProtocolError("update: expected finite values, got NaN or infinity")
@@ -110,6 +119,24 @@ class SecureUpdates:
             if known.public_bytes_raw().hex() != key:
                 raise ProtocolError(f"secure sum: expected the key of site {name} that this run began with, got another")
 
+    def _agree_on_noise(self, task: AdvertiseKeysTask) -> None:
+        """Take the noise that all sites together add, where it is enough for this one's plan.
+
+        Raises:
+            ProtocolError: it is not, or what the theorem adds to epsilon is more than the noise beyond the plan's makes up for.
+        """
+        if self.noise is None:
+            return
+        needed, num_sites = (self._plan.noise_multiplier or 0.0) * MORE, len(task.sites)
+        if task.noise_multiplier < needed * (1 - 1e-12):
+            raise ProtocolError(
+                f"secure sum: expected a noise multiplier of at least {needed:g} of all sites together, got {task.noise_multiplier:g}"
+            )
+        if self.noise.honest(num_sites) < 1:
+            raise ProtocolError(f"secure sum: expected more sites than may be missing, got {num_sites}")
+        check_room(self._plan, self.noise, num_sites)
+        self.share_std = self.noise.share_std(num_sites, task.noise_multiplier)
+
     def _once(self, task: SumTask, make: Callable[[], T]) -> T:
         if self._last is None or self._last[0] != task:
             self._last = task, make()
@@ -120,7 +147,9 @@ class SecureUpdates:
         fold, number = self._site.last_unmasked
         with storage_errors(self._path, "keep which sum was unmasked"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._path, json.dumps({"fold": fold, "round": number, "survivors": list(task.survivors), "input": self._site.last_input}), mode=OWN)
+        write_atomic(
+            self._path, json.dumps({"fold": fold, "round": number, "survivors": list(task.survivors), "input": self._site.last_input}), mode=OWN
+        )
         return reply
 
     def _read(self) -> tuple[tuple[int, int], tuple[str, ...], str]:

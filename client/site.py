@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.charging import KIND, Ask, Charging
+from client.distributed_sum import noised_points
 from client.evaluation import evaluate_parameters, predictions_of, rounded
 from client.evaluation_noise import bounded_statistics, noise_statistics
 from client.exact_answers import ExactAnswers
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 
 
 LOSS = "loss of the received model"  # beside the parameters of a release; no parameter has such a name
+POINTS = "noised sum of gradients"
 NOTHING = PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=0)
 
 
@@ -188,7 +190,7 @@ class Site:
             probe_model(self._task, study)
         admission = Admission(
             run=task.run, study=study, study_hash=study.fingerprint(), plan=plan, evaluation=self._evaluation_event(study),
-            rule=local_rule(study, self._task), template=self._shared_template(study), control=self._control_template(study), secure=self._secure_updates(task, study),
+            rule=local_rule(study, self._task), template=self._shared_template(study), control=self._control_template(study), secure=self._secure_updates(task, study, plan),
             coordinator_key=task.coordinator_key,
         )  # fmt: skip
         if plan.private:
@@ -202,6 +204,7 @@ class Site:
             declared_num_patients=self.settings.declared_num_patients,
             declared_num_test=self.settings.declared_num_test,
             ledger_head=self._head(plan),
+            noise_multiplier=plan.noise_multiplier if study.distributed_noise else None,
             sum_key=None if admission.secure is None else self._sum_signer.public_key().public_bytes_raw().hex(),
         )
 
@@ -210,13 +213,15 @@ class Site:
         """Signs this site's keys for secure sums; who is on no roster makes one up."""
         return self.settings.roster_key or Ed25519PrivateKey.generate()
 
-    def _secure_updates(self, task: EnrolTask, study: Study) -> SecureUpdates | None:
+    def _secure_updates(self, task: EnrolTask, study: Study, plan: SitePlan) -> SecureUpdates | None:
         if study.secure_aggregation is None:
             return None
         num_values = sum(math.prod(shape) for shape, _ in self._shared_template(study).values())
+        num_trainable = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         return SecureUpdates(
-            SumForm.of_study(study, num_values), name=self.settings.name, run=task.run, study_hash=study.fingerprint(), signer=self._sum_signer,
-            folder=self.settings.releases_path, largest_norm=study.strategy.largest_update, seed=self._study_seed(study),
+            SumForm.of_study(study, num_values=num_values, num_trainable=num_trainable), plan=plan, name=self.settings.name, run=task.run,
+            study_hash=study.fingerprint(), signer=self._sum_signer, folder=self.settings.releases_path,
+            largest_norm=study.strategy.largest_update, seed=self._study_seed(study),
         )  # fmt: skip
 
     def answer_sum(self, task: SumTask) -> SumReply:
@@ -550,6 +555,8 @@ class Site:
         self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, control: Parameters
     ) -> tuple[Parameters, float | None]:  # fmt: skip
         """The update, and the loss where the strategy sends it."""
+        if admission.secure is not None and admission.secure.noise is not None:
+            return self._shared_noise_update(task, admission, train_part, parameters, admission.secure), None
         state = self._kept_state(admission)
 
         def make(key: bytes) -> tuple[Arrays, int]:
@@ -562,6 +569,20 @@ class Site:
         released = self._released(self._ask(task, admission), admission, {**parameters, **_apart(control)}, make, task.heads)
         loss = released.get(LOSS)
         return {name: released[name] for name in parameters}, None if loss is None else float(loss[0])
+
+    def _shared_noise_update(
+        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, secure: SecureUpdates
+    ) -> Parameters:  # fmt: skip
+        """The sum of a step's clipped gradients with this site's share of the noise, in whole grid points; float64 holds them exactly."""
+        noise, share_std = secure.noise, secure.share_std
+        assert noise is not None
+
+        def make(key: bytes) -> tuple[Arrays, int]:
+            learner = self._learner(task, admission, train_part, key)
+            return {POINTS: noised_points(learner, parameters, noise, share_std=share_std).astype(np.float64)}, learner.steps
+
+        request = {**parameters, POINTS: np.array([share_std])}  # with another share it is another release
+        return self._released(self._ask(task, admission), admission, request, make, task.heads)
 
     def _tuned(self, task: EvaluateTask, admission: Admission, train_part: Cohort, final: Parameters) -> Parameters:
         """The final model, trained a little further for this site where the strategy says so: charged as training."""

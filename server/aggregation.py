@@ -142,22 +142,28 @@ class ExactMean:
 
     def mean(self) -> FloatArrays:
         """The weighted mean of all that was added; at least one update must have been."""
-        return self._mean_in(np.empty(self._coarse.size))
+        return self._over(self._weight, np.empty(self._coarse.size), self._coarse)
 
     def take_mean(self) -> FloatArrays:
         """As `mean`, in the memory of the sum, which is gone with it: a large model's takes more than anything else of a round."""
-        coarse, self._coarse = self._coarse, np.zeros(0, np.int64)
-        mean = self._mean_in(coarse.view(np.float64), coarse)
-        self._fine = np.zeros(0, np.int64)
-        return mean
+        return self._take(self._weight)
 
-    def _mean_in(self, flat: NDArray[np.float64], coarse: NDArray[np.int64] | None = None) -> FloatArrays:
-        """The mean, written to `flat`, which may be the memory of the coarse sum."""
+    def take_sum(self) -> FloatArrays:
+        """As `take_mean`, not divided by the weights: rounded once, from the exact sum."""
+        return self._take(1)
+
+    def _take(self, divisor: int) -> FloatArrays:
+        coarse, self._coarse = self._coarse, np.zeros(0, np.int64)
+        taken = self._over(divisor, coarse.view(np.float64), coarse)
+        self._fine = np.zeros(0, np.int64)
+        return taken
+
+    def _over(self, divisor: int, flat: NDArray[np.float64], coarse: NDArray[np.int64]) -> FloatArrays:
+        """The sum over `divisor`, written to `flat`, which may be the memory of the coarse sum."""
         assert self._weight > 0
-        coarse = self._coarse if coarse is None else coarse
         self._carry(coarse)
         for block in blocks(flat.size):
-            flat[block] = (coarse[block] / COARSE + self._fine[block] / FINE) / self._weight
+            flat[block] = (coarse[block] / COARSE + self._fine[block] / FINE) / divisor
         mean, start = {}, 0
         for name, shape in self._shapes.items():
             end = start + math.prod(shape)

@@ -18,8 +18,10 @@ from server.evaluation import add_statistics, check_statistics, count_tested, ev
 from server.run_folder import Checkpoint, RunFolder
 from server.secure_sum import STAGES, SecureSum, Stage
 from server.strategies.dp_fedavg import SiteNoise
+from server.strategies.q_fedavg import noise_energy
 from server.strategies.strategy import Answer, FederatedStrategy, Member, config_of, failure_reason
 from server.witness import Witness
+from shared.distributed_noise import MORE
 from shared.errors import (
     BudgetExhaustedError,
     ConfigurationError,
@@ -54,15 +56,15 @@ from shared.messages import (
     plain_text,
     to_array_record,
 )
-from shared.models import Parameters, initial_parameters
+from shared.models import Parameters, get_parameters, initial_parameters
 from shared.personal import personal_names
-from shared.plan import shape_site
+from shared.plan import plan_site, shape_site
 from shared.results import RoundRecord, SitePrivacy, SiteRound
 from shared.schedule import learning_rate_at
 from shared.secure_sum.messages import AdvertisedKeys, SharedKeys, SumReply, Unmasked
 from shared.secure_sum.setting import SumForm, SumRound, SumSetting, least_threshold
 from shared.site_level import plan_site_level
-from shared.study import Cyclic, FedBuff, Study
+from shared.study import Cyclic, FedBuff, QFedAvg, Study
 from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
@@ -189,6 +191,7 @@ class Coordinator:
         self._architecture = architecture_hash(model)
         trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         self.site_level = plan_site_level(study)
+        self._trainable = trainable
         self._strategy = FederatedStrategy(
             study.strategy, seed=study.seed, trainable=trainable, statistics=task.statistics, noised_statistics=study.noised_statistics,
             personal=personal_names(study.strategy, model), local_steps=study.training.local_steps,
@@ -327,8 +330,18 @@ class Coordinator:
         weight = self._size_of(site) if self._study.strategy.weights == "declared" else 1
         if self._study.secure_aggregation is not None:
             weight = min(weight, self._study.secure_aggregation.max_weight)
-        steps = shape_site(self._study, self._size_of(site)).shared_steps
-        return Member(name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT), steps=steps)
+        weight = 1 if self._study.distributed_noise else weight
+        shape = shape_site(self._study, self._size_of(site))
+        return Member(
+            name=site.name, node_id=self._nodes[site.name], weight=min(max(1, weight), MAX_WEIGHT), steps=shape.shared_steps,
+            batch=shape.expected_batch_size, noise=self._noise_of(site),
+        )  # fmt: skip
+
+    def _noise_of(self, site: Enrolled) -> float:
+        if not isinstance(self._study.strategy, QFedAvg):
+            return 0.0
+        num_parameters = sum(value.size for name, value in get_parameters(self._task.model()).items() if name in self._trainable)
+        return noise_energy(self._study, plan_site(self._study, self._size_of(site)), num_parameters)
 
     def _size_of(self, site: Enrolled) -> int:
         """What a site may weigh: what it says now, and no more than what it said when it was approved."""
@@ -461,19 +474,25 @@ class Coordinator:
                 failed = self._ask_stage(grid, secure, deadline)
                 answers |= failed if stage != Stage.UNMASK else {}  # the last stage takes nobody out of the sum
             secure.close_stage()
-        return answers, self._strategy.aggregate_secure(secure.total)
+        if secure.setting.form.noise is None:
+            return answers, self._strategy.aggregate_secure(secure.total)
+        return answers, self._strategy.aggregate_gradients(secure.total, spacing=secure.setting.form.noise.grid.spacing)
 
     def _sum_setting(self, task: TrainTask, names: list[str], arrays: ArrayRecord) -> SumSetting:
         options, parameters = self._study.secure_aggregation, from_array_record(arrays)
         assert options is not None
         personal = personal_names(self._study.strategy, self._task.model())
-        form = SumForm.of_study(self._study, sum(value.size for name, value in parameters.items() if name not in personal))
+        form = SumForm.of_study(
+            self._study, num_values=sum(value.size for name, value in parameters.items() if name not in personal),
+            num_trainable=sum(parameters[name].size for name in self._trainable),
+        )  # fmt: skip
         least = least_threshold(len(names))
-        threshold = max(options.threshold or least, least)
+        threshold = max(options.threshold or least, least, form.noise.honest(len(names)) if form.noise else 0)
+        needed = max((self.history.enrolled[name].noise_multiplier or 0.0 for name in names), default=0.0) if form.noise else 0.0
         if len(names) < threshold:
             raise QuorumLostError(f"secure sum: expected {threshold} sites or more, got {len(names)}", "ask more sites, or lower the threshold")
         of = SumRound(run=task.run, study_hash=task.study_hash, fold=task.fold, round=task.round)
-        return SumSetting(of=of, sites=tuple(names), threshold=threshold, form=form)
+        return SumSetting(of=of, sites=tuple(names), threshold=threshold, form=form, noise_multiplier=needed * MORE)
 
     def _ask_stage(self, grid: Grid, secure: SecureSum, deadline: float) -> dict[str, Answer]:
         """One stage without an update; who is out with it, and why."""

@@ -9,12 +9,25 @@ import numpy as np
 from server.coordinator import Coordinator, FoldResult
 from server.evaluation import Evaluation, add_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import RunFolder
-from shared.claim import privacy_claim
+from shared.claim import privacy_claim, shared_noise
 from shared.messages import Statistics
 from shared.metrics import finish_metrics
-from shared.results import Interval, MetricValues, Outcome, PairedTest, Result, RunPrivacy, SiteSummary, StoredStatistics, SubgroupResult, Timing
+from shared.results import (
+    Interval,
+    MetricValues,
+    Outcome,
+    PairedTest,
+    Result,
+    RunPrivacy,
+    SiteLevelPrivacy,
+    SiteSummary,
+    StoredStatistics,
+    SubgroupResult,
+    Timing,
+)
 from shared.schema import TableSchema
 from shared.seeding import Step
+from shared.site_level import SiteLevelPlan
 from shared.study import Study
 from shared.task import Task
 
@@ -82,7 +95,7 @@ def write_outcome(
     result = _result(run, outcome, baselines, totals, seconds, subgroups or {})
     claim = privacy_claim(
         run.study, result.privacy, {name: site.declared_size for name, site in run.coordinator.history.enrolled.items()}, versions(),
-        warm=result.started_from is not None,
+        started_from=result.started_from,
     )  # fmt: skip
     run.folder.write_privacy(claim)
     run.folder.write_result(result)
@@ -137,6 +150,7 @@ def _result(
         notes=dict(run.notes),
         rounds_completed=len({record.round for record in records if record.fold == records[-1].fold}) if records else 0,
         primary_metric=task.primary_metric,
+        higher_is_better={metric.name: metric.higher_is_better for metric in task.metrics},
         metrics={name: metrics.get(name, {}) for name in order},
         metrics_ci95={name: evaluation.ci95 for name, evaluation in evaluations.items()},
         per_site=_per_site(run, history.folds),
@@ -150,12 +164,24 @@ def _result(
         evaluation_epsilon=study.privacy.evaluation_epsilon,
         privacy=RunPrivacy(
             unit=study.privacy.unit,
-            seeded_noise=study.private and run.seeded_noise,
+            seeded_noise=(study.private or study.site_level) and run.seeded_noise,
             sites=dict(sorted(history.privacy.items())),
+            site_level=_site_level(run.coordinator.site_level, num_rounds=len(records)),
+            distributed_noise=shared_noise(study, dict(sorted(history.privacy.items()))),
         ),
         started_from=run.folder.start.started_from,
         timing=Timing(total_seconds=seconds, seconds_per_round=[record.seconds for record in records]),
     )
+
+
+def _site_level(plan: SiteLevelPlan | None, *, num_rounds: int) -> SiteLevelPrivacy | None:
+    """What so many rounds spent of the promise to whole sites."""
+    if plan is None:
+        return None
+    return SiteLevelPrivacy(
+        epsilon=plan.epsilon_after(num_rounds), epsilon_planned=plan.epsilon, delta=plan.delta, noise_multiplier=plan.noise_multiplier,
+        max_site_norm=plan.max_norm, rounds=num_rounds, rounds_planned=plan.releases, epsilon_cross_check=plan.epsilon_cross_check(num_rounds),
+    )  # fmt: skip
 
 
 def _mean_of_models(run: RunOutcome, baseline: Baseline) -> MetricValues:

@@ -4,10 +4,11 @@ Replies are pulled one by one and handed on before the next is pulled, so a roun
 error text passes: a reply that failed is replaced by one of our own with a code.
 """
 
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -15,6 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from server.arrivals import NOT_BEGUN, AtWork
 from server.live_roster import LiveRoster, public_key
 from server.mailbox import Mailbox
 from shared.audit import AuditLog, Value
@@ -44,6 +46,15 @@ class _Sent:
     most_bytes: int  # of a reply
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Asking:
+    """Sites that were asked together and one after another are waited for: who has not answered, and the steps of asking and looking."""
+
+    began: int  # time.monotonic_ns()
+    unanswered: dict[int, Message]
+    steps: Iterator[Message | None]
+
+
 class SealedGrid(Grid):
     """Flower's grid with seals, an audit log, and no site that the roster does not know.
 
@@ -70,6 +81,7 @@ class SealedGrid(Grid):
         self._audit = audit
         self._stopped = stopped
         self._offline: dict[int, float] = {}  # by node: since when, by time.monotonic()
+        self._askings: list[_Asking] = []
 
     def set_run(self, run: Run) -> None:
         """Flower's run."""
@@ -113,13 +125,62 @@ class SealedGrid(Grid):
         """As `send_and_receive`, also once the study was stopped."""
         return self._exchange(messages, seconds, lambda: None)
 
+    def ask(self, messages: Iterable[Message], *, seconds: float, begun: Mapping[int, int] = NOT_BEGUN) -> None:
+        """Ask these sites; see `server.arrivals`. For how long one has been at work already, it knows itself."""
+        unanswered = {message.metadata.dst_node_id: message for message in messages}
+        steps = self._steps(unanswered, seconds, self._check_stopped)
+        self._askings.append(_Asking(began=time.monotonic_ns(), unanswered=unanswered, steps=steps))
+
+    def arrivals(self) -> Iterator[Message]:
+        """The answers as they come, until no question is open.
+
+        Raises:
+            StudyStoppedError: somebody stopped the study.
+        """
+        while self._askings:
+            idle = True
+            for asking in list(self._askings):
+                step = list(itertools.islice(asking.steps, 1))
+                if not step:
+                    self._askings.remove(asking)
+                idle = idle and step == [None]
+                if step and step[0] is not None:
+                    yield step.pop()  # type: ignore[misc]  # no None: as in the mailbox, nothing of a reply is kept here
+            if idle:
+                time.sleep(POLL_SECONDS)
+
+    def at_work(self) -> dict[int, AtWork]:
+        """The open questions, by node."""
+        now = time.monotonic_ns()
+        return {
+            node_id: AtWork(message=message, nanoseconds=now - asking.began)
+            for asking in self._askings
+            for node_id, message in asking.unanswered.items()
+        }  # fmt: skip
+
+    def dismiss(self) -> None:
+        """No question of `ask` is open any more; what still comes is lost."""
+        self._askings.clear()
+
     def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
-        """A task that is not answered is asked again, ever less often: a message may be lost, and the same task asked twice is one piece of work.
+        """The replies, with a pause wherever there is none."""
+        steps = self._steps({message.metadata.dst_node_id: message for message in messages}, seconds, check)
+        for step in steps:
+            if step is None:
+                time.sleep(POLL_SECONDS)
+                continue
+            found = [step]
+            del step
+            yield found.pop()  # as in the mailbox: nothing of a reply is kept here
+
+    def _steps(self, unanswered: dict[int, Message], seconds: float, check: Callable[[], None]) -> Iterator[Message | None]:
+        """The replies; None where there is none yet. Who answered, or is given up, is taken out of `unanswered`.
+
+        A task that is not answered is asked again, ever less often: a message may be lost, and the same task asked twice is one piece of work.
 
         A site that goes offline is asked again as soon as it is back, and given up where it is not so within `RETURN_SECONDS`.
         """
         started = time.monotonic()
-        unanswered = {message.metadata.dst_node_id: message for message in messages}
         waiting: dict[str, _Sent] = {}
         until: dict[int, float] = {}  # by node whose task went astray: when it is given up
         astray: set[int] = set()  # those of them that were not asked again yet
@@ -153,7 +214,7 @@ class SealedGrid(Grid):
             waiting = {key: sent for key, sent in waiting.items() if sent.message.metadata.dst_node_id in unanswered}
             astray &= unanswered.keys()
             if len(unanswered) == before:
-                time.sleep(POLL_SECONDS)
+                yield None
 
     def _online(self) -> list[int]:
         """The nodes that the SuperLink takes for online."""

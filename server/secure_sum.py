@@ -106,6 +106,11 @@ class SecureSum:
         return self._stage
 
     @property
+    def setting(self) -> SumSetting:
+        """What is summed."""
+        return self._setting
+
+    @property
     def asked(self) -> tuple[str, ...]:
         """The sites that are asked now."""
         return self._asked
@@ -129,7 +134,9 @@ class SecureSum:
         of = self._setting.of
         if self._stage == Stage.ADVERTISE_KEYS:
             roster = {site: self._roster[site].public_bytes_raw().hex() for site in self._setting.sites}
-            return AdvertiseKeysTask(of=of, sites=self._setting.sites, threshold=self._setting.threshold, roster=roster)
+            return AdvertiseKeysTask(
+                of=of, sites=self._setting.sites, threshold=self._setting.threshold, noise_multiplier=self._setting.noise_multiplier, roster=roster
+            )
         if self._stage == Stage.SHARE_KEYS:
             keys = tuple(self._keys[other] for other in self._neighbours[name])
             return ShareKeysTask(of=of, sites=self._asked, graph_seed=self._seed.hex(), keys=keys)

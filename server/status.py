@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a run's folder brings torch with it; what only looks on nee
 
 STATUS_VERSION = 1
 MOST_FAULTS = 50
-NO_FAULT: frozenset[Status] = frozenset({"ok", "not asked"})
+NO_FAULT: frozenset[Status] = frozenset({"ok", "not asked", "at work"})
 LATE = fixed_sentence(DeadlineMissedError)
 NOT_THERE = "is waited for: not connected yet, or busy"
 
@@ -176,7 +176,7 @@ def waiting_status(study: "Study", state: StudyState, *, run: str, submitted: Aw
         rounds=study.rounds.count * study.evaluation.folds,
         folds=study.evaluation.folds,
         submitted=submitted,
-        epsilon_asked=study.privacy.epsilon,
+        epsilon_asked=study.privacy.epsilon if study.private else None,
         error=error,
     )
 

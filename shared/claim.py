@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
+from shared.distributed_noise import epsilon_if_all_others_collude
 from shared.errors import ConfigurationError
 from shared.privacy import PrivacyEvent, epsilon_of
-from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SiteClaim, SitePrivacy, StartedFrom
+from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SharedNoise, SharedNoiseSite, SiteClaim, SitePrivacy, StartedFrom
 from shared.site_claim import ACCOUNTANTS as SITE_LEVEL_ACCOUNTANTS
 from shared.site_claim import site_level_claim
 from shared.study import PERSONAL, FedDyn, QFedAvg, Scaffold, Study
@@ -40,7 +41,9 @@ NOT_COVERED = [
     "whether a site took part, refused or was late, and how long it took",
     "what is true of everybody: a model may say of a patient what it says of any like patient, who took part or not",
 ]
-WARM_START = "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, if by any. {start}"
+WARM_START = (
+    "the model of another run that this one started with: what it learnt of its patients is covered by that run's claim alone, if by any. {start}"
+)
 OWN_ALONE = "This is said of this run's own updates alone, and not of the model that it started with. {start} {statement}"
 SECURE = (
     "secure aggregation (SecAgg+): the coordinator follows the protocol, and learns sums of updates over more than half of the sites that began, and no "
@@ -83,6 +86,8 @@ def privacy_claim(
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
     assumed = [NOISE[privacy.seeded_noise], *ASSUMED, *([SECURE] if study.secure_aggregation is not None else [])]
     statement = _statement(study, privacy, federation)
+    if privacy.distributed_noise is not None:
+        statement = f"{statement} {privacy.distributed_noise.statement}"
     return PrivacyClaim(
         unit=unit,
         neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more: up to twice epsilon)",
@@ -100,6 +105,7 @@ def privacy_claim(
         sites={name: _site_claim(spent, declared_sizes[name], seeded=privacy.seeded_noise) for name, spent in privacy.sites.items()},
         federation=federation,
         site_level=whole_sites,
+        distributed_noise=privacy.distributed_noise,
         evaluation_epsilon=study.privacy.evaluation_epsilon,
         started_from=started_from,
         versions=versions,
@@ -108,6 +114,26 @@ def privacy_claim(
 
 def _of_own_alone(start: StartedFrom, statement: str) -> str:
     return OWN_ALONE.format(start=start_sentence(start), statement=statement)
+
+
+def shared_noise(study: Study, sites: Mapping[str, SitePrivacy]) -> SharedNoise | None:
+    """Both epsilons of every site, where noise is added in shares; None where it is not, or nothing was spent."""
+    if not study.distributed_noise or not sites:
+        return None
+    assert study.secure_aggregation is not None
+    missing = study.secure_aggregation.missing
+    told = {}
+    for name, site in sites.items():
+        colluding = epsilon_if_all_others_collude(
+            site.noise_multiplier, sample_rate=site.sample_rate, steps=site.steps, delta=site.delta, honest=max(1, len(sites) - missing)
+        )
+        told[name] = SharedNoiseSite(epsilon_against_coordinator=site.epsilon, epsilon_if_all_others_collude=colluding)
+    worst = max(site.epsilon_if_all_others_collude for site in told.values())
+    statement = (
+        f"That is against the coordinator, who sees sums alone, as long as at most {missing} of the sites are absent from a sum or collude with it. "
+        f"Against the coordinator and every other site together it is epsilon {rounded_up(worst)} at worst, for then a site has its own share of the noise alone."
+    )
+    return SharedNoise(missing=missing, sites=told, statement=statement)
 
 
 def across_sites(sites: Mapping[str, SitePrivacy], *, overlap: bool) -> FederationClaim | None:
@@ -146,7 +172,8 @@ def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> Site
 
 def _covered(study: Study) -> list[str]:
     rounds = study.rounds.count * study.evaluation.folds
-    covered = [f"the model updates that each site sent in up to {rounds} rounds, and everything computed from them alone, the final model included"]
+    sent = "the sums of what sites sent" if study.distributed_noise else "the model updates that each site sent"
+    covered = [f"{sent} in up to {rounds} rounds, and everything computed from them alone, the final model included"]
     if isinstance(study.strategy, PERSONAL):
         covered.append(
             "the models that each site keeps for itself, and what any metric of them says of training patients: every step that trains them is "

@@ -82,6 +82,7 @@ class Enrolled(Content):
     declared_num_patients: int = Field(le=MAX_NUMBER)
     declared_num_test: int = Field(le=MAX_NUMBER)
     ledger_head: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    noise_multiplier: float | None = Field(default=None, gt=0, le=1e6, description="of its plan, where noise is distributed")
     sum_key: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="its Ed25519 key, where the study aggregates securely")
 
 

@@ -9,7 +9,7 @@ Interval = tuple[float, float] | None
 
 SCHEMA_VERSION = 1
 Outcome = Literal["completed", "interrupted", "failed"]
-Status = Literal["ok", "refused", "missing", "failed", "not asked"]
+Status = Literal["ok", "refused", "missing", "failed", "not asked", "at work"]  # the last: of a strategy that does not wait
 
 
 class Record(BaseModel):
@@ -19,12 +19,21 @@ class Record(BaseModel):
 
 
 class StartedFrom(Record):
-    """A model of another run, whose tensors this one started with: of which study, its file's SHA-256 (hex), which tensors, and which came from the seed."""
+    """A model of another run, whose tensors this one started with: of which study, its file's SHA-256 (hex), which tensors, and which came from the seed.
+
+    And what holds for that model's own patients, the starts before it counted in: `unit` "none" where nothing was promised, "unknown" where that
+    run's claim sheet was not at hand or its start promises for another unit. `protects`: there is a promise, and its noise was not seeded.
+    """
 
     study: str
     sha256: str
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
+    share: float | None = None  # of the model's parameters that were taken
+    unit: Literal["patient", "record", "site", "none", "unknown"] = "unknown"
+    protects: bool = False
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 class RunStart(Record):
@@ -45,6 +54,7 @@ class SiteRound(Record):
     num_test: int | None = None
     metrics: MetricValues | None = None
     epsilon: float | None = None  # spent on this study so far, this round included
+    staleness: int | None = None  # of fedbuff: rounds since the model that the update was trained on, and that `metrics` are of, was the newest
 
 
 class RoundRecord(Record):
@@ -57,6 +67,8 @@ class RoundRecord(Record):
     metrics: MetricValues
     metrics_ci95: dict[str, Interval]
     seconds: float
+    site_level_epsilon: float | None = None  # of the promise to whole sites: spent on this run so far, this round included
+    virtual_seconds: float | None = None  # of a simulation with sites of different speed: what the round would have taken
 
 
 class SiteSummary(Record):
@@ -85,12 +97,47 @@ class SitePrivacy(Record):
     epsilon_planned: float | None = Field(default=None, ge=0)  # of the whole plan that the site admitted
 
 
-class RunPrivacy(Record):
-    """The privacy part of result.json; `unit` "none" has no sites."""
+class SiteLevelPrivacy(Record):
+    """What a run spent of its promise to whole sites. `epsilon` is an upper bound by `accountant`; the cross-check is another accountant's, which is wider.
 
-    unit: Literal["patient", "record", "none"]
+    The moment at which a run stops may depend on data: the promise that holds whatever made it stop is `epsilon_planned`.
+    """
+
+    epsilon: float
+    epsilon_planned: float
+    delta: float
+    noise_multiplier: float
+    max_site_norm: float
+    rounds: int  # that released something, of all folds
+    rounds_planned: int
+    accountant: Literal["pld"] = "pld"
+    epsilon_cross_check: float
+    cross_check_accountant: Literal["rdp"] = "rdp"
+
+
+class SharedNoiseSite(Record):
+    """What a site's promise is worth against whom, where noise is added in shares."""
+
+    epsilon_against_coordinator: float  # who sees sums alone; the site's epsilon
+    epsilon_if_all_others_collude: float  # the coordinator and every other site together, who can take their own shares away
+
+
+class SharedNoise(Record):
+    """Distributed noise: the sum of updates is private, and no single one. At most `missing` sites were absent from a sum or colluded, or it does not hold."""
+
+    missing: int
+    sites: dict[str, SharedNoiseSite]
+    statement: str
+
+
+class RunPrivacy(Record):
+    """The privacy part of result.json; `unit` "none" has no sites, and "site" has `site_level` alone."""
+
+    unit: Literal["patient", "record", "site", "none"]
     seeded_noise: bool
     sites: dict[str, SitePrivacy]
+    site_level: SiteLevelPrivacy | None = None
+    distributed_noise: SharedNoise | None = None
 
 
 class Timing(Record):
@@ -135,6 +182,9 @@ class Result(Record):
     notes: dict[str, int]  # what reading the data did, in counts; empty for real sites, who keep theirs
     rounds_completed: int
     primary_metric: str
+    higher_is_better: dict[str, bool] = Field(
+        default_factory=dict, description="by metric, as the task declares it; empty in files of older versions"
+    )
     metrics: dict[str, MetricValues]
     metrics_ci95: dict[str, dict[str, Interval]]
     per_site: dict[str, dict[str, float | int | Interval]]
@@ -181,11 +231,31 @@ class FederationClaim(Record):
     basis: Literal["maximum, patients are disjoint by declaration", "composition, patients may be shared"]
 
 
+class SiteLevelClaim(SiteLevelPrivacy):
+    """The promise to a whole hospital, with all of its patients: against everybody but the coordinator."""
+
+    neighbouring_relation: str
+    mechanism: str
+    sampling: str
+    composition: str
+    noise_source: Literal["seeded", "os"]
+    protects: bool
+    statement: str
+    covered: list[str]
+    not_covered: list[str]
+    assumed: list[str]
+
+
 class PrivacyClaim(Record):
-    """privacy.json: a claim sheet in the sense of NIST SP 800-226. Without a promise, `unit` is "none" and `statement` says so."""
+    """privacy.json: a claim sheet in the sense of NIST SP 800-226. Without a promise, `unit` is "none" and `statement` says so.
+
+    With `unit` "site", `site_level` is the whole promise, `protects` is that of whole hospitals, and there is none to patients against the coordinator.
+
+    Of a run with `started_from`, `protects` and every number are of its own updates alone; `shared.whole_promise` says what holds for its model.
+    """
 
     schema_version: int = SCHEMA_VERSION
-    unit: Literal["patient", "record", "none"]
+    unit: Literal["patient", "record", "site", "none"]
     neighbouring_relation: str | None
     mechanism: str | None
     sampling: str | None
@@ -198,7 +268,10 @@ class PrivacyClaim(Record):
     accountants: list[str]
     sites: dict[str, SiteClaim]
     federation: FederationClaim | None = None
+    site_level: SiteLevelClaim | None = None  # what is promised to whole hospitals, alone (unit "site") or beside the promise to patients
+    distributed_noise: SharedNoise | None = None  # where noise is added in shares: both epsilons of every site
     evaluation_epsilon: float | None = None  # of the test patients, where their statistics left with noise
+    started_from: StartedFrom | None = None
     versions: dict[str, str]
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 MISSING_MARKS = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", ".")
+MOST_NUMBER_LETTERS = 64  # of a cell; a longer one is no number, and no parser is given it
 OUT_OF_RANGE_TOLERANCE = 0.05  # share of a column's values that may be clipped before the column is refused
 
 
@@ -244,7 +245,8 @@ def numbers_in(text: "pd.Series[str]", missing: NDArray[np.bool_], *, name: str,
     """
     import pandas as pd
 
-    numbers = np.array(pd.to_numeric(text.where(~missing), errors="coerce"), dtype=np.float64)
+    short = ~missing & (text.str.len() <= MOST_NUMBER_LETTERS).to_numpy()
+    numbers = np.array(pd.to_numeric(text.where(short), errors="coerce"), dtype=np.float64)
     bad = ~missing & ~np.isfinite(numbers)
     if bad.any():
         raise SchemaError(

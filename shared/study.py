@@ -409,7 +409,22 @@ class Privacy(Settings):
 class SecureAggregation(Settings):
     """The coordinator learns sums of updates, and no single one: SecAgg+ (Bell et al. 2020)."""
 
-    threshold: int | None = Field(default=None, ge=3, description="fewest sites in a sum; omitted, and at least: more than half of those asked, never under 3")
+    @model_validator(mode="after")
+    def _check_missing(self) -> Self:
+        if self.missing and self.noise != "distributed":
+            raise ValueError("missing belongs to noise 'distributed', got noise 'local'; remove missing")
+        return self
+
+    threshold: int | None = Field(
+        default=None, ge=3, description="fewest sites in a sum; omitted, and at least: more than half of those asked, never under 3"
+    )
+    noise: Literal["local", "distributed"] = Field(
+        default="local",
+        description="'distributed': each site adds a share, and the sum is private (local_steps = 1); 'local': each update is private",
+    )
+    missing: int = Field(
+        default=0, ge=0, description="of 'distributed': sites that may be absent from a sum or collude with the coordinator, together"
+    )
     max_value: Positive = Field(default=10.0, description="of an entry of an update; what is beyond is clipped to it, at the site")
     max_weight: int = Field(default=10_000, ge=1, le=10_000_000, description="a larger declared size counts as this many patients")
 
@@ -432,8 +447,8 @@ class Federation(Settings):
     min_patients: int = Field(default=10, ge=2, description="least number of patients at a site")
     min_per_class: int = Field(default=1, ge=0, description="least number of patients of each class at a site, where that is possible")
     num_patients: int | None = Field(default=None, ge=2, description="of a synthetic cohort, all sites together")
-    slowness: Real = Field(
-        default=0.0, ge=0, le=5, description="sigma of the sites' log-normal virtual seconds for a training, with median 1; 0: all alike"
+    slowness: Real | None = Field(
+        default=None, ge=0, le=5, description="sigma of the sites' log-normal virtual seconds for a training, with median 1; omitted: all alike"
     )
 
     @model_validator(mode="after")
@@ -527,6 +542,8 @@ class Study(Settings):
                 f"secure_aggregation with strategy {self.strategy.name!r}, which looks at single updates: expected one that needs only their mean, "
                 f"such as 'fedavg'; choose one, or remove [secure_aggregation]"
             )
+        if self.secure_aggregation.noise == "distributed":
+            self._check_distributed_noise()
         if self.faults is not None:
             raise ValueError("secure_aggregation with [faults]: expected no faults, for nobody sees the update that they spoil; remove one of them")
         return self
@@ -552,6 +569,24 @@ class Study(Settings):
                 "it sees none; remove [secure_aggregation], or max_site_norm"
             )
         return self
+
+    def _check_distributed_noise(self) -> None:
+        training, name = self.training, "secure_aggregation.noise 'distributed' holds for one sum a step, so"
+        if training.local_steps != 1:
+            raise ValueError(f"{name} expected training.local_steps = 1, got {training.local_steps or 'local_epochs'}; set it, or use noise 'local'")
+        if (training.optimizer, training.momentum, training.weight_decay) != ("sgd", 0.0, 0.0):
+            raise ValueError(
+                f"{name} expected optimizer 'sgd' without momentum or weight_decay, got others; use a server optimizer such as 'fedadam'"
+            )
+        if self.privacy.unit not in ("patient", "record"):
+            raise ValueError(f"{name} expected privacy.unit 'patient' or 'record', got {self.privacy.unit!r}")
+        if not isinstance(self.strategy, FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi):
+            raise ValueError(f"{name} expected strategy 'fedavg' or a server optimizer, got {self.strategy.name!r}")
+
+    @property
+    def distributed_noise(self) -> bool:
+        """True when noise is added in shares, and the sum of updates is private."""
+        return self.secure_aggregation is not None and self.secure_aggregation.noise == "distributed"
 
     @model_validator(mode="after")
     def _check_noised_statistics(self) -> Self:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from shared.cohort import Cohort
@@ -47,6 +49,18 @@ BUILT_IN = {
 }
 
 LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainedOutput:
+    """The number that tells why a model predicts what it does: in words, and `of`: the model's outputs `(N, ...)` -> `(N,)`, with a gradient.
+
+    It must rise or fall with what is predicted.
+    """
+
+    words: str
+    of: Callable[[torch.Tensor], torch.Tensor] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +82,9 @@ class Task:
         refine: what a site does to its model, in place, after it trained it for a round: a fresh model with the trained parameters, and no patient,
             so under privacy it is post-processing. It alone may move what does not require gradients, such as a GAN's generator, trained against
             the discriminator, or a Q-learner's target; draws come from torch's generator, which is keyed.
+        predicted: names of the K numbers that are predicted for a record; empty: by the schema's label, else numbered.
+        row: where predictions are no `(N,)` or `(N, K)`: (predictions, inputs) -> `(N, K)`, what a hospital is told of each record.
+        explained: what of several outputs is explained, where it is not the largest of `(N, K)` that become predictions one by one.
     """
 
     name: str
@@ -87,6 +104,9 @@ class Task:
     default_study: str | None = None
     subgroups: tuple[Subgroup, ...] = ()
     refine: Callable[[nn.Module], None] | None = field(default=None, repr=False)
+    predicted: tuple[str, ...] = ()
+    row: Callable[[Array, tuple[Array, ...]], Array] | None = field(default=None, repr=False)
+    explained: ExplainedOutput | None = None
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: hundreds of sites ask
 
     def __post_init__(self) -> None:

@@ -93,7 +93,8 @@ def check_quorum(study: Study, num_sites: int) -> None:
     asked = num_asked(num_sites, study.strategy.fraction)
     if study.secure_aggregation is not None and asked < (needed := max(MIN_THRESHOLD, study.secure_aggregation.threshold or 0)):
         raise ConfigurationError(
-            f"secure_aggregation: expected at least {needed} sites asked in a round, got {asked}", "ask more sites, or lower secure_aggregation.threshold"
+            f"secure_aggregation: expected at least {needed} sites asked in a round, got {asked}",
+            "ask more sites, or lower secure_aggregation.threshold",
         )
     if asked < study.strategy.least_updates:
         raise ConfigurationError(

@@ -23,7 +23,7 @@ NANOSECONDS = 1_000_000_000
 
 def seconds_of_training(study: Study, name: str) -> float:
     """Virtual seconds that a site takes for a training: log-normal with median 1 and `federation.slowness` as sigma; of (seed, name) alone."""
-    return float(np.exp(study.federation.slowness * generator(study.seed, "slowness", name).standard_normal()))
+    return float(np.exp((study.federation.slowness or 0.0) * generator(study.seed, "slowness", name).standard_normal()))
 
 
 def with_clock(grid: Grid, study: Study, names: Sequence[str], *, virtual: bool = True) -> Grid:

@@ -124,7 +124,7 @@ def costs(hospital: "Hospital", asked: "Asked") -> list[Cost]:
     Raises:
         LedgerError, StorageError: the ledger cannot be read.
     """
-    if asked.unit == "none":
+    if asked.unit in ("none", "site"):  # nothing that the ledger counts
         return []
     wanted: list[tuple[AccountName, float | None]] = [("training", asked.epsilon)]
     if asked.evaluation_epsilon is not None:

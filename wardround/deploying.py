@@ -26,9 +26,11 @@ from torch import nn
 from shared.config import Settings
 from shared.errors import ConfigurationError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
+from shared.results import StartedFrom
 from shared.schema import TableSchema
 from shared.study import Real
 from shared.task import Task, architecture_hash
+from shared.whole_promise import whole_promise
 from wardround.trained import Trained, read_trained
 
 if TYPE_CHECKING:
@@ -70,10 +72,11 @@ class ExportFacts(Settings):
     weights_sha256: str = Field(description="of the .safetensors file")
     inputs: tuple[ModelInput, ...] = Field(strict=False)
     output: str = "prediction"
-    privacy_unit: str = Field(description="'none': nobody is protected; 'unknown': the run was not at hand")
+    privacy_unit: str = Field(description="of every run that went into the model; 'none': somebody is protected by nothing; 'unknown': not at hand")
     privacy_protects: bool
-    epsilon: Real | None = None
+    epsilon: Real | None = Field(default=None, description="the sum, where the run started with the model of another one")
     delta: Real | None = None
+    started_from: StartedFrom | None = Field(default=None, description="the model of another run that this one started with, and its promise")
     versions: dict[str, str]
 
 
@@ -107,7 +110,7 @@ def export_model(
         format: "onnx" (extra `onnx`) or "torch-export" (a .pt2, for `torch.export.load`, which unpickles: load none from elsewhere).
         out: the file; default: `final.onnx` or `final.pt2` beside the model.
         task: in place of the task that the study names.
-        force: replace the file `out` where it is there; what stands in a run's folder is always written anew.
+        force: replace files that are there: the model, its facts and its cards. What belongs to a run's folder, without `out`, is always written anew.
 
     Raises:
         StorageError: the run is not finished, a file is there already, or it cannot be written.
@@ -120,13 +123,9 @@ def export_model(
         raise ConfigurationError(f"expected format {' or '.join(map(repr, SUFFIXES))}, got {format!r}", "give one of them")
     if format == "onnx":
         require_onnx()
-    target = None if out is None else Path(out)
-    if target is not None and (target.is_dir() or (target.exists() and not force)):
-        raise StorageError(
-            f"{target}: expected a new file, found {'a folder' if target.is_dir() else 'one'}", "give another with --out, or add --force"
-        )
     trained = read_trained(Path(run), task=task)
-    path = target or trained.source.with_suffix(SUFFIXES[format])
+    path = trained.source.with_suffix(SUFFIXES[format]) if out is None else Path(out)
+    refuse_present(written_files(path, cards=trained.run is not None), replace=force or (out is None and trained.run is not None))
     facts = export_facts(trained, format)
     patients = trained.task.synthetic_cohort(NUM_SYNTHETIC, 0).inputs
     data = exported_bytes(trained.task, trained.model, facts, patients)
@@ -143,6 +142,30 @@ def export_model(
     )  # fmt: skip
 
 
+def written_files(path: Path, *, cards: bool) -> tuple[Path, ...]:
+    """The model's file, its facts, and its cards where there are some."""
+    return (path, facts_file(path), *(card_files(path) if cards else ()))
+
+
+def facts_file(path: Path) -> Path:
+    """The facts as JSON beside the model."""
+    return path.with_name(f"{path.name}.json")
+
+
+def card_files(path: Path) -> tuple[Path, Path]:
+    """The model card beside the model, HTML and Markdown."""
+    return path.with_name(f"{path.stem}.model-card.html"), path.with_name(f"{path.stem}.model-card.md")
+
+
+def refuse_present(files: tuple[Path, ...], *, replace: bool) -> None:
+    """Raise `StorageError` where one of the files is there already; a folder is never replaced."""
+    for file in files:
+        if file.is_dir() or (file.exists() and not replace):
+            raise StorageError(
+                f"{file}: expected a new file, found {'a folder' if file.is_dir() else 'one'}", "give another with --out, or add --force"
+            )
+
+
 def require_onnx() -> None:
     """Raise `ConfigurationError` where a package of the extra `onnx` is missing."""
     try:
@@ -150,7 +173,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigurationError(f"ONNX: expected the packages onnx, onnxruntime and onnxscript, found none of one: {error}", INSTALL) from error
+        raise ConfigurationError(f"ONNX: expected the packages onnx, onnxruntime and onnxscript, found not all of them: {error}", INSTALL) from error
 
 
 # Facts and cards -----------------------------------------------------------------------------------------------------------------
@@ -160,9 +183,9 @@ def export_facts(trained: Trained, format: Format) -> ExportFacts:
     """What the exported file will say of itself."""
     import importlib.metadata
 
-    task, claim = trained.task, trained.claim
+    task, started_from = trained.task, None if trained.run is None else trained.run.result.started_from
     schema = task.schema.model_dump(mode="json") if isinstance(task.schema, TableSchema) else [part.model_dump(mode="json") for part in task.schema]
-    promised = claim.federation if claim is not None and claim.unit != "none" else None
+    promised = whole_promise(trained.claim, started_from)
     return ExportFacts(
         format=format,
         task=task.name,
@@ -173,10 +196,11 @@ def export_facts(trained: Trained, format: Format) -> ExportFacts:
         study_hash=trained.study_hash,
         weights_sha256=trained.sha256,
         inputs=model_inputs(task),
-        privacy_unit="unknown" if claim is None else claim.unit,
-        privacy_protects=claim is not None and claim.protects,
-        epsilon=None if promised is None else promised.epsilon,
-        delta=None if promised is None else promised.delta,
+        privacy_unit=promised.unit,
+        privacy_protects=promised.protects,
+        epsilon=promised.epsilon,
+        delta=promised.delta,
+        started_from=started_from,
         versions={name: importlib.metadata.version(name) for name in ("wardround", "torch")},
     )
 
@@ -191,7 +215,7 @@ def model_inputs(task: Task) -> tuple[ModelInput, ...]:
 def _write_facts(path: Path, facts: ExportFacts, data: bytes) -> Path:
     import hashlib
 
-    file = path.with_name(f"{path.name}.json")
+    file = facts_file(path)
     write_atomic(file, json_text({"sha256": hashlib.sha256(data).hexdigest(), **facts.model_dump(mode="json")}))
     return file
 
@@ -205,9 +229,8 @@ def _write_cards(path: Path, trained: Trained) -> tuple[Path, ...]:
     from wardround.report.page import render_document
 
     document = model_card_document(trained.run)
-    pages = {".html": render_document(document), ".md": front_matter(trained.run) + "\n" + markdown(document)}
-    cards = tuple(path.with_name(f"{path.stem}.model-card{ending}") for ending in pages)
-    for card, text in zip(cards, pages.values(), strict=True):
+    cards, pages = card_files(path), (render_document(document), front_matter(trained.run) + "\n" + markdown(document))
+    for card, text in zip(cards, pages, strict=True):
         write_atomic(card, text)
     return cards
 
@@ -484,17 +507,21 @@ def read_onnx_facts(path: Path, data: bytes) -> ExportFacts:
     try:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        header = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]).get_modelmeta().custom_metadata_map.get(HEADER)
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        header = session.get_modelmeta().custom_metadata_map.get(HEADER)
+        taken = {part.name: len(part.shape) for part in session.get_inputs()}
     except Exception as error:  # its own types, one for each way in which a file may be wrong
         raise ModelMismatchError(f"{path}: expected an ONNX file, could not read it ({type(error).__name__})", again) from None
     if header is None:
         raise ModelMismatchError(f"{path}: expected an ONNX file written by wardround, found no header of ours", again)
     try:
         facts = ExportFacts.model_validate_json(header)
-        beside = path.with_name(f"{path.name}.json")
+        beside = facts_file(path)
         recorded = json.loads(beside.read_bytes()).get("sha256") if beside.is_file() else None
     except (ValidationError, ValueError, AttributeError) as error:
         raise ModelMismatchError(f"{path}: expected facts of ours, could not read them ({type(error).__name__})", again) from None
+    if taken != {part.name: 1 + len(part.shape) for part in facts.inputs}:
+        raise ModelMismatchError(f"{path}: expected the inputs that its header names, found others", again)
     if recorded is not None and recorded != hashlib.sha256(data).hexdigest():
         raise ModelMismatchError(f"{path}: expected the file that {beside.name} beside it speaks of, got another", again)
     return facts

@@ -22,6 +22,7 @@ from shared.errors import ConfigurationError, ConnectionFailedError
 from shared.kit import CA_CERTIFICATE, FEDERATION, ROSTER, STATE, Roster, RosterSite, verify_kit
 from shared.plan import SitePlan, plan_site
 from shared.privacy import default_delta_of_sites
+from shared.site_level import default_site_delta, resolve_site_delta
 from shared.study import Federation, Study
 from wardround.deployed_runs import coordinator_folder, coordinator_status
 from wardround.plural import plural
@@ -154,6 +155,8 @@ def deployed_study(study: Study, sites: Sequence[RosterSite], *, quorum: int, go
     notes += [note] if note else []
     study, note = _with_delta(study, sites)
     notes += [note] if note else []
+    study, note = _with_site_delta(study, len(sites))
+    notes += [note] if note else []
     return DeployedStudy(study=_with_full_path(study), notes=tuple(notes), warnings=tuple(_warnings(study)))
 
 
@@ -184,7 +187,7 @@ def _hold_to_quorum(study: Study, *, num_sites: int, quorum: int, gone: Sequence
     if asked < study.strategy.least_updates:
         raise ConfigurationError(
             f"strategy {study.strategy.name}: expected at least {study.strategy.least_updates} sites asked in a round, got {asked}",
-            "approve more sites, or let the strategy tolerate fewer bad ones",
+            "approve more sites, or let the strategy need fewer (tolerated, buffer_size)",
         )
     if required != "all" and asked < required:
         raise ConfigurationError(
@@ -207,6 +210,14 @@ def _with_delta(study: Study, sites: Sequence[RosterSite]) -> tuple[Study, str]:
     return study.replace(privacy={"delta": delta}), f"privacy.delta is {delta:g}, from the declared sizes"
 
 
+def _with_site_delta(study: Study, num_sites: int) -> tuple[Study, str]:
+    resolved = resolve_site_delta(study, num_sites)
+    if resolved == study:
+        return study, ""
+    key = "delta" if study.privacy.unit == "site" else "site_delta"
+    return resolved, f"privacy.{key} is {default_site_delta(num_sites):g}, from the number of sites"
+
+
 def _with_full_path(study: Study) -> Study:
     """A task's schema file is named by its full path: the study's process works in another folder."""
     return study.replace(task=str(Path(study.task).resolve())) if study.task.endswith(".toml") else study
@@ -214,6 +225,10 @@ def _with_full_path(study: Study) -> Study:
 
 def _warnings(study: Study) -> list[str]:
     found = []
+    if study.privacy.unit == "site":
+        found.append(
+            "unit = 'site' protects no patient against the coordinator: hospitals whose site.toml does not say allow_site_unit = true refuse it"
+        )
     if study.private and not study.noised_statistics:
         found.append(
             "hospitals whose site.toml does not say exact_metrics = true let no metric out, so there may be none to see; "
@@ -269,6 +284,8 @@ def _leaves(study: Study, task: "Task", *, rounds: int, num_bytes: int) -> Itera
     noise = "with noise (differential privacy)" if study.private else "WITHOUT NOISE"
     yield "once: the declared numbers of training and test patients in site.toml"
     yield f"in each of {rounds} rounds: an update of the model, {num_bytes:,} bytes, {noise}; what was spent; a hash of the ledger"
+    if study.site_level:
+        yield "not by a site: each round's mean, which the coordinator clips and noises by site before anybody sees it"
     when = "once, with the final model, with noise" if study.noised_statistics else "in each round, exact"
     for name in sorted({metric.statistic.name for metric in task.metrics}):
         metrics = ", ".join(metric.name for metric in task.metrics if metric.statistic.name == name)

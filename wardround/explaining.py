@@ -5,7 +5,9 @@ the output for a public baseline, the middle of the declared ranges. They add up
 Grad-CAM (Selvaraju et al. 2017) for images and volumes, at the maps of the last convolution that looks at more than one pixel; of a map that a model gives, such
 as a segmentation's, the mean over the pixels that it marks is explained (Vinogradova et al. 2020). Both by captum.
 
-What is explained is the model's output before it becomes a prediction: the logit of a risk, of the likeliest class, or the score itself.
+What is explained is the model's output before it becomes a prediction: the logit of a risk, of the likeliest class, or what the task names
+(`Task.explained`). A model whose outputs become predictions in another way, as tags or symbols, is refused: an attribution of some output of it
+would be read as one of the prediction beside it.
 
 Legend: N records (one a patient), F features, T steps, V variables, C channels.
 """
@@ -27,8 +29,9 @@ from shared.cohort import Cohort
 from shared.errors import ConfigurationError, DataError, DataMissingError
 from shared.schema import TableSchema, TensorSchema
 from shared.seeding import generator
-from shared.task import Task
-from wardround.predicting import read_patients
+from shared.task import ExplainedOutput, Task
+from wardround.deploying import NUM_SYNTHETIC
+from wardround.predicting import is_map, read_patients
 from wardround.trained import Trained, read_trained
 
 Kind = Literal["table", "series", "signal", "picture", "volume", "tokens"]
@@ -68,7 +71,9 @@ class Attributions:
     """Patients, what the model predicts for them, and why.
 
     Attributes:
-        predictions: `(N, ...)` as the task gives them.
+        predictions: `(N, ...)` as the task gives them, `(N, K)` where it says what fits a row.
+        ranked: `(N,)` by what patients are called high or low: what is explained where the task names it, else the prediction.
+        words: what is explained.
         chosen: `(N,)` index of the output that is explained, where there are several; else None.
         completeness_gap: largest deviation of a patient's sum from the difference it should be, as a share of the mean difference over patients;
             None where nothing was explained by integrated gradients.
@@ -78,6 +83,8 @@ class Attributions:
     cohort: Cohort
     parts: tuple[Part, ...]
     predictions: FloatArray = field(repr=False)
+    ranked: FloatArray = field(repr=False)
+    words: str
     chosen: NDArray[np.int64] | None = field(repr=False)
     completeness_gap: float | None
     num_steps: int
@@ -116,21 +123,22 @@ def explain_run(
         force: replace `out` where it is there.
 
     Raises:
-        ConfigurationError: captum is not installed, the page would stand in the run's folder, or the model has an input that cannot be explained.
+        ConfigurationError: captum is not installed, the page would stand in a run's folder, or the model has an input or outputs that cannot be
+            explained.
         StorageError: the run is not finished, or the page is there already.
         DataError: the data are missing, may not be read, or do not fit.
 
     Example:
         explain_run("runs/heart-disease-20250101T000000Z-1a2b", "data/heart-disease")
     """
-    from wardround.private_files import private_file
+    from wardround.private_files import private_file, refuse_in_run
     from wardround.report.explanation_page import explanation_page
 
     require_captum()
     page, folder = Path(out), Path(run)
-    if folder.is_dir() and page.resolve().is_relative_to(folder.resolve()):
-        raise ConfigurationError(f"{page}: expected a page outside the run's folder, which is shown to others", "give another place with --out")
+    refuse_in_run(page)
     trained = read_trained(folder, task=task)
+    require_explainable(trained)
     seed = 0 if trained.run is None else trained.run.study.seed
     cohort = chosen_patients(trained.task, data, patients=patients, seed=seed, options=options or {})
     with private_file(page, force=force) as file:
@@ -150,6 +158,25 @@ def require_captum() -> None:
         raise ConfigurationError(f"explain: expected the package captum, found none: {error}", INSTALL) from error
 
 
+def require_explainable(trained: Trained) -> None:
+    """Raise `ConfigurationError`, before patients are read, where no output of the model is the prediction's; tried on synthetic ones."""
+    inputs = tuple(torch.from_numpy(np.ascontiguousarray(values[:1])) for values in trained.task.synthetic_cohort(NUM_SYNTHETIC, 0).inputs)
+    with torch.no_grad():
+        outputs = trained.model.eval()(*inputs)
+        _check_outputs(trained.task, outputs, trained.task.predict(outputs))
+
+
+def _check_outputs(task: Task, outputs: torch.Tensor, predictions: torch.Tensor) -> None:
+    """One output; or several that become as many predictions; or a map of an input; or what the task names."""
+    alike = outputs.dim() == 2 and (outputs.shape[1] == 1 or predictions.shape == outputs.shape)
+    if task.explained is None and not alike and not is_map(task, predictions.shape[1:]):
+        raise ConfigurationError(
+            f"task {task.name}: expected one output, one for each prediction, or a map of an input, got {tuple(outputs.shape[1:])}, which become predictions "
+            "in another way",
+            "explain another model, or declare Task.explained",
+        )
+
+
 def chosen_patients(task: Task, data: str | Path | None, *, patients: int, seed: int, options: Mapping[str, str | int | float | bool]) -> Cohort:
     """At most so many patients with their records, in the data's order.
 
@@ -159,7 +186,7 @@ def chosen_patients(task: Task, data: str | Path | None, *, patients: int, seed:
     if data is None and not task.bundled:
         cohort = task.synthetic_cohort(patients, seed)
     else:
-        cohort, _ = read_patients(task, DataSource.of(None if data is None else Path(data), dict(options)))
+        cohort, _, _ = read_patients(task, DataSource.of(None if data is None else Path(data), dict(options)), skip_bad_rows=True)
     if cohort.num_patients == 0:
         raise DataMissingError(f"{data}: expected at least one patient, found none", "check the data with 'wardround data check'")
     if cohort.num_patients <= patients:
@@ -179,10 +206,13 @@ def attribute(trained: Trained, cohort: Cohort) -> Attributions:
     inputs = tuple(torch.from_numpy(values) for values in arrays)
     with torch.no_grad():
         outputs = model(*inputs)
-        predictions = task.predict(outputs).numpy().astype(np.float64)
-    if not np.isfinite(predictions).all():
+        given = task.predict(outputs)
+        _check_outputs(task, outputs, given)
+        predictions = (given.numpy() if task.row is None else task.row(given.numpy(), arrays)).astype(np.float64)
+        ranked = ranking(predictions) if task.explained is None else task.explained.of(outputs).numpy().astype(np.float64)
+    if not np.isfinite(predictions).all() or not np.isfinite(ranked).all():
         raise DataError("expected finite predictions, got NaN or infinity for some patients", "check the data with 'wardround data check'")
-    weights, chosen = explained_outputs(outputs)
+    weights, chosen = (torch.ones(len(outputs), 1), None) if task.explained is not None else explained_outputs(outputs)
     kinds = [kind_of(part, task.modality) for part in schema_parts(task)]
     layers = [last_convolution(model, inputs, dimensions=_DIMENSIONS.get(kind, 0)) for kind in kinds]
     by_gradients = [place for place, layer in enumerate(layers) if layer is None]
@@ -194,13 +224,23 @@ def attribute(trained: Trained, cohort: Cohort) -> Attributions:
     for place, layer in enumerate(layers):
         if layer is not None:
             name, module = layer
-            found[place] = (grad_cam(model, module, inputs, weights, size=inputs[place].shape[2:]), f"{GRAD_CAM} at layer {name!r}")
+            found[place] = (grad_cam(model, module, inputs, weights, size=inputs[place].shape[2:], task=task), f"{GRAD_CAM} at layer {name!r}")
     parts = tuple(
         _part(task, part, kind, arrays[place], *found[place]) for place, (part, kind) in enumerate(zip(schema_parts(task), kinds, strict=True))
     )
     return Attributions(
-        task=task, cohort=cohort, parts=parts, predictions=predictions, chosen=chosen, completeness_gap=gap, num_steps=steps
+        task=task, cohort=cohort, parts=parts, predictions=predictions, ranked=ranked, words=words_of(task, outputs), chosen=chosen,
+        completeness_gap=gap, num_steps=steps,
     )  # fmt: skip
+
+
+def words_of(task: Task, outputs: torch.Tensor) -> str:
+    """What is explained of a model with these outputs."""
+    if task.explained is not None:
+        return task.explained.words
+    if outputs.dim() > 2:
+        return "the mean over the pixels that the model marks"
+    return "the likeliest of its outputs" if outputs.flatten(1).shape[1] > 1 else "its only output"
 
 
 # What is explained -------------------------------------------------------------------------------------------------------------------
@@ -262,11 +302,14 @@ def baseline_of(part: TensorSchema, values: torch.Tensor, task: Task) -> torch.T
 
 
 class _Explained(nn.Module):
-    """The explained output `(n,)` of inputs as captum gives them: floats and embedded tokens are moved, whole numbers and weights are not."""
+    """The explained output `(n,)` of inputs as captum gives them: floats and embedded tokens are moved, whole numbers and weights are not.
 
-    def __init__(self, model: nn.Module, embeddings: list[nn.Module], is_float: list[bool]) -> None:
+    It is what the task names, else the sum of all outputs by `weights`, the last argument.
+    """
+
+    def __init__(self, model: nn.Module, embeddings: list[nn.Module], is_float: list[bool], named: ExplainedOutput | None = None) -> None:
         super().__init__()
-        self.model, self._embeddings, self._is_float = model, embeddings, is_float
+        self.model, self._embeddings, self._is_float, self._named = model, embeddings, is_float, named
 
     def forward(self, *given: torch.Tensor) -> torch.Tensor:
         *rest, weights = given
@@ -276,6 +319,8 @@ class _Explained(nn.Module):
         inputs = [next(floats) if is_float else next(whole) for is_float in self._is_float]
         with _replaced(dict(zip(self._embeddings, embedded, strict=True))):
             outputs = self.model(*inputs)
+        if self._named is not None:
+            return self._named.of(outputs).to(weights.dtype)
         explained: torch.Tensor = (outputs.flatten(1) * weights).sum(dim=1)
         return explained
 
@@ -304,7 +349,7 @@ def integrated_gradients(
     parts = schema_parts(task)
     is_float = [values.is_floating_point() for values in inputs]
     embeddings = embedding_outputs(model, inputs, parts) if not all(is_float) else {}
-    explained = _Explained(model, list(embeddings), is_float)
+    explained = _Explained(model, list(embeddings), is_float, task.explained)
     moved = [*embeddings.values(), *(values for values, moves in zip(inputs, is_float, strict=True) if moves)]
     fixed = (*(values for values, moves in zip(inputs, is_float, strict=True) if not moves), weights)
     baselines = [torch.zeros_like(values) for values in embeddings.values()]
@@ -394,12 +439,14 @@ def last_convolution(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, dime
     return (leaves[once[-1]], once[-1]) if once else None
 
 
-def grad_cam(model: nn.Module, layer: nn.Module, inputs: tuple[torch.Tensor, ...], weights: torch.Tensor, *, size: torch.Size) -> FloatArray:
+def grad_cam(
+    model: nn.Module, layer: nn.Module, inputs: tuple[torch.Tensor, ...], weights: torch.Tensor, *, size: torch.Size, task: Task | None = None
+) -> FloatArray:
     """`(N, *size)`, 0 and above: where in the image what the layer saw raises the explained output."""
     from captum.attr import LayerGradCam
 
     model.requires_grad_(True)  # else the layer's output has no gradient
-    explained = _Explained(model, [], [True] * len(inputs))
+    explained = _Explained(model, [], [True] * len(inputs), None if task is None else task.explained)
     found = []
     for start in range(0, len(weights), INTERNAL_BATCH // 8):
         batch = slice(start, start + INTERNAL_BATCH // 8)
@@ -471,8 +518,8 @@ def ranking(predictions: FloatArray) -> FloatArray:
     return np.asarray(predictions.max(axis=1) if predictions.ndim == 2 else predictions.reshape(len(predictions), -1).mean(axis=1))
 
 
-def singles(predictions: FloatArray) -> list[tuple[str, int]]:
-    """The patients with the highest, the median and the lowest prediction; fewer where there are not three."""
-    order = np.argsort(ranking(predictions), kind="stable")
+def singles(ranked: FloatArray) -> list[tuple[str, int]]:
+    """The patients with the highest, the median and the lowest of these numbers `(N,)`; fewer where there are not three."""
+    order = np.argsort(ranked, kind="stable")
     places = {int(order[-1]): "highest", int(order[len(order) // 2]): "median", int(order[0]): "lowest"}
     return [(title, place) for place, title in places.items()]

@@ -92,7 +92,7 @@ class Run:
             ConfigurationError: that package is not installed; it is no dependency.
             StorageError: the run has no result, or `path` cannot be written.
         """
-        from wardround.exporting import export_run
+        from wardround.trackers import export_run
 
         return export_run(self, to, Path(path))
 

@@ -20,7 +20,7 @@ from shared.privacy import (
 )
 from shared.study import Study
 from simulations.sweeps.grid import Cell, Sweep, cells_of
-from wardround.explanation import Section
+from wardround.claim_in_words import Section
 from wardround.plural import plural
 from wardround.report.wording import compact, upper_bound
 from wardround.studies import base_study, is_sweep_file, shipped_sweeps, sweep_file

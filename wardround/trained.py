@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from server.run_folder import RunFolder, read_tensors
-from shared.errors import ModelMismatchError, StorageError, WardroundError
+from shared.errors import ModelMismatchError, StorageError, UnknownTaskError, WardroundError
 from shared.files import storage_errors
 from shared.models import Parameters, set_parameters
 from shared.results import PrivacyClaim
-from shared.task import Task, architecture_hash, resolve_task
+from shared.task import Task, architecture_hash, resolve_task, task_names
 from wardround.report.model_file import FINAL
 from wardround.report.run_files import RunFiles, read_run
 
@@ -82,11 +82,8 @@ def _task_of_file(named: str, given: str | None, path: Path) -> Task:
 
     Raises:
         ModelMismatchError: the file names another task than the one given.
-        ConfigurationError: it names one that is not known here.
+        UnknownTaskError: it names one that is not installed here.
     """
-    from shared.errors import UnknownTaskError
-    from shared.task import task_names
-
     if given is None and named not in task_names():
         raise UnknownTaskError(
             f"{path}: its task {named!r} is not installed here", "give it with --task: 'package.module:factory', or its schema's TOML file"
@@ -106,6 +103,12 @@ def _trained(task: Task, file: Path, header: dict[str, str], parameters: Paramet
     if header.get("architecture") != architecture_hash(model):
         raise ModelMismatchError(
             f"{file}: expected the architecture that task {task.name} has here, got another", "install the version of the task that trained it"
+        )
+    personal = header.get("personal", "").split()
+    if personal:
+        raise ModelMismatchError(
+            f"{file}: expected a whole model, got one of which {', '.join(personal[:3])} stayed at the sites (strategy of study {header.get('study')})",
+            "each site's own part is in its state folder; a strategy that shares the whole model leaves one that can be used",
         )
     try:
         set_parameters(model, parameters)

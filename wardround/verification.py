@@ -13,7 +13,7 @@ from shared.errors import DataMissingError
 from shared.plan import Limit
 from shared.privacy import PrivacyEvent, epsilon_of, epsilon_renyi
 from simulations.federation import ledger_file_name
-from wardround.explanation import claim_of
+from wardround.claim_in_words import claim_of
 from wardround.report.run_files import read_run
 from wardround.spending import ledgers_of
 

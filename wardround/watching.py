@@ -201,8 +201,8 @@ class RunWatch:
         return RoundDone(
             run=self._path.name, round=record.round, rounds=self._study.rounds.count, fold=record.fold, folds=self._study.evaluation.folds,
             usable=sum(site.status == "ok" for site in asked), asked=len(asked), metric=name, value=None if name is None else metrics[name],
-            ci95=None if name is None else intervals.get(name), epsilon=max(spent, default=None), epsilon_asked=self._study.privacy.epsilon,
-            seconds=math.fsum(self._seconds), sites=tuple(
+            ci95=None if name is None else intervals.get(name), epsilon=max(spent, default=None),
+            epsilon_asked=self._study.privacy.epsilon if self._study.private else None, seconds=math.fsum(self._seconds), sites=tuple(
                 StudySite(name=site.name, status=site.status, reason=told_reason(site, folds=self._study.evaluation.folds), epsilon=site.epsilon)
                 for site in record.sites
             ),

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from server.aggregation import ROWS, ExactMean, FloatArrays
+from server.aggregation import ROWS, ExactMean, FloatArrays, blocks
 from shared.errors import ProtocolError
 from shared.noise import KEY_BYTES, GaussianNoise, NoiseGrid
 from shared.seeding import derive_key
@@ -125,17 +125,15 @@ class NoisedMean(ExactMean):
         return min(1.0, self._site_noise.max_norm / norm) if 0 < norm < math.inf else 1.0  # what is not finite is refused just after
 
     def take_mean(self) -> FloatArrays:
-        """The release of this round; its noise is drawn here, once, and the sum is gone with it."""
-        total = super().take_sum()
-        noise = self._site_noise
-        size = sum(value.size for value in total.values())
-        grid, draws = NoiseGrid.of(noise.max_norm, size), GaussianNoise(noise.key(*self._release))
-        flat = torch.from_numpy(np.concatenate([value.reshape(-1) for value in total.values()]))
-        released = grid.release(flat, draws, noise.noise_multiplier).numpy() / self._num_asked
-        mean, start = {}, 0
-        for name, value in total.items():
-            mean[name], start = released[start : start + value.size].reshape(value.shape), start + value.size
-        return mean
+        """The release of this round, in the memory of the sum, which is gone with it; its noise is drawn here, once."""
+        noise, released = self._site_noise, self.take_sum()
+        grid = NoiseGrid.of(noise.max_norm, sum(value.size for value in released.values()))
+        draws = GaussianNoise(noise.key(*self._release))
+        for value in released.values():
+            flat = value.reshape(-1)
+            for block in blocks(flat.size):  # beside a large model, draws take little memory
+                flat[block] = grid.release(torch.from_numpy(flat[block]), draws, noise.noise_multiplier).numpy() / self._num_asked
+        return released
 
 
 def _second() -> ProtocolError:

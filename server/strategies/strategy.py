@@ -83,6 +83,8 @@ class Member:
     node_id: int
     weight: int
     steps: int = 1  # of a round, by its declared size
+    batch: float = 1.0  # expected, by the same
+    noise: float = 0.0  # of q-fedavg, see `noise_energy`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +136,9 @@ class Round:
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
+NOBODY: Mapping[str, Member] = {}
+
+
 def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = None) -> ServerOptimizer:
     """The server's part of a study's strategy; FedAvg where it is in the sites' training alone, as with FedProx."""
     match strategy:
@@ -157,13 +162,13 @@ def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = No
 
 
 def aggregator(
-    strategy: options.Strategy, *, steps: Mapping[str, int] = NONE, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0,
+    strategy: options.Strategy, *, members: Mapping[str, Member] = NOBODY, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0,
     staleness: Mapping[str, int] = NONE,
 ) -> Aggregator:  # fmt: skip
     """What takes the updates of a round, and makes one of them.
 
     Args:
-        steps: of a round, by site.
+        members: those asked, by name.
         losses: by site, where the strategy asks for them; each is there before the update is added.
         learning_rate: of the sites in this round.
         staleness: by site, where the strategy takes what comes late; as `losses`.
@@ -172,9 +177,10 @@ def aggregator(
         case options.FedBuff():
             return Buffer(strategy, staleness=staleness)
         case options.FedNova():
-            return NormalisedMean(steps)
+            return NormalisedMean({name: member.steps for name, member in members.items()})
         case options.QFedAvg():
-            return FairMean(strategy, learning_rate=learning_rate, losses=losses)
+            noise = {name: member.noise for name, member in members.items()}
+            return FairMean(strategy, learning_rate=learning_rate, losses=losses, noise=noise)
         case options.NormBounding():
             return BoundedMean(strategy)
         case options.CoordinateMedian():
@@ -247,13 +253,13 @@ class FederatedStrategy(Strategy):
 
     def sampled(self, server_round: int) -> list[str]:
         """Names of the sites of a round, in order."""
-        return sorted(
-            sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
-        )
+        return sorted(sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round))
 
     def configure_secure(self, arrays: ArrayRecord, task: TrainTask, secure: SecureSum) -> list[Message]:
         """A message of its own for each site that is in the sum so far: who its neighbours are differs, the parameters are shared."""
-        [record, *_] = [message.content for message in self._configure(task.round, arrays, config_of(encode(task)), MessageType.TRAIN, list(secure.asked))]
+        [record, *_] = [
+            message.content for message in self._configure(task.round, arrays, config_of(encode(task)), MessageType.TRAIN, list(secure.asked))
+        ]
         current, asked = self._current(), secure.tasks()
         current.secure = secure
         sent, control = (from_array_record(record[key]) if key in record else {} for key in (PARAMETERS, CONTROL))  # type: ignore[arg-type]
@@ -313,11 +319,11 @@ class FederatedStrategy(Strategy):
         asked = {name: self._members[name] for name in names}
         parameters = from_array_record(arrays)
         training = message_type == MessageType.TRAIN
-        told, steps = json.loads(str(config[JSON])), {name: member.steps for name, member in asked.items()}
+        told = json.loads(str(config[JSON]))
         losses, staleness = dict[str, float](), dict[str, int]()
         mean: Aggregator
         if self._site_noise is None:
-            mean = aggregator(self._options, steps=steps, losses=losses, learning_rate=self._learning_rate(number), staleness=staleness)
+            mean = aggregator(self._options, members=asked, losses=losses, learning_rate=self._learning_rate(number), staleness=staleness)
         else:
             mean = NoisedMean(self._site_noise, num_asked=len(asked), fold=self.fold, round_number=number)
         question = Question(
@@ -463,6 +469,24 @@ class FederatedStrategy(Strategy):
         for name, (shape, _) in current.question.template.items():
             end = start + math.prod(shape)
             mean[name], start = flat[start:end].reshape(shape), end
+        return self._moved_by(mean, total.weight, current)
+
+    def aggregate_gradients(self, total: SumResult, *, spacing: float) -> ArrayRecord:
+        """The next model from a secure sum of clipped gradients with distributed noise, in grid points: a step against their mean.
+
+        Raises:
+            ProtocolError: its weight is not the number of the sites in it.
+        """
+        current = self._current()
+        if total.weight != len(total.sites):
+            raise ProtocolError(f"secure sum: expected a weight of {len(total.sites)} for the sites in it, got {total.weight}")
+        batch = math.fsum(current.asked[name].batch for name in total.sites)
+        flat = total.values * (-self._learning_rate(current.question.number) * spacing / batch)
+        mean, start = {}, 0
+        for name, (shape, _) in current.question.template.items():
+            if name in self._trainable:
+                end = start + math.prod(shape)
+                mean[name], start = flat[start:end].reshape(shape), end
         return self._moved_by(mean, total.weight, current)
 
     def _moved_by(self, mean: FloatArrays, weight: int, current: Round) -> ArrayRecord:

@@ -42,11 +42,15 @@ class SumReply(SumMessage):
 
 
 class AdvertiseKeysTask(SumMessage):
-    """A sum begins, of these sites, and says nothing unless `threshold` of them are in it. `roster`: their long-lived Ed25519 keys."""
+    """A sum begins, of these sites, and says nothing unless `threshold` of them are in it. `roster`: their long-lived Ed25519 keys.
+
+    `noise_multiplier` is of distributed noise: what all sites together add.
+    """
 
     kind: Literal["advertise-keys"] = "advertise-keys"
     sites: Sites
     threshold: Annotated[int, Field(ge=MIN_THRESHOLD, le=MAX_SITES)]
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     roster: dict[Name, Hex32] = Field(default_factory=dict, max_length=MAX_SITES)
 
 

@@ -78,29 +78,37 @@ class FixedPoint:
         """A bound that no |decoded sum - sum of weight x value|, values within the range, reaches."""
         return num_summed * self.step * (1 + self.levels * 2.0**-51)
 
-    def encode(self, values: NDArray[np.floating], weight: int, *, key: bytes) -> Words:
+    def encode(self, values: NDArray[np.floating] | NDArray[np.int64], weight: int, *, key: bytes) -> Words:
         """`(num_values + 2,)` words: values times weight, weight, 1.
 
         Args:
             values: `(num_values,)`; clipped to the range.
             key: 32 secret bytes for the roundings, of this vector only.
 
+        Whole numbers (int64), of an encoding whose step is 1, are taken as they are; that is for noise that is to be in the sum to the last bit.
+
         Raises:
-            ProtocolError: a value is not finite, or the weight not 1 to `max_weight`.
+            ProtocolError: a value is not finite, a whole one beyond the range, or the weight not 1 to `max_weight`.
         """
         if not 1 <= weight <= self.max_weight:
             raise ProtocolError(f"weight: expected 1 to {self.max_weight}, got {weight}")
         signed = np.empty(len(values) + EXTRA_WORDS, dtype=self.dtype.str.replace("u", "i"))
+        if np.issubdtype(values.dtype, np.integer):
+            assert self.step == 1.0 and weight == 1
+            if int(np.abs(values).max(initial=0)) > self.levels:
+                raise ProtocolError("update: expected whole numbers within the range of the sum, got larger ones")
+            signed[:-EXTRA_WORDS], signed[-EXTRA_WORDS:] = values, (weight, 1)
+            return signed.view(self.dtype)
         draws = stream_words(key, len(values))
         for start in range(0, len(values), BLOCK):
             part = slice(start, min(start + BLOCK, len(values)))
-            signed[part] = self._round(values[part], weight, draws[part])
+            signed[part] = self._round(values[part].astype(np.float64), weight, draws[part])
         signed[-EXTRA_WORDS:] = weight, 1
         return signed.view(self.dtype)
 
-    def _round(self, values: NDArray[np.floating], weight: int, draws: NDArray[np.uint32]) -> NDArray[np.float64]:
+    def _round(self, values: NDArray[np.float64], weight: int, draws: NDArray[np.uint32]) -> NDArray[np.float64]:
         """Up where the draw is below the fraction in 2**32ths, down elsewhere; a whole number stays."""
-        scaled = values.astype(np.float64)
+        scaled = values
         if not np.isfinite(scaled).all():
             raise ProtocolError("update: expected finite values, got NaN or infinity")
         np.clip(scaled, -self.max_value, self.max_value, out=scaled)

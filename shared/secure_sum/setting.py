@@ -35,6 +35,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shared.distributed_noise import DistributedNoise
 from shared.errors import ConfigurationError
 from shared.messages import Content, Name, Number
 from shared.secure_sum.quantisation import FixedPoint
@@ -66,12 +67,19 @@ class SumForm:
     num_values: int
     max_value: float
     max_weight: int
+    noise: DistributedNoise | None = None  # then values are whole numbers, and how large they are follows from it
 
     @classmethod
-    def of_study(cls, study: Study, num_values: int) -> "SumForm":
-        """Of updates with so many values in a study that aggregates securely; where sites count alike, no digit is left to weights."""
+    def of_study(cls, study: Study, *, num_values: int, num_trainable: int) -> "SumForm":
+        """Of updates with so many values, or gradients with so many, in a study that aggregates securely; where sites count alike, no digit is left
+        to weights."""
         options = study.secure_aggregation
         assert options is not None
+        if study.distributed_noise:
+            noise = DistributedNoise(
+                max_grad_norm=study.privacy.max_grad_norm, num_parameters=num_trainable, batch_size=study.training.batch_size, missing=options.missing
+            )
+            return cls(num_values=num_trainable, max_value=1.0, max_weight=1, noise=noise)
         return cls(num_values=num_values, max_value=options.max_value, max_weight=options.max_weight if study.strategy.weights == "declared" else 1)
 
 
@@ -100,6 +108,7 @@ class SumSetting:
     sites: tuple[str, ...]
     threshold: int
     form: SumForm
+    noise_multiplier: float = 0.0  # of distributed noise, the same at all sites
 
     def __post_init__(self) -> None:
         if not MIN_THRESHOLD <= len(self.sites) <= MAX_SITES or list(self.sites) != sorted(set(self.sites)):
@@ -113,6 +122,9 @@ class SumSetting:
     @functools.cached_property
     def encoding(self) -> FixedPoint:
         """The fixed point of its inputs."""
+        if self.form.noise is not None:
+            most = self.form.noise.most(len(self.sites), self.noise_multiplier)
+            return FixedPoint(num_sites=len(self.sites), max_value=float(most), max_weight=1, levels=most)
         return FixedPoint.finest(num_sites=len(self.sites), max_value=self.form.max_value, max_weight=self.form.max_weight)
 
     @functools.cached_property
@@ -121,7 +133,7 @@ class SumSetting:
         form = self.form
         content = [
             self.of.run, self.of.study_hash, self.of.fold, self.of.round, list(self.sites), self.threshold,
-            form.num_values, float(form.max_value).hex(), form.max_weight, self.encoding.levels,
+            form.num_values, float(form.max_value).hex(), form.max_weight, self.encoding.levels, float(self.noise_multiplier).hex(),
         ]  # fmt: skip
         return hashlib.sha256(b"wardround secure sum\n" + json.dumps(content).encode()).digest()
 

@@ -35,11 +35,11 @@ from shared.config import nearest
 from shared.errors import ConfigurationError, DataMissingError, SchemaError
 from shared.metrics import BINARY_METRICS, FloatArray
 from shared.models import mlp
-from shared.schema import MISSING_MARKS, OUT_OF_RANGE_TOLERANCE, TensorSchema, canonical
+from shared.schema import MISSING_MARKS, MOST_NUMBER_LETTERS, OUT_OF_RANGE_TOLERANCE, TensorSchema, canonical
 from shared.seeding import generator
 from shared.task import Task
 from shared.tasks.images import attribute_of, patients_of, refuse_too_many, tolerance_of
-from shared.tasks.tabular import logistic_loss, only_csv, read_csv
+from shared.tasks.tabular import attribute_texts, logistic_loss, only_csv, read_csv
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -86,7 +86,7 @@ def read_panel(path: Path) -> tuple[Marker, ...]:
     if absent:
         raise ConfigurationError(f"{path.name}: expected column {absent[0]!r}, not found", "a panel has the columns marker, low, high")
     names = frame["marker"].str.strip().tolist()
-    low, high = (_numbers(frame[column].to_numpy(dtype=np.str_)) for column in ("low", "high"))
+    low, high = (_numbers(frame[column].to_numpy(dtype=np.object_)) for column in ("low", "high"))
     for row, name in enumerate(names, start=1):
         if name in MISSING_MARKS or name in ("patient", "label", "site") or names.index(name) != row - 1:
             raise ConfigurationError(f"{path.name}: row {row}: expected another marker's name, got none, one twice, or a reserved one", "correct it")
@@ -115,7 +115,7 @@ def load_panel(path: Path | None, options: Mapping[str, object], *, name: str, p
 
     Raises:
         DataMissingError, DataAccessError, SchemaError: the file is missing, unreadable or not as declared, too many records are bad, or over one
-            value in twenty is out of bounds.
+            value in twenty of a marker is out of bounds.
     """
     tolerance = tolerance_of(options, name)
     if path is None:
@@ -132,6 +132,9 @@ def load_panel(path: Path | None, options: Mapping[str, object], *, name: str, p
 def _require(present: Sequence[str], panel: Sequence[Marker], *, source: str) -> None:
     needed = ("patient", "label", *(marker.name for marker in panel))
     absent = [name for name in needed if name not in present]
+    twice = [name for name in needed if f"{name}.1" in present]  # as pandas calls a second one
+    if twice:
+        raise SchemaError(f"{source}: expected one column {twice[0]!r}, found two", "rename or remove one in the file")
     if absent:
         spare = [name for name in present if name not in needed]
         hints = ", ".join(f"{name!r}{nearest(name, spare)}" for name in absent[:3])
@@ -140,8 +143,7 @@ def _require(present: Sequence[str], panel: Sequence[Marker], *, source: str) ->
 
 
 def _cohort(frame: "pd.DataFrame", panel: Sequence[Marker], *, tolerance: float, source: str, synthetic: bool = False) -> Cohort:
-    text = frame[[marker.name for marker in panel]].to_numpy(dtype=np.str_)
-    values = _numbers(text)
+    values = _numbers(frame[[marker.name for marker in panel]].to_numpy(dtype=np.object_))
     label = frame["label"].str.strip()
     missing, unlabelled = np.isnan(values), label.isin(MISSING_MARKS).to_numpy()
     bad = frame["patient"].str.strip().isin(MISSING_MARKS).to_numpy() | frame.duplicated().to_numpy()
@@ -150,13 +152,13 @@ def _cohort(frame: "pd.DataFrame", panel: Sequence[Marker], *, tolerance: float,
     if "site" in frame.columns:
         bad |= frame["site"].str.strip().isin(MISSING_MARKS).to_numpy()
     what = "no patient or site, another label, no number, over half of the markers missing, or one twice"
-    refuse_too_many(int(bad.sum()), len(frame), tolerance=tolerance, source=source, first=what)
+    refuse_too_many(int(bad.sum()), len(frame), tolerance=tolerance, source=source, first=what, bad=bad)
     kept = ~bad & ~unlabelled
     if not kept.any():
         raise DataMissingError(f"{source}: no record is left of {len(frame)}: each lacks its label", "check the column label")
     scaled, num_clipped = _scaled(values[kept], panel, source=source)
     patients = patients_of(frame["patient"].str.strip()[kept].tolist(), source=source)
-    sites = {"site": frame["site"].str.strip().to_numpy(dtype=np.str_)[kept]} if "site" in frame.columns else {}
+    sites = {"site": attribute_texts(frame["site"].str.strip())[kept]} if "site" in frame.columns else {}
     return Cohort(
         inputs=(scaled,),
         labels=(label[kept].map(canonical) == "1").to_numpy(dtype=np.float32),
@@ -173,29 +175,40 @@ def _cohort(frame: "pd.DataFrame", panel: Sequence[Marker], *, tolerance: float,
     )
 
 
-def _numbers(text: NDArray[np.str_]) -> FloatArray:
-    """Text as numbers of the same shape: NaN where missing, infinity where it is anything but a finite number."""
+def _numbers(text: NDArray[np.object_]) -> FloatArray:
+    """Text as numbers of the same shape: NaN where missing, infinity where it is anything but a finite number.
+
+    Not as an array of text, which gives each cell the room of the longest.
+    """
     import pandas as pd
 
-    stripped = np.char.strip(text).reshape(-1)
-    missing = np.isin(stripped, MISSING_MARKS)
-    numbers = np.array(pd.to_numeric(pd.Series(np.where(missing, "0", stripped)), errors="coerce"), dtype=np.float64)
+    stripped = pd.Series(text.reshape(-1), dtype=object).str.strip()
+    missing = stripped.isin(MISSING_MARKS).to_numpy()
+    read = ~missing & (stripped.str.len() <= MOST_NUMBER_LETTERS).to_numpy()
+    numbers = np.array(pd.to_numeric(stripped.where(read), errors="coerce"), dtype=np.float64)
     return np.where(missing, np.nan, np.where(np.isfinite(numbers), numbers, np.inf)).reshape(text.shape)
 
 
 def _scaled(values: FloatArray, panel: Sequence[Marker], *, source: str) -> tuple[NDArray[np.float32], int]:
-    """`(N, M)` in [-1, 1], 0 where missing, and how many values were clipped."""
+    """`(N, M)` in [-1, 1], 0 where missing, and how many values were clipped.
+
+    Raises:
+        SchemaError: of a marker, more than one value and one in twenty lie out of its bounds, as if they were in another unit.
+    """
     low, high = (np.array([getattr(marker, bound) for marker in panel]) for bound in ("low", "high"))
     with np.errstate(invalid="ignore"):
-        outside = int(((values < low) | (values > high)).sum())
-    present = int(np.isfinite(values).sum())
-    if outside > max(1.0, OUT_OF_RANGE_TOLERANCE * present):
+        outside = ((values < low) | (values > high)).sum(axis=0)
+    present = np.isfinite(values).sum(axis=0)
+    wrong = np.flatnonzero(outside > np.maximum(1.0, OUT_OF_RANGE_TOLERANCE * present))
+    if len(wrong):
+        named = ", ".join(repr(panel[place].name) for place in wrong[:3].tolist())
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise SchemaError(
-            f"{source}: expected markers within the panel's bounds, got {outside} of {present} values outside",
+            f"{source}: expected markers within the panel's bounds, got {int(outside[wrong].sum())} of {int(present[wrong].sum())} values outside in {named}{more}",
             "check that values are on the log2 scale, and that the panel is this one",
         )
     scaled = 2 * (np.clip(values, low, high) - low) / (high - low) - 1
-    return np.nan_to_num(scaled, nan=0.0).astype(np.float32), outside
+    return np.nan_to_num(scaled, nan=0.0).astype(np.float32), int(outside.sum())
 
 
 # Synthetic patients -------------------------------------------------------------------------------------------------------------
@@ -285,9 +298,10 @@ def panel_task(
 
     Args:
         hidden: widths of hidden layers; none is logistic regression.
-        elastic_net: whether a site takes a proximal step after every round; its sites are then trained one after another.
+        elastic_net: whether a site takes a proximal step after every round; its sites are then trained one after another. The task's name then ends
+            in "-elastic-net": it learns another model in the same architecture, and both sides of a federation must mean the same.
     """
-    markers = tuple(panel)
+    markers, name = tuple(panel), f"{name}-elastic-net" if elastic_net else name
 
     def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
         return load_panel(path, options, name=name, panel=markers)

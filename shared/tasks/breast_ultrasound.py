@@ -87,7 +87,9 @@ def load_medmnist(path: Path, *, tolerance: float) -> Cohort:
         test.append(np.full(len(stack), part == "test"))
     code = np.concatenate(codes)
     usable = np.concatenate([read.usable for read in images]) & ((code == MALIGNANT_CODE) | (code == OTHER_CODE))
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=path.name, first=next((r.first_problem for r in images), ""))
+    refuse_too_many(
+        int((~usable).sum()), len(usable), tolerance=tolerance, source=path.name, first=next((r.first_problem for r in images), ""), bad=~usable
+    )
     pixels = np.concatenate([read.images for read in images])[usable]
     identifiers = content_identifiers(pixels)
     return Cohort(
@@ -107,7 +109,7 @@ def load_listing(path: Path, *, tolerance: float) -> Cohort:
     read = read_images(path.parent, frame["image"], side=SIDE, source=path.name)
     usable = read.usable & known & ~repeated_images(frame)
     problem = read.first_problem or "a finding outside its set, or an image listed twice"
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=path.name, first=problem)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=path.name, first=problem, bad=~usable)
     kept = frame[usable]
     identifiers = kept["patient"].tolist() if "patient" in kept.columns else content_identifiers(read.images[usable])
     patients = patients_of(identifiers, source=path.name)

@@ -117,7 +117,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     strange = ~np.isin(points.image, frame["image"].to_numpy(dtype=np.str_))
     refuse_too_many(int(strange.sum()), len(strange), tolerance=tolerance, source=POINTS, first=f"a point of an image that {LISTING} does not list")
     tiles, usable, first = _read_tiles(path, frame, points)
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=LISTING, first=first)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=LISTING, first=first, bad=~usable)
     notes = {
         "records_dropped": int((~usable).sum()),
         "points_without_image": int(strange.sum()),

@@ -50,6 +50,7 @@ from shared.tasks.images import (
     repeated_images,
     tolerance_of,
 )
+from shared.tasks.tabular import attribute_texts
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -98,7 +99,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     read = read_images(file.parent, frame["image"], side=SIDE, source=file.name)
     usable = read.usable & known & ~repeated_images(frame)
     problem = read.first_problem or "a finding outside its set, or an image listed twice"
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=file.name, first=problem)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=file.name, first=problem, bad=~usable)
     kept = usable & (labels != UNKNOWN).any(axis=1)
     if not kept.any():
         raise DataMissingError(f"{file.name}: expected at least one image with a known finding, got none", "check the columns of findings")
@@ -129,7 +130,7 @@ def findings_of(frame: "pd.DataFrame") -> tuple[NDArray[np.float32], BoolArray]:
 
 def _cohort(frame: "pd.DataFrame", images: FloatImages, labels: NDArray[np.float32], *, notes: Mapping[str, int], source: str) -> Cohort:
     patients = patients_of(frame["patient"].tolist() if "patient" in frame.columns else content_identifiers(images), source=source)
-    attributes = {name: frame[name].to_numpy(dtype=np.str_)[patients.first] for name in ATTRIBUTES if name in frame.columns}
+    attributes = {name: attribute_texts(frame[name])[patients.first] for name in ATTRIBUTES if name in frame.columns}
     if "site" in frame.columns:
         attributes["site"] = attribute_of(frame["site"].to_numpy(), patients, "site", source=source)
     return Cohort(
@@ -290,6 +291,7 @@ def chest_xray() -> Task:
         model=model,
         loss=masked_loss,
         predict=torch.sigmoid,
+        predicted=tuple(finding.replace(" ", "_") for finding in FINDINGS),
         metrics=METRICS,
         primary_metric="auroc",
         source="your own radiographs and findings; synthetic chests",

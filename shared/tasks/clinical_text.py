@@ -84,7 +84,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     }
     usable = ~np.any(list(problems.values()), axis=0)
     first = next((what for what, bad in problems.items() if bad.any()), "")
-    refuse_too_many(int((~usable).sum()), len(frame), tolerance=tolerance, source=file.name, first=first)
+    refuse_too_many(int((~usable).sum()), len(frame), tolerance=tolerance, source=file.name, first=first, bad=~usable)
     kept = frame[usable]
     forms = [[form for word in own for form in forms_of(word)] for own, keep in zip(words, usable, strict=True) if keep]
     identifiers = kept["patient"].tolist() if "patient" in kept.columns else [content_identifier(text) for text in kept["text"]]
@@ -207,6 +207,7 @@ def clinical_text() -> Task:
         model=lambda: make_private(TextAttention()),
         loss=weighted_loss,
         predict=lambda outputs: torch.softmax(outputs, dim=1),
+        predicted=tuple(kind.replace(" ", "_") for kind in KINDS),
         metrics=confusion_metrics(len(KINDS)),
         primary_metric="macro_f1",
         source="Medical Abstracts Text Classification corpus (Schopf, Braun, Matthes 2022), or your own CSV",

@@ -442,6 +442,7 @@ def ecg_beat() -> Task:
         model=BeatModel,
         loss=weighted_loss,
         predict=lambda outputs: torch.softmax(outputs, dim=1),
+        predicted=KINDS,
         metrics=confusion_metrics(len(KINDS)),
         primary_metric="macro_f1",
         source="your own WFDB records, such as those of PhysioNet (Goldberger et al. 2000); synthetic beats",

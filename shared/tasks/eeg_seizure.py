@@ -324,7 +324,7 @@ def _cohort(
     """
     usable = windows.usable & known
     problem = windows.first_problem or "a label outside its set, or a window listed twice"
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=source, first=problem)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=source, first=problem, bad=~usable)
     signals = windows.signals[usable]
     _refuse_other_unit(signals, windows.num_cut[usable], source)
     patients = patients_of(about["patient"][usable].tolist(), source=source)

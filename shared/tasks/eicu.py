@@ -24,6 +24,7 @@ from pydantic import Field
 
 from shared.config import Settings, nearest, validate
 from shared.errors import DataAccessError, DataError, DataMissingError, SchemaError
+from shared.schema import MOST_NUMBER_LETTERS
 from shared.study import Real
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def numbers_of(values: "pd.Series[str]") -> NDArray[np.float64]:
     """`(rows,)`: numbers, NaN where a field is empty; infinity where it holds anything but a finite number, for the caller to refuse."""
     import pandas as pd
 
-    numbers = np.array(pd.to_numeric(values.where(values != "", "nan"), errors="coerce"), dtype=np.float64)
+    short = (values != "") & (values.str.len() <= MOST_NUMBER_LETTERS)
+    numbers = np.array(pd.to_numeric(values.where(short, "nan"), errors="coerce"), dtype=np.float64)
     return np.where((values != "").to_numpy() & ~np.isfinite(numbers), np.inf, numbers)
 
 

@@ -94,7 +94,7 @@ def hospital_files(path: Path) -> dict[str, Path]:
     if not path.exists():
         raise DataMissingError(f"{path}: expected data, found nothing", "check the path given with --data")
     try:
-        candidates = [path] if path.is_file() else sorted(path.iterdir())
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     except PermissionError:
         raise DataAccessError(f"{path}: this user may not read the folder", "change its permissions") from None
     found = {name: file for name in SITES for file in candidates if file.name == f"processed.{name}.data"}

@@ -69,14 +69,32 @@ def tolerance_of(options: Mapping[str, object], task: str) -> float:
     return float(value)
 
 
-def refuse_too_many(num_bad: int, num_records: int, *, tolerance: float, source: str, first: str = "") -> None:
-    """Raise `SchemaError` where more than the share `tolerance` of the records, or all of them, cannot be used; `first` says what ails one."""
+def refuse_too_many(
+    num_bad: int, num_records: int, *, tolerance: float, source: str, first: str = "", bad: "NDArray[np.bool_] | None" = None
+) -> None:
+    """Raise `SchemaError` where more than the share `tolerance` of the records, or all of them, cannot be used; `first` says what ails one.
+
+    Args:
+        bad: `(num_records,)`; without tolerance the message then names rows, from 1 below the header.
+    """
     if num_bad and (num_bad > tolerance * num_records or num_bad == num_records):
+        rows = f": {told_rows(bad)}" if bad is not None and tolerance == 0 else ""
         example = f" (the first: {first})" if first else ""
         raise SchemaError(
-            f"{source}: expected at most {tolerance:.0%} unusable records, got {num_bad} of {num_records}{example}",
+            f"{source}: expected at most {tolerance:.0%} unusable records, got {num_bad} of {num_records}{rows}{example}",
             "correct them, or raise the loader's option tolerance",
         )
+
+
+def told_rows(bad: "NDArray[np.bool_]", *, most: int = 10) -> str:
+    """The numbers of the first rows that are True, from 1.
+
+    >>> told_rows(np.array([False, True, True])), told_rows(np.ones(12, dtype=bool), most=2)
+    ('rows 2, 3', 'rows 1, 2 and 10 more')
+    """
+    places = np.flatnonzero(bad) + 1
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return f"row{'s' if len(places) > 1 else ''} {', '.join(map(str, places[:most].tolist()))}{more}"
 
 
 def data_file(path: Path | None, task: str) -> Path:
@@ -344,14 +362,18 @@ def path_below(folder: Path, name: str, *, endings: Sequence[str], source: str) 
     """The path of the file that a list in `folder` calls `name`.
 
     Raises:
-        SchemaError: it leads out of the folder, or has another ending than one of `endings`.
+        SchemaError: it leads out of the folder, has another ending than one of `endings`, or is no file but a folder, a device or a pipe.
     """
     relative = PurePosixPath(name.replace("\\", "/"))
     if not name or relative.is_absolute() or ".." in relative.parts or "\0" in name:
         raise SchemaError(f"{source}: expected the path of a file below the folder of the list, got none or another", "correct it")
     if relative.suffix.lower() not in endings:
         raise SchemaError(f"{source}: expected a file ({', '.join(endings)}), got another ending", "convert it")
-    return folder / relative
+    file = folder / relative
+    with reading(source):
+        if file.exists() and not file.is_file():  # a link to a device, which may have no end
+            raise SchemaError(f"{source}: expected the path of a file below the folder of the list, got something else", "correct it")
+    return file
 
 
 # Lists of images ----------------------------------------------------------------------------------------------------------------
@@ -361,12 +383,14 @@ def read_listing(path: Path, needed: Sequence[str]) -> "pd.DataFrame":
     """A CSV with a row for each image: text, without blanks around it, with at least the columns `needed`.
 
     Raises:
-        DataMissingError, DataAccessError, SchemaError: see `read_csv`; a column is missing, or there is no row.
+        DataMissingError, DataAccessError, SchemaError: see `read_csv`; a column is missing or twice, or there is no row.
     """
     frame: pd.DataFrame = read_csv(path).apply(lambda column: column.str.strip())
     for name in needed:
         if name not in frame.columns:
             raise SchemaError(f"{path.name}: expected column {name!r}{nearest(name, list(frame.columns))}, not found", "rename or add it in the file")
+        if f"{name}.1" in frame.columns:  # as pandas calls a second one
+            raise SchemaError(f"{path.name}: expected one column {name!r}, found two", "rename or remove one in the file")
     if len(frame) == 0:
         raise DataMissingError(f"{path.name}: expected at least one row, got none", "check the export")
     return frame

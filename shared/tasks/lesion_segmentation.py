@@ -234,7 +234,7 @@ def cohort_of(pairs: Pairs, *, tolerance: float, source: str) -> Cohort:
     if pairs.refused is not None:
         usable &= ~pairs.refused
     problem = pairs.images.first_problem or pairs.masks.first_problem or "an image listed twice, or a mask of more than half the image"
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=source, first=problem)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=source, first=problem, bad=~usable)
     images = pairs.images.images[usable]
     identifiers = content_identifiers(images) if pairs.patients is None else pairs.patients[usable].tolist()
     patients = patients_of(identifiers, source=source)

@@ -28,7 +28,7 @@ from shared.subgroups import Subgroup
 from shared.task import Task
 from shared.tasks.dicom import AIR, Series, SeriesFolder, hounsfield_box, series_of_folder
 from shared.tasks.images import BoolArray, attribute_of, in_set, patients_of, read_listing, refuse_too_many, tolerance_of
-from shared.tasks.tabular import logistic_loss, only_csv
+from shared.tasks.tabular import attribute_texts, logistic_loss, only_csv
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -84,7 +84,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     read = read_nodules(frame, folder, source=file.name)
     usable = read.usable & known & ~_repeated(frame)
     problem = read.first_problem or "malignant is neither 1 nor 0, or a nodule listed twice"
-    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=file.name, first=problem)
+    refuse_too_many(int((~usable).sum()), len(usable), tolerance=tolerance, source=file.name, first=problem, bad=~usable)
     kept = usable & (labels != UNKNOWN)
     if not kept.any():
         raise DataMissingError(f"{file.name}: expected at least one nodule with a label, got none", "fill in the column malignant")
@@ -129,7 +129,7 @@ def _cohort(
     frame: "pd.DataFrame", identifiers: Sequence[str], cubes: Voxels, labels: NDArray[np.float32], *, notes: Mapping[str, int], source: str
 ) -> Cohort:
     patients = patients_of(identifiers, source=source)
-    attributes = {name: frame[name].to_numpy(dtype=np.str_)[patients.first] for name in ATTRIBUTES if name in frame.columns}
+    attributes = {name: attribute_texts(frame[name])[patients.first] for name in ATTRIBUTES if name in frame.columns}
     if "site" in frame.columns:
         attributes["site"] = attribute_of(frame["site"].to_numpy(), patients, "site", source=source)
     return Cohort(

@@ -132,6 +132,7 @@ def molecule_solubility() -> Task:
         model=SolubilityModel,
         loss=RULE.loss,
         predict=RULE.predict,
+        predicted=("Solubility",),
         metrics=RULE.metrics,
         primary_metric="r2",
         source="AqSolDB (Sorkun et al. 2019), nine sources; synthetic compounds",

@@ -36,6 +36,7 @@ from shared.tasks.multimodal_model import (
     presence_schema,
     words_input,
 )
+from shared.tasks.tabular import attribute_texts
 from shared.tasks.text import has_control_characters
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     rows = read_rows(file, tolerance=tolerance)
     bad = np.any(list(rows.problems.values()), axis=0)
     first = next((what for what, where in rows.problems.items() if where.any()), "")
-    refuse_too_many(int(bad.sum()), len(bad), tolerance=tolerance, source=file.name, first=first)
+    refuse_too_many(int(bad.sum()), len(bad), tolerance=tolerance, source=file.name, first=first, bad=bad)
     unlabelled = rows.table["label"].isin(MISSING_MARKS).to_numpy(dtype=np.bool_)
     measured = (rows.table[[column.name for column in COLUMNS]] != "").any(axis=1).to_numpy()
     panelled = (rows.panel == "").mean(axis=1).to_numpy() <= MOST_MISSING
@@ -138,7 +139,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
         labels=in_set(rows.table["label"][kept], {"0": 0.0, "1": 1.0})[0],
         patient_of_record=patients.patient_of_record,
         patient_ids=patients.patient_ids,
-        attributes={name: rows.table[name][kept].to_numpy(dtype=np.str_) for name in ATTRIBUTES if name in rows.table.columns},
+        attributes={name: attribute_texts(rows.table[name][kept]) for name in ATTRIBUTES if name in rows.table.columns},
         notes={
             "records_bad": int(bad.sum()),
             "records_without_label": int((unlabelled & ~bad).sum()),
@@ -231,7 +232,7 @@ def _panel(names: "pd.Series[str]", folder: Path, *, tolerance: float) -> tuple[
         return pd.DataFrame("", index=names.index, columns=markers), 0
     panel = read_listing(folder / PANEL_FILE, ["patient", *markers])
     twice = panel["patient"].duplicated().to_numpy(dtype=np.bool_)
-    refuse_too_many(int(twice.sum()), len(panel), tolerance=tolerance, source=PANEL_FILE, first="a patient's second panel")
+    refuse_too_many(int(twice.sum()), len(panel), tolerance=tolerance, source=PANEL_FILE, first="a patient's second panel", bad=twice)
     panel = panel[~twice].set_index("patient")[markers]
     panel = panel.where(~panel.isin(MISSING_MARKS), "")
     return panel.reindex(names, fill_value="").reset_index(drop=True), int((~panel.index.isin(names)).sum())

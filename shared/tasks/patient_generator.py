@@ -40,7 +40,7 @@ from shared.metrics import BINARY_METRICS
 from shared.models import Parameters, set_parameters
 from shared.schema import Column, TableSchema
 from shared.seeding import derive
-from shared.task import Task
+from shared.task import ExplainedOutput, Task
 from shared.tasks import heart_disease
 
 if TYPE_CHECKING:
@@ -364,4 +364,5 @@ def patient_generator() -> Task:
         primary_metric="auroc",
         default_study=f"{NAME}.toml",
         refine=train_generator,
+        explained=ExplainedOutput(words="the logit of disease, not what the discriminator says", of=lambda outputs: outputs[..., 3]),
     )

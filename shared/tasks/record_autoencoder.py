@@ -29,7 +29,7 @@ from shared.errors import ConfigurationError, DataMissingError
 from shared.metrics import NOISED_WIDTHS, NUM_BINS, FloatArray, Metric, Statistic, auroc, bin_of_score
 from shared.models import Parameters, predict_in_batches, set_parameters
 from shared.schema import TensorSchema
-from shared.task import Task
+from shared.task import ExplainedOutput, Task
 from shared.tasks import icu_apache
 from shared.tasks.eicu import REGIONS
 
@@ -37,6 +37,8 @@ NAME = "record-autoencoder"
 CODE, HIDDEN = 6, 128
 MOST = 5.0  # standard units: what lies further out counts as so far
 MOST_ERROR = (2 * MOST) ** 2  # of a record in a metric, in standard units squared
+MOST_SQUARE = 2.0  # standard units squared, the mean over what was measured: a record of which there is more counts less
+STEPS = 16  # of a record in the sums of R2
 _POINTS = (45.0, 25.0)  # apache_points: a usual value and a spread, in points
 _AGE = (63.0, 17.0)  # years
 _COLUMNS = icu_apache.SCHEMA.columns
@@ -151,33 +153,27 @@ def standard_values(features: NDArray[np.generic]) -> tuple[FloatArray, FloatArr
 
 
 def reconstruction_sums(predictions: FloatArray, cohort: Cohort) -> FloatArray:
-    """`(3 V + 1,)`: for each column how often it was measured, its sum and the sum of its squares; last the squared error over all columns.
+    """`(2,)`: squares and squared errors of the records, each the mean over what was measured, in parts of `MOST_SQUARE`.
 
-    Values count as (x + MOST) / (2 MOST), so that a patient adds at most 1 to each of the first 3 V, and at most 1 to the last, which is over V.
+    Where both together are longer than 1 (L2 norm) the record counts as much less as makes them so, which leaves their ratio; then each is rounded to
+    steps of 1 / `STEPS`. So a strange patient does not decide the sum, noise may be small, and no difference of two sums is a value of a patient:
+    of columns nothing is told, for a finding may have been measured in one patient alone.
 
     Args:
         predictions: `(N, 2 + K)`; the first is the record's mean squared error.
     """
     values, measured = standard_values(cohort.inputs[0])
-    shares = (values + MOST) / (2 * MOST) * measured
-    error = np.clip(np.nan_to_num(predictions[:, 0], nan=MOST_ERROR), 0, MOST_ERROR) / MOST_ERROR
-    terms = np.concatenate([measured, shares, shares**2, (error * measured.sum(axis=1) / NUM_VALUES)[:, None]], axis=1)
-    return np.asarray(cohort.record_weights() @ terms)
-
-
-def _sums_agree(sums: FloatArray) -> bool:
-    """Of values in [0, 1] squares are not more than sums, and sums not more than counts; nor is the error more than what was measured."""
-    count, total, squares = sums[:-1].reshape(3, NUM_VALUES)
-    slack = 1e-9 * (1 + count.max())
-    return bool((squares <= total + slack).all() and (total <= count + slack).all() and sums[-1] <= count.sum() / NUM_VALUES + slack)
+    squares = (values**2).sum(axis=1) / measured.sum(axis=1)  # flags and age are always there
+    errors = np.clip(np.nan_to_num(predictions[:, 0], nan=MOST_ERROR), 0, MOST_ERROR)
+    terms = np.stack([squares, errors], axis=1) / MOST_SQUARE
+    terms /= np.maximum(1.0, np.linalg.norm(terms, axis=1, keepdims=True))
+    return np.asarray(cohort.record_weights() @ (np.round(terms * STEPS) / STEPS))
 
 
 def explained(sums: FloatArray) -> float | None:
-    """R2: one less the squared error over the squared deviation from each column's mean, both over all that was measured."""
-    count, total, squares = sums[:-1].reshape(3, NUM_VALUES)
-    there = count > 0
-    deviation = float((squares[there] - total[there] ** 2 / count[there]).sum())
-    return 1 - float(sums[-1]) * NUM_VALUES / deviation if deviation > 1e-12 else None
+    """R2: one less the squared error over the squared distance from the healthy values, for patients alike but for those cut short."""
+    squares, errors = sums
+    return float(1 - errors / squares) if squares > 0 else None
 
 
 def outlier_histogram(predictions: FloatArray, cohort: Cohort) -> FloatArray:
@@ -189,15 +185,15 @@ def outlier_histogram(predictions: FloatArray, cohort: Cohort) -> FloatArray:
 
 
 RECONSTRUCTION = Statistic(
-    name="reconstruction", shape=(3 * NUM_VALUES + 1,), summarise=reconstruction_sums, sensitivity=math.sqrt(3 * NUM_VALUES + 1),
-    is_counts=False, agrees=_sums_agree,
+    name="reconstruction", shape=(2,), summarise=reconstruction_sums, sensitivity=1 + math.sqrt(0.5) / STEPS,  # 1, and both rounded up
+    is_counts=False,
 )  # fmt: skip
 OUTLIERS = Statistic(
     name="outlier_histogram", shape=(2, NUM_BINS), summarise=outlier_histogram, sensitivity=math.sqrt(2), is_counts=False,
     noised_widths=NOISED_WIDTHS,
 )  # fmt: skip
 METRICS = (
-    Metric(name="r2", statistic=RECONSTRUCTION, finish=explained, high=1),
+    Metric(name="r2", statistic=RECONSTRUCTION, finish=explained, low=-1, high=1),
     Metric(name="outlier_auroc", statistic=OUTLIERS, finish=auroc, low=0, high=1),
 )
 
@@ -228,8 +224,8 @@ class Outlier:
     """
 
     record: int = field(repr=False)
-    error: float
-    column: str
+    error: float = field(repr=False)
+    column: str = field(repr=False)
     excess: float = field(repr=False)
 
 
@@ -274,4 +270,6 @@ def record_autoencoder() -> Task:
         sites=REGIONS,
         default_study=f"{NAME}.toml",
         subgroups=icu_apache.SCHEMA.subgroups,
+        predicted=("error", "mirror_error", *(f"code_{number}" for number in range(1, CODE + 1))),
+        explained=ExplainedOutput(words="the error of the record", of=lambda outputs: outputs[..., 0]),
     )

@@ -24,7 +24,7 @@ from torch import nn
 from shared.cohort import Cohort
 from shared.metrics import FloatArray, Metric, Statistic
 from shared.models import make_private
-from shared.task import Task
+from shared.task import ExplainedOutput, Task
 from shared.tasks import icu_mortality
 from shared.tasks.icu_mortality import HIDDEN, NUM_STEPS
 from shared.tasks.icu_stays import DESCRIPTOR_NAMES, NUM_VARIABLES, SITES, SOURCE, SUBGROUPS, series_schema
@@ -175,4 +175,6 @@ def self_supervised() -> Task:
         sites=SITES,
         default_study=f"{NAME}.toml",
         subgroups=SUBGROUPS,
+        predicted=("hidden_error", "last_known_error", "anything_hidden"),
+        explained=ExplainedOutput(words="the model's error on what was hidden", of=lambda outputs: outputs[..., 1]),
     )

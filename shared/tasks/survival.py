@@ -102,6 +102,11 @@ def exponential_risk(outputs: torch.Tensor) -> torch.Tensor:
     return -torch.expm1(-(outputs.exp() * USUAL_HAZARD * _lengths(outputs))[:, :RISK_INTERVALS].sum(dim=1))
 
 
+def log_cumulative_hazard(risk: torch.Tensor) -> torch.Tensor:
+    """`(N,)`: log(-log(1 - risk)), on which effects of proportional hazards add up."""
+    return torch.log(-torch.log1p(-risk.clamp(1e-12, 1 - 1e-12)))
+
+
 def _intervals(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Starts and ends `(K,)` of the intervals, and each record's time `(N, 1)`, in years."""
     edges = outputs.new_tensor(INTERVAL_YEARS)

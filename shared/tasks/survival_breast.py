@@ -21,10 +21,11 @@ from shared.errors import DataMissingError, SchemaError
 from shared.schema import MISSING_MARKS, Column, TableSchema, canonical, require_columns
 from shared.seeding import generator
 from shared.subgroups import Subgroup
-from shared.task import Task
+from shared.task import ExplainedOutput, Task
 from shared.tasks.images import reading, refuse_too_many, tolerance_of
 from shared.tasks.survival import (
     DAYS_PER_YEAR,
+    RISK_YEARS,
     SURVIVAL_METRICS,
     USUAL_HAZARD,
     ProportionalHazards,
@@ -32,9 +33,10 @@ from shared.tasks.survival import (
     exponential_risk,
     hazard_loss,
     hazard_risk,
+    log_cumulative_hazard,
     survival_labels,
 )
-from shared.tasks.tabular import cohort_from_frame, only_csv, read_csv
+from shared.tasks.tabular import cohort_from_frame, only_csv, read_csv, require_once
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
@@ -102,6 +104,7 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     frame = read_csv(file)
     frame.columns = [str(name).strip() for name in frame.columns]
     require_columns(list(frame.columns), SCHEMA, source=file.name)
+    require_once(list(frame.columns), SCHEMA, source=file.name)
     if EVENT.name not in frame.columns:
         raise SchemaError(f"{file.name}: expected column {EVENT.name!r} (1: died, 0: last seen alive), not found", "rename or add it in the file")
     kept, notes = _usable_records(frame, tolerance=tolerance, source=file.name)
@@ -128,7 +131,12 @@ def _usable_records(frame: "pd.DataFrame", *, tolerance: float, source: str) -> 
         bad |= text["site"].isin(MISSING_MARKS)
     unusable = bad.to_numpy(dtype=np.bool_)
     refuse_too_many(
-        int(unusable.sum()), len(frame), tolerance=tolerance, source=source, first="no patient or one twice, or a value that is not as declared"
+        int(unusable.sum()),
+        len(frame),
+        tolerance=tolerance,
+        source=source,
+        first="no patient or one twice, or a value that is not as declared",
+        bad=unusable,
     )
     known = ~text["T"].isin(MISSING_MARKS) & ~text["E"].isin(MISSING_MARKS)
     kept = text[known.to_numpy() & ~unusable].reset_index(drop=True)
@@ -243,10 +251,11 @@ def _one_of(names: tuple[str, ...], rates: tuple[float, ...], count: int, rng: n
 # The task -----------------------------------------------------------------------------------------------------------------------
 
 
-def _task(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], predict: Callable[[torch.Tensor], torch.Tensor]) -> Task:
+def _task(name: str, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], risk: Callable[[torch.Tensor], torch.Tensor]) -> Task:
+    """A task of this `name`; a file of a model says the name alone, so another loss, and so another meaning of the outputs, is another name."""
     num_features = len(SCHEMA.feature_names)
     return Task(
-        name=NAME,
+        name=name,
         title=SCHEMA.title,
         modality="tabular",
         schema=SCHEMA,
@@ -254,7 +263,12 @@ def _task(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], predict: C
         synthetic_cohort=synthetic_cohort,
         model=lambda: ProportionalHazards(num_features),
         loss=loss,
-        predict=predict,
+        predict=risk,
+        predicted=(f"risk_{RISK_YEARS:g}_years",),
+        explained=ExplainedOutput(
+            words=f"the logarithm of the cumulative hazard over {RISK_YEARS:g} years, which rises with the risk",
+            of=lambda outputs: log_cumulative_hazard(risk(outputs.double())),
+        ),
         metrics=SURVIVAL_METRICS,
         primary_metric="c_index",
         source="TCGA-BRCA clinical data (Liu et al. 2018; Andreux et al. 2020); regions and split of FLamby",
@@ -266,9 +280,9 @@ def _task(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], predict: C
 
 def survival_breast() -> Task:
     """The task `survival-breast`: discrete-time hazards."""
-    return _task(hazard_loss, hazard_risk)
+    return _task(NAME, hazard_loss, hazard_risk)
 
 
 def survival_breast_exponential() -> Task:
     """The same with the piecewise exponential form of Cox's model: `shared.tasks.survival_breast:survival_breast_exponential`."""
-    return _task(exponential_loss, exponential_risk)
+    return _task(f"{NAME}-exponential", exponential_loss, exponential_risk)

@@ -1,8 +1,9 @@
 """Tasks on tables: one builder for all of them, and the general one that a schema TOML file describes without a line of Python."""
 
 import hashlib
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
 
 
+MOST_LINE_BYTES = 2**24
+MOST_ATTRIBUTE_LETTERS = 200  # of a text by which patients are divided
 SYNTHETIC_MISSING_RATE = 0.03
 SYNTHETIC_SIGNAL = 2.5  # standard deviation of the logit that the features carry
 REMEDY_FOLDER = "give the file itself with --data, or a folder that holds one"
@@ -151,6 +154,8 @@ def only_csv(path: Path) -> Path:
         raise DataMissingError(f"{path}: expected data, found nothing", "check the path given with --data")
     if path.is_file():
         return path
+    if not path.is_dir():  # a device or a pipe, which may have no end
+        raise DataMissingError(f"{path}: expected a file or a folder, found something else", "save it as a file")
     try:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".csv")
     except PermissionError:
@@ -169,7 +174,7 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
     Raises:
         DataMissingError: no such file, or an empty one.
         DataAccessError: it may not be read.
-        SchemaError: it is not UTF-8 text or not a regular CSV.
+        SchemaError: it is not UTF-8 text or not a regular CSV, or a line is longer than 16 MiB.
     """
     import pandas as pd
 
@@ -194,6 +199,12 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
 def _read_separated(path: Path, names: list[str] | None) -> "pd.DataFrame":
     import pandas as pd
 
+    with open(path, "rb") as lines:
+        while line := lines.readline(MOST_LINE_BYTES + 1):
+            if len(line) > MOST_LINE_BYTES:
+                raise SchemaError(
+                    f"{path}: expected lines of at most {MOST_LINE_BYTES // 2**20} MiB, got a longer one", "check that it is a CSV file"
+                )
     with open(path, encoding="utf-8-sig") as file:
         separator = max(",;\t", key=file.readline().count)
     frame = pd.read_csv(
@@ -226,9 +237,7 @@ def cohort_from_frame(frame: "pd.DataFrame", schema: TableSchema, *, source: str
         )
     patient_of_record, patients = pd.factorize(ids)
     first = pd.Series(patient_of_record).drop_duplicates().index.to_numpy()
-    attributes = {
-        name: kept[name].astype(str).to_numpy(dtype=np.str_)[first] for name in kept.columns if name not in (schema.patient, schema.label.name)
-    }
+    attributes = {name: attribute_texts(kept[name])[first] for name in kept.columns if name not in (schema.patient, schema.label.name)}
     if schema.site:
         if schema.site not in attributes:
             raise SchemaError(f"{source}: expected column {schema.site!r}, which names the site, not found", "rename or add it in the file")
@@ -242,6 +251,18 @@ def cohort_from_frame(frame: "pd.DataFrame", schema: TableSchema, *, source: str
         notes=encoded.notes,
         synthetic=synthetic,
     )
+
+
+def attribute_texts(values: "pd.Series[str]") -> NDArray[np.str_]:
+    """`(N,)`: each cut to `MOST_ATTRIBUTE_LETTERS`, for an array gives every text the room of the longest: one long remark of one patient would fill memory."""
+    return values.astype(str).str.slice(0, MOST_ATTRIBUTE_LETTERS).to_numpy(dtype=np.str_)
+
+
+def require_once(present: Sequence[str], schema: TableSchema, *, source: str) -> None:
+    """Raise `SchemaError` where a column of the schema stands twice in a file: pandas calls the second one `name.1`."""
+    for name in schema.needed_columns:
+        if any(re.fullmatch(rf"{re.escape(name)}\.\d+", other) for other in present if other not in schema.needed_columns):
+            raise SchemaError(f"{source}: expected one column {name!r}, found two", "rename or remove one in the file")
 
 
 def row_identifiers(frame: "pd.DataFrame") -> list[str]:

@@ -17,9 +17,10 @@ Legend: N courses, T steps, S features of a state, A doses.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,14 +29,20 @@ from pydantic import Field
 from torch import nn
 
 from shared.cohort import Cohort
-from shared.config import Settings, nearest, validate
+from shared.config import Settings, validate
 from shared.errors import ConfigurationError, DataMissingError, SchemaError
 from shared.metrics import Metric, Statistic
-from shared.schema import TensorSchema
+from shared.schema import MISSING_MARKS, TensorSchema
 from shared.seeding import generator
 from shared.study import Real
-from shared.task import Task
-from shared.tasks.tabular import read_csv
+from shared.task import ExplainedOutput, Task
+from shared.tasks.eicu import numbers_of
+from shared.tasks.images import told_rows
+from shared.tasks.tabular import attribute_texts
+from shared.tasks.text import read_texts, text_file
+
+if TYPE_CHECKING:
+    import pandas as pd  # tens of megabytes that a coordinator has no use for
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -197,59 +204,42 @@ class _Rows:
 
 
 def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
-    """The courses of a CSV with a row a step: patient, step (0 to 11), pressure, lactate (may be empty), response, dose (0 to 4), reward (-1 to 1), done.
+    """The courses of a CSV, or of the only one in a folder, with a row a step: patient, step (0 to 11), pressure, lactate (may be empty), response, dose (0 to 4), reward (-1 to 1), done.
 
     Steps of a patient follow one another from 0, and the last one alone is done. A column "site" is optional. A patient with a bad row is left out.
 
     Raises:
         DataMissingError, DataAccessError: there is no file, it may not be read, or has no row.
-        SchemaError: columns are missing, or more patients than `tolerance` have a bad row.
+        SchemaError: it is no CSV of at most 1 GiB, a column is missing or twice, a row has no patient, or more patients than `tolerance` have a bad row.
         ConfigurationError: an option is not known.
     """
     settings = validate(PolicyOptions, dict(options), f"task {NAME}: options of its loader")
-    if path is None:
-        raise DataMissingError(f"task {NAME} has no data of its own", "give a CSV of courses with --data")
-    frame = read_csv(path).apply(lambda column: column.str.strip())
-    for name in COLUMNS:
-        if name not in frame.columns:
-            raise SchemaError(f"{path.name}: expected column {name!r}{nearest(name, list(frame.columns))}, not found", "rename or add it in the file")
-    if len(frame) == 0 or (frame["patient"] == "").any():
-        raise SchemaError(f"{path.name}: expected rows with a patient's identifier each, got none or one without", "fill it in")
-    rows = _rows({name: frame[name].to_numpy(dtype=str) for name in COLUMNS})
-    sites = frame["site"].to_numpy(dtype=str) if "site" in frame.columns else None
-    return _courses(frame["patient"].to_numpy(dtype=str), rows, sites, tolerance=settings.tolerance, source=path.name)
+    file = text_file(path, NAME)
+    frame = read_texts(file, COLUMNS)
+    if frame["patient"].isin(MISSING_MARKS).any():
+        raise SchemaError(f"{file.name}: expected a patient's identifier in every row, got one without", "fill it in")
+    rows = _rows(frame)
+    sites = attribute_texts(frame["site"]) if "site" in frame.columns else None
+    return _courses(frame["patient"].tolist(), rows, sites, tolerance=settings.tolerance, source=file.name)
 
 
-def _rows(columns: Mapping[str, NDArray[np.str_]]) -> _Rows:
-    numbers = {name: _numbers(columns[name]) for name in COLUMNS[1:]}
-    numbers[MAY_BE_MISSING] = np.where(columns[MAY_BE_MISSING] == "", np.nan, numbers[MAY_BE_MISSING])
-    good = np.ones(len(columns["step"]), dtype=np.bool_)
+def _rows(frame: "pd.DataFrame") -> _Rows:
+    numbers = {name: numbers_of(frame[name].where(~frame[name].isin(MISSING_MARKS), "")) for name in COLUMNS[1:]}  # NaN where missing, else inf
+    good = np.ones(len(frame), dtype=np.bool_)
     limits = {**RANGES, "step": (0, NUM_STEPS - 1), "dose": (0, NUM_DOSES - 1), "reward": (-1, 1), "done": (0, 1)}
     for name, (low, high) in limits.items():
         within = (numbers[name] >= low) & (numbers[name] <= high)  # False of NaN
         whole = (numbers[name] == np.round(numbers[name])) if name in ("step", "dose", "done") else True
-        good &= (within & whole) | (columns[name] == "" if name == MAY_BE_MISSING else False)
+        good &= (within & whole) | (np.isnan(numbers[name]) if name == MAY_BE_MISSING else False)
     step = np.where(good, numbers["step"], 0).astype(np.int64)
     told = np.column_stack([np.where(good, numbers[name], 0) for name in ("dose", "reward", "done")])
     return _Rows(values=np.column_stack([numbers[name] for name in RANGES]), step=step, told=told, good=good)
 
 
-def _numbers(texts: NDArray[np.str_]) -> FloatArray:
-    """What is no number is an infinity, which no range holds."""
-
-    def number(text: str) -> float:
-        try:
-            return float(text)
-        except ValueError:
-            return math.inf
-
-    return np.array([number(text) for text in texts.tolist()], dtype=np.float64)
-
-
-def _courses(patients: NDArray[np.str_], rows: _Rows, sites: NDArray[np.str_] | None, *, tolerance: float, source: str) -> Cohort:
+def _courses(patients: Sequence[str], rows: _Rows, sites: NDArray[np.str_] | None, *, tolerance: float, source: str) -> Cohort:
     """The courses of those who have no bad row."""
     index: dict[str, int] = {}
-    owner = np.array([index.setdefault(name, len(index)) for name in patients.tolist()], dtype=np.int64)
+    owner = np.array([index.setdefault(name, len(index)) for name in patients], dtype=np.int64)
     count = np.bincount(owner)
     seen = np.zeros((len(index), NUM_STEPS), dtype=np.int64)
     np.add.at(seen, (owner, rows.step), 1)
@@ -261,8 +251,9 @@ def _courses(patients: NDArray[np.str_], rows: _Rows, sites: NDArray[np.str_] | 
         bad_rows |= sites != sites[first][owner]
     usable = follows & (np.bincount(owner, weights=bad_rows) == 0)
     if (~usable).sum() > tolerance * len(index) or not usable.any():
+        rows_told = f": {told_rows(bad_rows | ~follows[owner])}" if tolerance == 0 else ""
         raise SchemaError(
-            f"{source}: expected at most a share of {tolerance:g} of patients with a bad row, got {(~usable).sum()} of {len(index)} "
+            f"{source}: expected at most a share of {tolerance:g} of patients with a bad row, got {(~usable).sum()} of {len(index)}{rows_told} "
             "(a value outside its range or set, a step twice or left out, or done elsewhere than at the last step, or two sites)",
             "correct the export",
         )
@@ -375,6 +366,20 @@ def greedy(outputs: FloatArray) -> IntArray:
     return np.asarray(outputs[..., :NUM_DOSES].argmax(axis=-1), dtype=np.int64)
 
 
+def course_rows(predictions: NDArray[np.generic], inputs: tuple[NDArray[np.generic], ...]) -> FloatArray:
+    """`(N, 3)`: the value at the start of the dose that Q prefers there, the number of the last step, and the dose that Q prefers at it.
+
+    Args:
+        predictions: `(N, T, 2 A)`.
+        inputs: the states `(N, T, S)`; of a step that there was, the time is never 0.
+    """
+    there = inputs[0][..., FEATURES.index("step")] != 0
+    last = NUM_STEPS - 1 - there[:, ::-1].argmax(axis=1)
+    values = predictions[..., :NUM_DOSES].astype(np.float64)
+    dose = values[np.arange(len(values)), last].argmax(axis=1)
+    return np.column_stack([values[:, 0].max(axis=1), last, dose])
+
+
 def treatment_policy() -> Task:
     """The task `treatment-policy`."""
     return Task(
@@ -392,4 +397,9 @@ def treatment_policy() -> Task:
         source=f"a simulator made for this task; a CSV of courses with --data. {NO_ADVICE}",
         default_study=f"{NAME}.toml",
         refine=follow,
+        predicted=("believed_return", "last_step", "preferred_dose"),
+        row=course_rows,
+        explained=ExplainedOutput(
+            words="the value of the preferred dose at the first step", of=lambda outputs: outputs[:, 0, :NUM_DOSES].amax(dim=-1)
+        ),
     )

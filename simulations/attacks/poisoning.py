@@ -129,6 +129,11 @@ def attack_poisoning(
     victim = Victim.of(study, data)
     _check_names(methods, METHODS, "method")
     _check_names(strategies or (), strategy_names(), "strategy")
+    if study.site_level:
+        raise ConfigurationError(
+            "poisoning: expected no promise to whole sites, for most strategies that are compared look at single updates, got max_site_norm",
+            "attack the study without it",
+        )
     turned = turned_sites(sorted(victim.federation.cohorts), attackers, seed)
     num_sites = len(victim.federation.cohorts)
     asked = strategies or [name for name in strategy_names() if name != "scaffold" or study.training.local_steps is not None]

@@ -64,7 +64,9 @@ class Choice:
                 "--engine ray: expected virtual sites with seeded noise, got others, which no other machine may see", "leave it out"
             )
         if one_by_one(setting.study):
-            raise ConfigurationError(f"--engine ray: expected a study whose sites are trained together, got {_own_part(setting.study)}", "leave it out")
+            raise ConfigurationError(
+                f"--engine ray: expected a study whose sites are trained together, got {_own_part(setting.study)}", "leave it out"
+            )
         return replace(self, engine="ray", ray_address=address, num_workers=processes or 0)
 
     @property

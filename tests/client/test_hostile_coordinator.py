@@ -50,7 +50,8 @@ def enrolment(hospital: Any, table: dict[str, object], run: str = "run-1") -> Re
         ("privacy", {"delta": 0.09}, None),
         ("privacy", {"delta": 0.004}, "policy.max_delta"),
         ("privacy", {"epsilon": None, "unit": "none"}, "policy.allow_no_privacy"),
-        ("privacy", {"unit": "site"}, "privacy.unit"),
+        ("privacy", {"unit": "ward"}, "privacy.unit"),
+        ("privacy", {"unit": "site"}, "privacy"),
         ("privacy", {"secure": False}, "privacy"),  # a key that nobody declared is not repeated
         ("privacy", {"evaluation_epsilon": 50.0}, "policy.max_epsilon"),
         ("training", {"local_steps": 1_000_000_000}, None),

@@ -9,7 +9,7 @@ from tests.faults.federation import HOSPITALS, Federation
 from tests.faults.proxy import Proxy
 
 SHARING = {
-    "hospitals": ("test_courier_confined", "test_network", "test_sites_die"),
+    "hospitals": ("test_courier_confined", "test_network", "test_sites_die", "test_slow_site"),
     "seeded": ("test_same_result", "test_lies"),  # the liar begins to lie in the second
 }
 SOUTH = HOSPITALS[2]

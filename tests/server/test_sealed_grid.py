@@ -390,6 +390,64 @@ def test_a_site_that_stays_offline_is_given_up_and_not_waited_for_a_second_time(
     assert TEXT not in f"{replies['north'].error}{rig.audit.path.read_text()}"
 
 
+def test_answers_arrive_as_they_come_each_opened_against_its_own_task(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """North is slow: others are asked a second time meanwhile, and its answer to the first question is one to that question."""
+    monkeypatch.setattr(server.sealed_grid, "POLL_SECONDS", 0.001)
+    slow = [True]
+    rig = make_rig(north=lambda daemon, message: None if slow else honest(daemon, message))
+
+    def ask(number: int, *names: str) -> None:
+        record = encode(TrainTask(run="r", study_hash="h", round=number, fold=1), parameters=UPDATE)
+        rig.grid.ask([Message(record, SITES[name], "train", group_id=str(number)) for name in names], seconds=60.0)
+
+    def arrived(count: int) -> list[tuple[str, str]]:
+        found = itertools.islice(rig.grid.arrivals(), count)
+        return [(rig.roster.name_of(reply.metadata.src_node_id), reply.metadata.group_id) for reply in found if not reply.has_error()]
+
+    ask(1, *SITES)
+    assert arrived(2) == [("south", "1"), ("west", "1")]
+    assert set(rig.grid.at_work()) == {SITES["north"]}
+    ask(2, "south", "west")
+    assert arrived(1) == [("south", "2")]
+    slow.clear()
+    assert sorted(arrived(9)) == [("north", "1"), ("west", "2")]
+    assert rig.grid.at_work() == {} and list(rig.grid.arrivals()) == []
+    rows = [(row["site"], row["round"]) for row in rig.rows("reply received")]
+    assert rows[:3] == [("south", 1), ("west", 1), ("south", 2)] and sorted(rows[3:]) == [("north", 1), ("west", 2)]
+
+
+def test_an_answer_to_an_earlier_task_does_not_pass_for_one_to_a_later(make_rig: Callable[..., Rig]) -> None:
+    first: list[Message] = []
+
+    def old(daemon: Daemon, message: Message) -> Message | None:
+        first.append(message)
+        return Message(daemon.answer(first[0]), reply_to=message)
+
+    rig = make_rig(north=old)
+    for number, refused in ((1, False), (2, True)):
+        record = encode(TrainTask(run="r", study_hash="h", round=number, fold=1), parameters=UPDATE)
+        rig.grid.ask([Message(record, SITES["north"], "train")], seconds=60.0)
+        [reply] = rig.grid.arrivals()
+        assert reply.has_error() == refused
+    assert failure_reason(reply) == fixed_sentence(SealError)
+
+
+def test_a_question_is_open_until_its_own_deadline_a_stop_or_its_dismissal(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.sealed_grid, "POLL_SECONDS", 0.001)
+    stopped: list[bool] = []
+    rig = make_rig(lambda: bool(stopped), **dict.fromkeys(SITES, lambda daemon, message: None))
+    record = encode(TrainTask(run="r", study_hash="h", round=1, fold=1), parameters=UPDATE)
+    rig.grid.ask([Message(record, SITES["north"], "train")], seconds=0.01)
+    assert list(rig.grid.arrivals()) == [] == list(rig.grid.at_work())
+    rig.grid.ask([Message(record, SITES["south"], "train")], seconds=3600.0)
+    stopped.append(True)
+    with pytest.raises(StudyStoppedError):
+        list(rig.grid.arrivals())
+    assert set(rig.grid.at_work()) == {SITES["south"]}
+    rig.grid.dismiss()
+    assert rig.grid.at_work() == {} and list(rig.grid.arrivals()) == []
+
+
 def test_push_and_pull_are_not_offered(make_rig: Callable[..., Rig]) -> None:
     rig = make_rig()
     for call in (rig.grid.push_messages, rig.grid.pull_messages):

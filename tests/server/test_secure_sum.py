@@ -602,7 +602,9 @@ def test_sites_that_were_sent_different_models_have_no_sum() -> None:
     federation.until(Stage.MASK_INPUT)
     tasks = federation.server.tasks()
     for name, task in tasks.items():
-        reply, payload = federation.sites[name].mask_input(task, federation.values[name], federation.weight(name), model="b" if name == "s002" else "a")
+        reply, payload = federation.sites[name].mask_input(
+            task, federation.values[name], federation.weight(name), model="b" if name == "s002" else "a"
+        )
         federation.server.take(name, reply, payload)
     federation.server.model = "a"
     federation.server.close_stage()

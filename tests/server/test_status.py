@@ -28,7 +28,7 @@ STUDY = Study.from_table(
         "training": {"batch_size": 8},
     }
 )
-STATUSES: tuple[Status, ...] = ("ok", "refused", "missing", "failed", "not asked")
+STATUSES: tuple[Status, ...] = ("ok", "refused", "missing", "failed", "not asked", "at work")
 
 
 def folder_of(tmp_path: Path, records: Sequence[RoundRecord] = (), *, study: Study = STUDY, result: Result | None = None) -> RunFolder:

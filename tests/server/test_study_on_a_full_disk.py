@@ -53,7 +53,9 @@ def child(root: Path, run: str, largest: int) -> int:
             record = encode(Enrolled(name=daemon.name, declared_size=100, declared_num_patients=150, declared_num_test=50))
         elif isinstance(asked, TrainTask):
             moved = {name: value * np.float32(0.01 * asked.round) for name, value in decode_parameters(opened, template).items()}
-            record = encode(Trained(name=daemon.name, run=asked.run, study_hash=asked.study_hash, round=asked.round, fold=1, privacy=None), parameters=moved)
+            record = encode(
+                Trained(name=daemon.name, run=asked.run, study_hash=asked.study_hash, round=asked.round, fold=1, privacy=None), parameters=moved
+            )
         elif isinstance(asked, EvaluateTask):
             record = encode(Evaluated(name=daemon.name, run=asked.run, study_hash=asked.study_hash, round=asked.round, fold=1, privacy=None))
         else:

@@ -155,7 +155,7 @@ BAD = [
         {"privacy": {"epsilon": 1, "evaluation_epsilon": 1}, "evaluation": {"folds": 2}},
         "(whole file): privacy.evaluation_epsilon with evaluation.folds = 2: expected folds = 1",
     ),
-    ({"privacy": {"unit": "ward", "epsilon": 1}}, "privacy.unit: expected 'patient', 'record' or 'none', got 'ward'"),
+    ({"privacy": {"unit": "ward", "epsilon": 1}}, "privacy.unit: expected 'patient', 'record', 'site' or 'none', got 'ward'"),
     ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier: expected greater than"),
     ({"privacy": {"noise_multiplier": 1e-9}}, "privacy.noise_multiplier: expected greater than"),
     ({"privacy": {"epsilon": 1, "max_grad_norm": 0}}, "privacy.max_grad_norm: expected greater than"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shared.errors import DataError, DataMissingError, SchemaError
-from shared.schema import MISSING_MARKS, Column, TableSchema, canonical, encode_table, schema_fingerprint
+from shared.schema import MISSING_MARKS, Column, TableSchema, canonical, encode_column, encode_table, schema_fingerprint
+from shared.tasks import tabular
 from shared.tasks.tabular import cohort_from_frame, only_csv, read_csv
 
 LABEL = Column(name="ill", type="binary")
@@ -220,3 +221,19 @@ def test_a_file_as_spreadsheets_write_it(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeffage, ill\r\n"41", 1\r\n'.encode())
     assert read_csv(path).to_dict("list") == {"age": ["41"], "ill": ["1"]}
+
+
+def test_a_line_without_an_end_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tabular, "MOST_LINE_BYTES", 100)
+    (tmp_path / "a.csv").write_text("a,b\n1," + "2" * 96 + "\n")
+    assert len(read_csv(tmp_path / "a.csv")) == 1
+    (tmp_path / "a.csv").write_text("a,b\n1," + "2" * 200 + "\n")
+    with pytest.raises(SchemaError, match="got a longer one"):
+        read_csv(tmp_path / "a.csv")
+
+
+def test_a_number_of_many_letters_is_none() -> None:
+    column = Column(name="x", type="number", low=0, high=10)
+    with pytest.raises(SchemaError, match="expected numbers, got text or infinity in 1 of 2 rows"):
+        encode_column(pd.Series(["1", "0" * 64 + "1"]), column, source="a")
+    assert encode_column(pd.Series(["1", "0" * 63 + "1"]), column, source="a").features[1, 0] == -0.8

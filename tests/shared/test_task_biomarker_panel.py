@@ -1,9 +1,11 @@
 """A panel of markers: bounds, files good and bad, the elastic net against its definition, and informative markers found again."""
 
 import csv
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +29,7 @@ from shared.tasks.biomarker_panel import (
     biomarker_panel_mlp,
     elastic_net_step,
     informative_markers,
+    load_panel,
     panel_task,
     read_panel,
     shipped_panel,
@@ -210,12 +213,40 @@ def test_the_strongest_markers_are_named() -> None:
 
 def test_tasks_of_the_shipped_panel() -> None:
     task, study = resolve_task("biomarker-panel"), Study.load(STUDIES / "biomarker-panel.toml")
-    assert task.fingerprint() == biomarker_panel().fingerprint() == biomarker_panel_elastic_net().fingerprint() != biomarker_panel_mlp().fingerprint()
+    assert task.fingerprint() == biomarker_panel().fingerprint()
+    kinds = (biomarker_panel(), biomarker_panel_elastic_net(), biomarker_panel_mlp())
+    assert len({kind.fingerprint() for kind in kinds}) == 3, "another refinement is another task"
+    assert kinds[1].name == "biomarker-panel-elastic-net" != kinds[0].name, "a model's file names the task alone"
     assert shipped_panel() == shipped_panel() and len({marker.name for marker in shipped_panel()}) == NUM_MARKERS
     for each in (task, biomarker_panel_elastic_net(), biomarker_panel_mlp()):
         assert check_alike(each).held > 0
         probe_model(each, study)
     assert task.refine is None and biomarker_panel_elastic_net().refine is elastic_net_step
+
+
+def test_a_marker_in_another_unit_is_refused_by_name_however_many_others_fit(tmp_path: Path) -> None:
+    """One of 500 for every patient is a 500th of all values, and the whole of its own."""
+    panel = shipped_panel()
+    frame = pd.DataFrame([[f"{(marker.low + marker.high) / 2:.1f}" for marker in panel]] * 40, columns=[marker.name for marker in panel])
+    frame = frame.assign(patient=[f"p{index}" for index in range(40)], label="1", marker_007="5000")
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(SchemaError, match="40 of 40 values outside in 'marker_007'"):
+        load_panel(tmp_path / "a.csv", {}, name="biomarker-panel", panel=panel)
+
+
+def test_one_long_cell_takes_no_memory_and_is_no_number(tmp_path: Path) -> None:
+    panel = shipped_panel()
+    frame = pd.DataFrame([[f"{(marker.low + marker.high) / 2:.1f}" for marker in panel]] * 40, columns=[marker.name for marker in panel])
+    frame = frame.assign(patient=[f"p{index}" for index in range(40)], label="1")
+    frame.loc[3, "marker_007"] = "1" * 200_000
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SchemaError, match="1 of 40: row 4"):
+            load_panel(tmp_path / "a.csv", {"tolerance": 0}, name="biomarker-panel", panel=panel)
+        assert tracemalloc.get_traced_memory()[1] < 100_000_000, "15 GB as an array of text of one width"
+    finally:
+        tracemalloc.stop()
 
 
 def test_synthetic_patients_differ_where_they_should_and_by_batch() -> None:

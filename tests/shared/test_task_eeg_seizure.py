@@ -119,7 +119,7 @@ def test_a_channel_with_a_gap_is_off_and_three_are_too_many(folder: Path) -> Non
     cohort = load_cohort(folder, {})
     assert cohort.notes == {"records_dropped": 1, "channels_off": 3, "values_clipped": 0} and np.isfinite(cohort.inputs[0]).all()
     assert (~cohort.inputs[0].any(axis=2)).nonzero()[1].tolist() == [0, 3, 1]
-    with pytest.raises(SchemaError, match="got 1 of 24 .the first: more than 2 channels with gaps"):
+    with pytest.raises(SchemaError, match="got 1 of 24: row 3 .the first: more than 2 channels with gaps"):
         load_cohort(folder, {"tolerance": 0.0})
 
 

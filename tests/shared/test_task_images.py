@@ -1,6 +1,7 @@
 """The image pipeline: what is read is what was written, bad files are refused by name, and augmentation is a draw for each record."""
 
 import io
+import os
 import struct
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from shared.tasks.images import (
     attribute_of,
     content_identifiers,
     images_of_stack,
+    path_below,
     patients_of,
     read_images,
     read_listing,
@@ -323,3 +325,24 @@ class TestAugmentation:
                 Augmentation(**bad)
         with pytest.raises(ValueError, match="probability"):
             Augmentation(1.5)
+
+
+def test_a_path_to_a_device_or_a_pipe_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """A link to /dev/zero has a size of 0 and no end."""
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "real.png").write_bytes(b"x")
+    (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
+    for name in ("zero.png", "pipe.png"):
+        with pytest.raises(SchemaError, match="got something else"):
+            path_below(tmp_path, name, endings=(".png",), source="a")
+    assert path_below(tmp_path, "link.png", endings=(".png",), source="a") == tmp_path / "link.png"
+
+
+def test_rows_are_named_without_tolerance_alone() -> None:
+    bad = np.zeros(30, dtype=np.bool_)
+    bad[[2, 28]] = True
+    with pytest.raises(SchemaError, match="got 2 of 30: rows 3, 29"):
+        refuse_too_many(2, 30, tolerance=0.0, source="a", bad=bad)
+    with pytest.raises(SchemaError, match="got 2 of 30$|got 2 of 30;"):
+        refuse_too_many(2, 30, tolerance=0.05, source="a", bad=bad)

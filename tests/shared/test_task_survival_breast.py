@@ -391,3 +391,9 @@ def test_synthetic_patients_have_proportional_hazards_and_sites_that_differ() ->
     assert not np.array_equal(synthetic_cohort(50, 1).labels, synthetic_cohort(50, 2).labels)
     with pytest.raises(DataMissingError):
         synthetic_cohort(0, 1)
+
+
+def test_another_loss_is_another_task() -> None:
+    """A model's file names its task alone, and the two read one model's outputs as different hazards."""
+    assert survival_breast().fingerprint() != survival_breast_exponential().fingerprint()
+    assert (survival_breast().name, survival_breast_exponential().name) == ("survival-breast", "survival-breast-exponential")

@@ -12,7 +12,7 @@ from shared.errors import ConfigurationError, DataAccessError, DataError, DataMi
 from shared.models import initial_parameters, predict_in_batches, set_parameters
 from shared.study import Study
 from shared.task import resolve_task
-from shared.tasks import tabular
+from shared.tasks import text as tables_of_text
 from shared.tasks.treatment_policy import (
     CONSERVATISM,
     COURSES,
@@ -123,7 +123,8 @@ BAD_ROWS = {
     "dose outside its set": "p3,1,-1,1,0.8,5,0,0", "half a dose": "p3,1,-1,1,0.8,1.5,0,0", "no dose": "p3,1,-1,1,0.8,,0,0",
     "NaN": "p3,1,nan,1,0.8,1,0,0", "infinite": "p3,1,-1,inf,0.8,1,0,0", "text": "p3,1,low,1,0.8,1,0,0", "missing where it may not be": "p3,1,,1,0.8,1,0,0",
     "reward too large": "p3,1,-1,1,0.8,1,7,0", "done too early": "p3,1,-1,1,0.8,1,0,1", "step twice": "p3,0,-1,1,0.8,1,0,0",
-    "step left out": "p3,7,-1,1,0.8,1,0,0", "step beyond the last": "p3,12,-1,1,0.8,1,0,0", "lactate called NaN": "p3,1,-1,nan,0.8,1,0,0",
+    "step left out": "p3,7,-1,1,0.8,1,0,0", "step beyond the last": "p3,12,-1,1,0.8,1,0,0",
+    "digits of another script": "p3,1,-1,1,0.8,\u0661,0,0", "Python's digits": "p3,1,-1,1,0.8,1,0_1,0", "a long number": f"p3,1,-1,{'0' * 9999}1,0.8,1,0,0",
 }  # fmt: skip
 
 
@@ -166,10 +167,25 @@ def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> object:
         raise DataAccessError("may not read", "ask")
 
-    monkeypatch.setattr("shared.tasks.treatment_policy.read_csv", refuse)
-    assert tabular.read_csv is not refuse
+    monkeypatch.setattr("shared.tasks.treatment_policy.read_texts", refuse)
+    assert tables_of_text.read_texts is not refuse
     with pytest.raises(DataAccessError):
         load_cohort(tmp_path / "courses.csv", {"tolerance": 0.5})
+
+
+@pytest.mark.parametrize("mark", ["NA", "nan", "?"])
+def test_a_lactate_marked_as_missing_is_missing_as_everywhere(tmp_path: Path, mark: str) -> None:
+    rows = [f"p3,1,-1,{mark},0.8,1,0,0" if row.startswith("p3,1,") else row for row in rows_of()]
+    cohort = load_cohort(table(tmp_path, rows), {})
+    assert cohort.num_patients == 30 and cohort.inputs[0][cohort.patient_ids.index("p3"), 1, FEATURES.index("lactate not measured")] == 1
+
+
+def test_a_folder_with_one_table_and_a_column_twice(tmp_path: Path) -> None:
+    path = table(tmp_path, rows_of())
+    assert load_cohort(path.parent, {}).num_patients == 30
+    table(tmp_path, [f"{row},0" for row in rows_of()], f"{HEADER},pressure")
+    with pytest.raises(SchemaError, match="one column 'pressure', found 2"):
+        load_cohort(path, {})
 
 
 def test_two_sites_for_one_patient(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 import client.local_update
 from client.ledger import reading
 from client.memory_chain import JOURNAL, Journal
-from client.releases import arrays_digest, row_digests
+from client.releases import row_digests
 from server.run_folder import read_tensors
 from shared.errors import ConfigurationError, LedgerError, WorkerFailedError
+from shared.models import arrays_digest
 from shared.results import RoundRecord
 from simulations.blocks import trainer
 from simulations.blocks.choice import Execution, choose

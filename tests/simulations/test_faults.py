@@ -80,7 +80,8 @@ class Tried:
 @functools.cache
 def setting_of(strategy: str) -> Setting:
     task = "clinical-text" if strategy == "fedbn" else "breast-cancer"  # which has a normalisation layer
-    return prepare(Study.from_table(STUDY).replace(task=task, strategy={"name": strategy}), None)
+    larger = {"buffer_size": NUM_HONEST + len(EXPECTED)} if strategy == "fedbuff" else {}  # than can be filled: then nobody is left at work
+    return prepare(Study.from_table(STUDY).replace(task=task, strategy={"name": strategy, **larger}), None)
 
 
 def bad_sites() -> dict[str, str]:

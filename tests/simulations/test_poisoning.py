@@ -130,10 +130,10 @@ def test_strategies_are_those_that_a_study_can_name(monkeypatch: pytest.MonkeyPa
 def test_a_study_that_the_coordinator_stops_has_no_metric(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     real = poisoning._run
 
-    def stopped(coordinator: object, sites: dict[str, object], faults: dict[str, object]) -> None:
+    def stopped(coordinator: object, sites: dict[str, object], faults: dict[str, object], asked: Study) -> None:
         if faults:
             raise QuorumLostError("too few")
-        real(coordinator, sites, faults)
+        real(coordinator, sites, faults, asked)
 
     monkeypatch.setattr(poisoning, "_run", stopped)
     [attack] = attack_poisoning(study.replace(rounds={"count": 1}), methods=["scaled update"], strategies=["fedavg"])

@@ -133,7 +133,6 @@ def test_a_site_that_drops_out_at_any_stage_is_left_out_or_not_missed(runner, mo
         try:
             return fail(site, message, answer)
         except RuntimeError as error:
-
             return Message(Error(code=2, reason=str(error)), reply_to=message)
 
     intercept(monkeypatch, failing)
@@ -151,7 +150,9 @@ def test_a_site_that_drops_out_at_any_stage_is_left_out_or_not_missed(runner, mo
         return Message(Error(code=2, reason=""), reply_to=message) if site == "site-2" and kind(message) == "train" else answer(message)
 
     intercept(monkeypatch, refuse)
-    assert_close(found, final(runner.run(study_of(runner, secure=False, privacy={"unit": "none"}, rounds={"count": 1, "require": 3}), execution="sequential")))
+    assert_close(
+        found, final(runner.run(study_of(runner, secure=False, privacy={"unit": "none"}, rounds={"count": 1, "require": 3}), execution="sequential"))
+    )
     assert statuses == {f"site-{number}": "failed" if number == 2 else "ok" for number in range(1, 6)}
 
 

@@ -13,10 +13,17 @@ from server.run_folder import read_tensors
 from server.warm_start import warm_start
 from shared.errors import ConfigurationError, DataMissingError, ModelMismatchError
 from shared.models import initial_parameters, mlp
+from shared.results import FederationClaim, PrivacyClaim, StartedFrom
 from shared.task import Task, resolve_task
+from shared.whole_promise import WholePromise, whole_promise
 from simulations.simulate import execute, prepare, resume_run, start_run
 from wardround import simulate
 from wardround.attacking import attack_study
+from wardround.deploying import export_facts
+from wardround.report.model_card import front_matter
+from wardround.report.run_files import read_run
+from wardround.report.summary import banners
+from wardround.trained import read_trained
 
 
 def wider(task: Task) -> Task:
@@ -74,13 +81,85 @@ def test_the_first_round_sends_what_the_other_run_left(runner, trained: Path, ex
     assert result["metrics"]["pooled"] == result["metrics"]["federated"], "baselines start where the study starts"
 
 
-def test_its_claim_says_that_the_other_runs_promise_is_another(runner, trained: Path) -> None:
+def test_its_claim_begins_with_what_the_other_run_promised(runner, trained: Path) -> None:
     usual = prepare(runner.study(), None)
     folder = start_run(usual, runner.out, start_from=trained)
     execute(usual, folder, baselines=False)
-    not_covered = json.loads((folder.path / "privacy.json").read_text())["not_covered"]
-    assert "this one started with" in not_covered[0] and "both promises" in not_covered[0]
-    assert "this one started with" not in (trained / "privacy.json").read_text()
+    claim, before = (json.loads((path / "privacy.json").read_text()) for path in (folder.path, trained))
+    start = claim["started_from"]
+    assert claim["statement"].startswith("This is said of this run's own updates alone, and not of the model that it started with.")
+    assert "this one started with" in claim["not_covered"][0] and "add up" in claim["not_covered"][0] and "seeded noise" in claim["not_covered"][0]
+    assert (start["unit"], start["protects"], start["epsilon"], start["share"]) == ("patient", False, before["federation"]["epsilon"], 1.0)
+    assert "this one started with" not in (trained / "privacy.json").read_text() and before["started_from"] is None
+    again = warm_start(usual.task, 7, folder.path).source  # a chain of starts adds up
+    assert again.epsilon == pytest.approx(before["federation"]["epsilon"] + claim["federation"]["epsilon"]) and again.unit == "patient"
+
+
+def test_a_start_without_a_promise_leaves_none_to_the_model(runner, trained: Path, tmp_path: Path) -> None:
+    """Whoever was a patient of the first run is protected by nothing, and every paper of the second says so."""
+    still = prepare(runner.study(training={"learning_rate": 1e-30}, privacy={"unit": "none"}), None)
+    first = start_run(still, runner.out, start_from=trained)  # without privacy, though it began with a model that had some
+    execute(still, first, baselines=False)
+    said = json.loads((first.path / "privacy.json").read_text())
+    assert said["unit"] == "none" and "started with" in said["not_covered"][0]
+    usual = prepare(runner.study(), None)
+    second = start_run(usual, runner.out, start_from=first.path)
+    execute(usual, second, baselines=False)
+    claim = json.loads((second.path / "privacy.json").read_text())
+    assert claim["started_from"]["unit"] == "none" and "which promised nothing" in claim["statement"].partition("differential")[0]
+    for path, unit in ((second.path, "none"), (third_from_a_lone_file(runner, trained, tmp_path), "unknown")):
+        facts = export_facts(read_trained(path), "onnx")
+        assert (facts.privacy_unit, facts.privacy_protects, facts.epsilon, facts.delta) == (unit, False, None, None)
+        assert facts.started_from is not None and facts.started_from.unit == unit
+        front = front_matter(read_run(path))
+        assert "differential-privacy" not in front and "# privacy: none; it started with a model of study" in front
+        page = " ".join(f"{banner.title} {banner.text}" for banner in banners(read_run(path)))
+        assert "This run started with another run" in page and "100 % of the parameters" in page
+
+
+def third_from_a_lone_file(runner, trained: Path, tmp_path: Path) -> Path:
+    """A private run that started with a model's file without its run."""
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((trained / "model" / "final.safetensors").read_bytes())
+    usual = prepare(runner.study(), None)
+    folder = start_run(usual, runner.out, start_from=alone)
+    execute(usual, folder, baselines=False)
+    return folder.path
+
+
+@pytest.mark.parametrize(
+    ("own", "start", "expected"),
+    [
+        ({}, {}, WholePromise(unit="patient", protects=True, epsilon=5.0, delta=3e-4)),
+        ({}, {"protects": False}, WholePromise(unit="patient", protects=False, epsilon=5.0, delta=3e-4)),
+        ({"protects": False}, {}, WholePromise(unit="patient", protects=False, epsilon=5.0, delta=3e-4)),
+        ({}, {"unit": "record"}, WholePromise(unit="unknown")),
+        ({}, {"unit": "unknown", "epsilon": None}, WholePromise(unit="unknown")),
+        ({}, {"unit": "none", "epsilon": None}, WholePromise(unit="none")),
+        ({"unit": "none"}, {}, WholePromise(unit="none")),
+    ],
+)
+def test_both_promises_are_the_sum_of_two_that_are_for_the_same_unit(own: dict, start: dict, expected: WholePromise) -> None:
+    claim = PrivacyClaim.model_construct(
+        unit=own.get("unit", "patient"), protects=own.get("protects", True), site_level=None,
+        federation=FederationClaim(epsilon=2.0, delta=1e-4, basis="maximum, patients are disjoint by declaration"),
+    )  # fmt: skip
+    other = StartedFrom(
+        **{"study": "s", "sha256": "", "taken": (), "fresh": (), "unit": "patient", "protects": True, "epsilon": 3.0, "delta": 2e-4, **start}
+    )
+    found = whole_promise(claim, other)
+    assert (found.unit, found.protects, found.epsilon) == (expected.unit, expected.protects, expected.epsilon)
+    assert found.delta == (None if expected.delta is None else pytest.approx(expected.delta))
+
+
+def test_a_start_that_shares_a_bias_alone_is_refused_by_its_share(tmp_path: Path) -> None:
+    task = resolve_task("breast-cancer")
+    file = tmp_path / "model.safetensors"
+    shared_bias = initial_parameters(mlp(12, 1, hidden=()), 1)
+    file.write_bytes(safetensors.numpy.save(shared_bias, {"wardround": json.dumps({"study": "elsewhere"})}))
+    other = dataclasses.replace(task, model=lambda: mlp(30, 1, hidden=()))
+    with pytest.raises(ModelMismatchError, match="at least 50% .* shares 0.032 of them \\(0.bias"):
+        warm_start(other, 7, file)
 
 
 def test_one_that_was_broken_off_before_its_first_round_starts_there_again(runner, trained: Path) -> None:

@@ -14,10 +14,21 @@ from shared.cohort import Cohort
 from shared.errors import ConfigurationError
 from shared.schema import TensorSchema
 from shared.study import Study
-from shared.task import Task, resolve_task
+from shared.task import Task, resolve_task, task_names
 from tests.wardround.conftest import Command
 from tests.wardround.test_export import altered, untrained
-from wardround.explaining import attribute, explained_outputs, grad_cam, kind_of, last_convolution, listed_names, singles
+from wardround.explaining import (
+    attribute,
+    baseline_of,
+    explained_outputs,
+    grad_cam,
+    kind_of,
+    last_convolution,
+    listed_names,
+    require_explainable,
+    schema_parts,
+    singles,
+)
 from wardround.report.explanation_page import explanation_page, in_unit, overlay
 from wardround.run import simulate
 
@@ -215,3 +226,48 @@ def test_overlays() -> None:
     np.testing.assert_array_equal(cold, np.repeat(np.rint(255 * grey)[..., None], 3, axis=2))
     assert not np.array_equal(overlay(grey, np.ones((4, 4))), cold)
     assert in_unit(np.full((2, 2), 3.0)).max() == 0 and in_unit(np.array([2.0, 6.0, 4.0])).tolist() == [0, 1, 0.5]
+
+
+@pytest.mark.parametrize("name", ["patient-generator", "record-autoencoder", "survival-breast", "treatment-policy"])
+def test_what_is_explained_rises_with_what_is_predicted(name: str) -> None:
+    """Of several outputs the one that the prediction beside it is made of: not the discriminator's, the mirror image's, or one interval's."""
+    task = resolve_task(name)
+    trained, cohort = untrained(task), task.synthetic_cohort(25, 6)
+    found = attribute(trained, cohort)
+    assert task.explained is not None and found.words == task.explained.words
+    told = found.predictions if found.predictions.ndim == 1 else found.predictions[:, 0]
+    order = np.argsort(told, kind="stable")
+    assert (np.diff(found.ranked[order]) >= -1e-6).all() and len(set(found.ranked.tolist())) > 1
+    with torch.no_grad():
+        inputs = tuple(torch.from_numpy(values) for values in cohort.inputs)
+        nothing = tuple(baseline_of(part, values, task) for part, values in zip(schema_parts(task), inputs, strict=True))
+        difference = task.explained.of(trained.model(*inputs)) - task.explained.of(trained.model(*nothing))
+    total = sum(part.attributions.reshape(len(told), -1).sum(axis=1) for part in found.parts)
+    np.testing.assert_allclose(total, difference.numpy(), atol=0.02 * float(difference.abs().mean()))
+    page = explanation_page(found, run="")
+    assert task.explained.words in page and (not task.predicted or task.predicted[0].replace("_", " ") in page)
+
+
+def test_the_error_of_what_was_hidden_is_explained_and_not_a_constant() -> None:
+    task = resolve_task("self-supervised")
+    found = attribute(untrained(task), task.synthetic_cohort(4, 6))
+    np.testing.assert_allclose(found.ranked, found.predictions[:, 0], rtol=1e-5)
+    assert any(part.attributions.any() for part in found.parts)
+
+
+@pytest.mark.parametrize("name", ["deidentify-notes", "molecule-generator"])
+def test_outputs_that_become_predictions_in_another_way_are_refused_before_patients_are_read(name: str) -> None:
+    trained = untrained(resolve_task(name))
+    for refuse in (lambda: require_explainable(trained), lambda: attribute(trained, trained.task.synthetic_cohort(2, 1))):
+        with pytest.raises(ConfigurationError, match=f"task {name}: expected one output"):
+            refuse()
+
+
+def test_every_other_task_can_be_explained() -> None:
+    for name in sorted({*task_names()} - {"deidentify-notes", "molecule-generator"}):
+        require_explainable(untrained(resolve_task(name)))
+
+
+def test_the_page_is_not_written_into_the_folder_of_a_run_that_is_named_by_its_model(command: Command, run: Path) -> None:
+    outcome = command("explain", run / "model" / "final.safetensors", "--out", run / "model" / "page.html")
+    assert outcome.code == 3 and "outside the run's folder" in outcome.err and not (run / "model" / "page.html").exists()

@@ -14,7 +14,7 @@ import torch
 from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from torch import nn
 
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, ModelMismatchError, StorageError
 from shared.study import Study
 from shared.task import Task, resolve_task, task_names
 from tests.wardround.conftest import Command
@@ -240,3 +240,35 @@ def test_runs_that_cannot_be_exported(command: Command, run: Path, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     assert command("export", "empty", "--format", "torch-export").code == 1
     assert command("export", run, "--format", "pickle").code == 2
+
+
+@pytest.mark.parametrize("there", ["m.pt2", "m.pt2.json", "m.model-card.html", "m.model-card.md"])
+def test_none_of_the_four_files_is_replaced_unless_told(run: Path, tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / there).write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(deploying, "exported_bytes", lambda *_: pytest.fail("something was run before all four were looked at"))
+        with pytest.raises(StorageError, match=f"{there}: expected a new file"):
+            export_model(run, "torch-export", out=tmp_path / "m.pt2")
+    assert [file.name for file in tmp_path.iterdir()] == [there] and (tmp_path / there).read_text() == "mine"
+
+
+def test_beside_a_model_that_stands_alone_nothing_is_replaced_either(run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(run / "model" / "final.safetensors", alone)
+    (tmp_path / "alone.pt2").write_text("mine")
+    with pytest.raises(StorageError, match="expected a new file"):
+        export_model(alone, "torch-export")
+    assert (tmp_path / "alone.pt2").read_text() == "mine"
+    export_model(alone, "torch-export", force=True)
+
+
+def test_our_header_on_another_graph_is_another_model(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    facts = export_facts(untrained(resolve_task("breast-cancer")), "onnx")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 5]) for name in ("other", "prediction")]
+    graph = helper.make_graph([helper.make_node("Identity", ["other"], ["prediction"])], "g", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model.metadata_props.add(key=deploying.HEADER, value=facts.model_dump_json())
+    with pytest.raises(ModelMismatchError, match="inputs that its header names"):
+        read_onnx_facts(tmp_path / "fake.onnx", model.SerializeToString())

@@ -1,7 +1,10 @@
 """`wardround predict`: one row a patient, from data that fit; nothing half-written, and nobody else's to read."""
 
 import csv
+import errno
+import os
 import shutil
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -11,14 +14,22 @@ import pandas as pd
 import pytest
 import torch
 
-from shared.errors import ConfigurationError
+from client.data_check import DataSource
+from shared.cohort import Cohort
+from shared.errors import ConfigurationError, DataMissingError, SchemaError, StorageError
 from shared.models import predict_in_batches
+from shared.schema import Column, TableSchema
 from shared.study import Study
 from shared.task import resolve_task
+from shared.tasks.biomarker_panel import shipped_panel
 from tests.client.test_data_check import table
 from tests.wardround.conftest import Command
 from tests.wardround.test_data_cli import SCHEMA
-from wardround.predicting import MAP_COLUMNS, Predictor, as_columns, column_names, open_predictor, predict
+from tests.wardround.test_export import untrained
+from wardround import predicting
+from wardround.deploying import torch_session
+from wardround.predicting import MAP_COLUMNS, Predictor, as_columns, column_names, open_predictor, predict, read_patients
+from wardround.private_files import private_file
 from wardround.run import simulate
 from wardround.trained import read_trained
 
@@ -143,7 +154,6 @@ def test_data_that_do_not_fit_are_refused_and_leave_nothing(command: Command, fo
 def test_a_prediction_that_is_no_number_leaves_no_file(trained_folder: Path, tmp_path: Path) -> None:
     from shared.errors import DataError
     from wardround.predicting import write_rows
-    from wardround.private_files import private_file
 
     found = open_predictor(trained_folder / "run", trained_folder / "admissions.csv")
     calls = []
@@ -162,15 +172,179 @@ def test_a_prediction_that_is_no_number_leaves_no_file(trained_folder: Path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_a_row_is_not_written(trained_folder: Path) -> None:
-    found = open_predictor(trained_folder / "run", trained_folder / "admissions.csv")
-    for values, fits in ((np.full((400, 3, 2), 0.25), True), (np.full((400, 3, 2), 7.0), False)):
-        predictor = Predictor(task=found.task, session=lambda _, v=values: v, cohort=found.cohort, columns=MAP_COLUMNS, labels_read=True)
-        if fits:
-            assert next(predictor.rows()).values == (0.25, 0.25, 0.0)
-            continue
-        with pytest.raises(ConfigurationError, match="which fit a row"):
-            next(predictor.rows())
+@pytest.mark.parametrize("name", ["deidentify-notes", "molecule-generator"])
+def test_what_does_not_fit_a_row_is_refused_by_the_task_before_data_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = untrained(resolve_task(name))
+    monkeypatch.setattr(predicting, "open_model", lambda path, task: (trained.task, torch_session(trained.task, trained.model)))
+    with pytest.raises(ConfigurationError, match=f"task {name}: .* which fit a row a patient"):
+        open_predictor("run", "no such file")
+
+
+def test_a_task_may_say_what_fits_a_row() -> None:
+    """The dose of treatment-policy at the last step that there was, and the value that the model believes in at the first."""
+    trained, cohort = untrained(resolve_task("treatment-policy")), resolve_task("treatment-policy").synthetic_cohort(20, 3)
+    session = torch_session(trained.task, trained.model)
+    predictor = Predictor(task=trained.task, session=session, cohort=cohort, columns=trained.task.predicted, labels_read=True)
+    values = session(cohort.inputs)[..., :5]
+    lengths = cohort.labels[..., 3].sum(axis=1).astype(int)
+    assert len(set(lengths.tolist())) > 1, "some died before the last step"
+    for place, row in enumerate(predictor.rows()):
+        last = lengths[place] - 1
+        assert row.values == (pytest.approx(values[place, 0].max()), last, values[place, last].argmax())
+
+
+def test_a_task_names_what_it_predicts() -> None:
+    """Days until death are what survival-breast reads, and no name for a risk."""
+    for name, shape, columns in (
+        ("survival-breast", (), ("risk_5_years",)), ("molecule-solubility", (), ("Solubility",)),
+        ("self-supervised", (3,), ("hidden_error", "last_known_error", "anything_hidden")), ("heart-disease", (), ("disease=present",)),
+    ):  # fmt: skip
+        assert column_names(resolve_task(name), shape) == columns
+    assert (
+        column_names(resolve_task("clinical-text"), (5,))[0] == "neoplasms" and column_names(resolve_task("record-autoencoder"), (8,))[2] == "code_1"
+    )
+
+
+HEART_COLUMNS = [column.name for column in resolve_task("heart-disease").schema.columns]  # type: ignore[union-attr]  # a table's
+
+
+def heart_table(folder: Path, changes: dict[int, dict[str, str]], *, extra: dict[str, str] | None = None) -> Path:
+    """A CSV of heart-disease's schema with 60 synthetic patients, and these cells in these rows (from 1)."""
+    schema = resolve_task("heart-disease").schema
+    assert isinstance(schema, TableSchema)
+    frame = pd.DataFrame({column.name: [_usual(column)] * 60 for column in schema.columns}).assign(**(extra or {}))
+    for row, cells in changes.items():
+        for name, value in cells.items():
+            frame.loc[row - 1, name] = value
+    path = folder / "patients.csv"
+    frame.to_csv(path, index=False)
+    return path
+
+
+def _usual(column: Column) -> str:
+    if column.type == "number":
+        assert column.low is not None and column.high is not None
+        return f"{(column.low * column.high) ** 0.5 if column.scale == 'log' else (column.low + column.high) / 2:.4g}"
+    return next(value for value in column.values if value not in column.missing_codes)
+
+
+def read_heart(path: Path, *, skip: bool = False) -> tuple[Cohort, str]:
+    cohort, labels_read, left_out = read_patients(resolve_task("heart-disease"), DataSource.of(path, {}), skip_bad_rows=skip)
+    assert not labels_read
+    return cohort, left_out
+
+
+def test_rows_that_cannot_be_predicted_for_are_named_and_refused_or_left_out(tmp_path: Path) -> None:
+    """One row of sixty would be within what a loader lets pass for training; no value is told."""
+    changes = {2: {"age": "99999"}, 7: {"cp": "MARK-71"}, 9: {"chol": "MARK-72"}, 60: dict.fromkeys(HEART_COLUMNS, "")}
+    with pytest.raises(
+        SchemaError, match="4 of 60 rows cannot be predicted for: row 2 .*'age'.*, row 7 .*'cp'.*, row 9 .*'chol'.*, row 60 .*nothing"
+    ) as found:
+        read_heart(heart_table(tmp_path, changes))
+    assert "MARK" not in str(found.value) and "99999" not in str(found.value) and "--skip-bad-rows" in str(found.value)
+    cohort, left_out = read_heart(tmp_path / "patients.csv", skip=True)
+    assert cohort.patient_ids == tuple(f"row {number}" for number in range(1, 60) if number not in (2, 7, 9)), "by their place in the file"
+    assert "row 7" in left_out and not cohort.notes["records_dropped"] and not cohort.notes["values_clipped"]
+    with pytest.raises(SchemaError, match="60 of 60"):
+        read_heart(heart_table(tmp_path, {row: {"age": "0"} for row in range(1, 61)}), skip=True)
+
+
+def test_a_label_is_not_looked_at_whether_it_is_there_or_empty(tmp_path: Path) -> None:
+    for label in ("present", "", "whatever"):
+        assert read_heart(heart_table(tmp_path, {}, extra={"disease": label}))[0].num_patients == 60
+
+
+def test_a_csv_with_most_columns_of_the_schema_gets_the_schemas_own_error(tmp_path: Path) -> None:
+    path = heart_table(tmp_path, {})
+    frame = pd.read_csv(path, dtype=str)
+    frame.drop(columns="chol").to_csv(path, index=False)
+    with pytest.raises(SchemaError, match="'chol'"):
+        read_heart(path)
+    path.write_text(frame.assign(again=frame["age"]).to_csv(index=False).replace(",again", ",age", 1))
+    with pytest.raises(SchemaError, match="one column 'age', found two"):
+        read_heart(path)
+    path.write_bytes(frame.to_csv(index=False).encode("utf-16"))
+    with pytest.raises(SchemaError, match="UTF-8"):
+        read_heart(path)
+
+
+def test_records_that_a_loader_leaves_out_are_named_and_refused(tmp_path: Path) -> None:
+    panel, task = shipped_panel(), resolve_task("biomarker-panel")
+    rng, middles = np.random.default_rng(3), np.array([(marker.low + marker.high) / 2 for marker in panel])
+    frame = pd.DataFrame(np.round(middles + rng.normal(size=(40, len(panel))), 3), columns=[marker.name for marker in panel]).astype(str)
+    frame = frame.assign(patient=[f"p{index}" for index in range(40)], label="1")
+    frame.loc[[4, 11], "marker_003"] = "MARK-73"
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(SchemaError, match="2 of 40: rows 5, 12") as found:
+        read_patients(task, DataSource.of(tmp_path / "a.csv", {}))
+    assert "MARK" not in str(found.value)
+    cohort, _, left_out = read_patients(task, DataSource.of(tmp_path / "a.csv", {}), skip_bad_rows=True)
+    assert cohort.num_patients == 38 and "rows 5, 12" in left_out
+    frame = frame.drop(index=[4, 11])
+    frame.loc[:9, "label"] = ""
+    frame.to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(SchemaError, match="records without label: 9"):
+        read_patients(task, DataSource.of(tmp_path / "b.csv", {}))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_neither_a_file_nor_a_folder_is_no_crash(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataMissingError):
+        read_patients(resolve_task("heart-disease"), DataSource.of(tmp_path / kind, {}))
+
+
+@pytest.mark.parametrize("place", ["run", "run/model", "run/deep/er"])
+def test_nothing_of_patients_is_written_into_a_run_s_folder(command: Command, folder: Path, place: str) -> None:
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    outcome = command("predict", "run/model/final.safetensors", "admissions.csv", "--task", "admissions.toml", "--out", f"{place}/p.csv")
+    assert outcome.code == 3 and "outside the run's folder" in outcome.err and not (folder / place / "p.csv").exists()
+
+
+@pytest.mark.parametrize("nameless", [True, False], ids=["without a name", "with one"])
+def test_sigterm_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool) -> None:
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    with pytest.raises(KeyboardInterrupt), private_file(tmp_path / "out.csv") as file:
+        file.write("MARK-74")
+        file.flush()
+        assert [path.name for path in tmp_path.iterdir()] == [] if nameless else len(list(tmp_path.iterdir())) == 1
+        signal.raise_signal(signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_system_without_nameless_files_and_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.delattr(os, "O_TMPFILE")
+    monkeypatch.setattr(os, "link", refused)
+    with private_file(tmp_path / "out.csv", force=force) as file:
+        file.write("1")
+    assert (tmp_path / "out.csv").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert stat.S_IMODE((tmp_path / "out.csv").stat().st_mode) == 0o600
+    with pytest.raises(StorageError, match="expected a new file"), private_file(tmp_path / "other.csv") as file:
+        (tmp_path / "other.csv").write_text("another's, made meanwhile")
+    assert (tmp_path / "other.csv").read_text() == "another's, made meanwhile" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_goes_wrong_in_the_model_is_not_told_as_a_failed_write(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the model") as found, private_file(tmp_path / "out.csv"):
+        raise OSError(errno.EIO, "of the model")
+    assert not isinstance(found.value, StorageError) and list(tmp_path.iterdir()) == []
+
+
+def test_one_long_text_in_a_column_nobody_reads_takes_no_memory(tmp_path: Path) -> None:
+    """As an array of text of one width, 20,000 rows beside 200,000 letters were 16 GB."""
+    path = heart_table(tmp_path, {3: {"note": "x" * 200_000}}, extra={"note": "short"})
+    frame = pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False)] * 300, ignore_index=True)
+    frame.to_csv(path, index=False)
+    cohort, _ = read_heart(path)
+    assert cohort.num_patients == 18_000 and cohort.attributes["note"].nbytes < 20_000_000
+    with pytest.raises(SchemaError, match="row 1 .*'age'"):
+        read_heart(heart_table(tmp_path, {1: {"age": "1" * 100_000}}))
 
 
 def test_what_is_there_is_kept_unless_told_otherwise(command: Command, folder: Path) -> None:

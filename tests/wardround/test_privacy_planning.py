@@ -159,7 +159,7 @@ def test_words_for_people_and_one_envelope_for_programs(command: Command) -> Non
 @pytest.mark.slow
 def test_planning_and_explaining_need_no_torch() -> None:
     code = (
-        "import sys; from wardround.__main__ import run; code = run(sys.argv[1:]); import wardround.explanation; "
+        "import sys; from wardround.__main__ import run; code = run(sys.argv[1:]); import wardround.claim_in_words; "
         "sys.exit(code or 10 * bool({'torch', 'opacus', 'flwr'} & sys.modules.keys()))"
     )
     arguments = ["privacy", "plan", "--patients", "50", "--epsilon", "2", "--noise-multiplier", "4", "--parameters", "1000", "--json"]

@@ -25,7 +25,7 @@ from shared.results import FederationClaim, PairedTest, Result, SubgroupResult
 from tests.provisioned import approved
 from tests.wardround.conftest import Command
 from tests.wardround.test_report import BROWSER_ARGUMENTS, CHROMIUM, HOSTILE, SAMPLES, MadeUp, build_run, outline, page_of
-from wardround.explanation import explain_run
+from wardround.claim_in_words import claim_sections
 from wardround.report import write_report
 from wardround.report.attacks import bound_curve
 from wardround.report.document import Reader
@@ -33,9 +33,10 @@ from wardround.report.ethics import coin_guessed, recognised
 from wardround.report.markdown import escape
 from wardround.report.png import picture_array, png
 from wardround.report.run_files import read_run
+from wardround.report.tables import gain_table
 from wardround.report.task_facts import read_task_facts
 from wardround.report.tripod import GAP, PARTS, tripod_items
-from wardround.report.wording import lower_bound
+from wardround.report.wording import higher_is_better, lower_bound
 from wardround.run import Run
 
 READERS: tuple[Reader, ...] = ("researcher", "ethics", "it-security", "model-card")
@@ -179,6 +180,29 @@ def test_the_worst_site_is_sought_among_those_with_enough_patients(usual: Path) 
     assert "0.150 from that of all sites together. 1 site with fewer than ten" in text
 
 
+def test_where_lower_is_better_the_best_site_is_not_called_the_worst_nor_a_gain_a_loss(usual: Path) -> None:
+    """By what the task declares, which the result says, whatever the metric is called."""
+    text = (usual / "result.json").read_text().replace('"auroc', '"perplexity')
+    table = json.loads(text) | {"higher_is_better": {"perplexity": False}}
+    names = list(table["per_site"])
+    for rank, name in enumerate(names):
+        table["per_site"][name]["perplexity"] = 10.0 + rank
+        table["per_site_support"][name] = {"no disease": 40, "disease": 40}
+        table["per_site_baselines"]["local_only"][name]["perplexity"] = 20.0
+    table["metrics"]["federated"]["perplexity"] = 11.0
+    (usual / "result.json").write_text(json.dumps(table))
+    assert f"Worst site: {names[-1]}, Perplexity {10 + len(names) - 1:.1f}" in outline(report_of(usual, "model-card")[0]).text
+    page = page_of(usual)
+    assert "Lower Perplexity is better." in outline(page).text
+    gains = gain_table(read_run(usual))
+    assert gains is not None and {row.cells[2].css for row in gains.table.rows} == {"gain"} and gains.better == len(names)
+
+
+def test_a_result_of_an_older_version_still_knows_the_usual_errors(usual: Path) -> None:
+    older = read_run(with_result(usual, higher_is_better={})).result
+    assert [higher_is_better(older, name) for name in ("auroc", "mae", "brier", "c_index")] == [True, False, False, True]
+
+
 def with_result(folder: Path, **changes: object) -> Path:
     """The run, its result changed."""
     result = Result.model_validate_json((folder / "result.json").read_bytes())
@@ -253,7 +277,7 @@ def test_ethics_says_the_promise_of_every_site_and_every_tested_sentence(usual: 
         assert f"For any one patient of {name} (n = " in text
     assert text.count(f"guesses the coin rightly at most {coin_guessed(2.985, 1e-4)} times in 100") == 4
     assert "with fresh noise the same study would promise" in text
-    for section in explain_run(run):
+    for section in claim_sections(run):
         assert all(flat(sentence) in text for sentence in section.sentences), section.title
     assert run.study.purpose in text
 

@@ -105,6 +105,11 @@ def test_noise_is_the_systems_virtual_sites_are_dropped_and_delta_is_derived(ros
     }
 
 
+def test_a_study_with_planted_faults_is_not_deployed(roster: tuple[RosterSite, ...]) -> None:
+    with pytest.raises(ConfigurationError, match="faults: expected none in a deployment, got some"):
+        deployed_study(STUDY.replace(faults={"sites": 1}), roster, quorum=1)
+
+
 def test_a_site_of_unknown_size_needs_a_delta_in_the_study(roster: tuple[RosterSite, ...]) -> None:
     sites = (roster[0], roster[1].model_copy(update={"declared_size": None}))
     with pytest.raises(ConfigurationError, match="privacy.delta: .*south.*") as refused:

@@ -24,11 +24,17 @@ def predict(
     ] = "predictions.csv",
     task: Annotated[str | None, typer.Option("--task", metavar="T", help="Where the model's task is, if not where the study says.")] = None,
     options: Annotated[list[str] | None, typer.Option("--options", metavar="KEY=VALUE", help="Option of the task's loader; repeatable.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Predict for the others where rows do not fit, and name them; else all are refused.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Predict for your own patients, one row each. Data that do not fit the task's schema are refused; nothing is sent."""
+    """Predict for your own patients, one row each. Data that do not fit the task's schema are refused; nothing is sent.
+
+    The data are read whole first (a table takes some 20 times its size in memory), then predicted for in batches: divide a file that is too large.
+    """
     from wardround.cli.data import key_and_value
     from wardround.cli.output import console, print_envelope
     from wardround.plural import plural
@@ -38,11 +44,17 @@ def predict(
     terminal = console(as_json=as_json or out == STDOUT)
     terminal.print("loading torch ...", style="dim")
     from wardround.predicting import open_predictor
+    from wardround.private_files import refuse_in_run
 
-    predictor = open_predictor(model, data, task=task, options=dict(key_and_value(option) for option in options or []))
+    if out != STDOUT:
+        refuse_in_run(Path(out))
+    chosen = dict(key_and_value(option) for option in options or [])
+    predictor = open_predictor(model, data, task=task, options=chosen, skip_bad_rows=skip_bad_rows)
     count = _write(predictor, out, force)
     told = f"{plural(count, 'patient')}, {plural(predictor.cohort.num_records, 'record')}"
     terminal.print(f"predicted for {told}: {', '.join(predictor.columns)}", soft_wrap=True, markup=False)
+    if predictor.left_out:
+        terminal.print(f"LEFT OUT  {predictor.left_out}", style="bold yellow", markup=False, soft_wrap=True)
     for note, number in predictor.cohort.notes.items():
         if number:
             terminal.print(f"  {note.replace('_', ' ')}: {number:,}", style="yellow", markup=False)
@@ -59,6 +71,7 @@ def predict(
                 "num_records": predictor.cohort.num_records,
                 "columns": list(predictor.columns),
                 "labels_read": predictor.labels_read,
+                "left_out": predictor.left_out,
                 "notes": dict(predictor.cohort.notes),
             }
         )

@@ -167,8 +167,8 @@ def explain(
     debug: DebugOption = False,
 ) -> None:
     """Say what a run promises to whom, and what it does not, in plain sentences; or what a sweep would cost on real patients."""
+    from wardround.claim_in_words import claim_of, claim_sections
     from wardround.cli.output import console, print_envelope
-    from wardround.explanation import claim_of, explain_run
     from wardround.report.run_files import read_run
     from wardround.sweep_cost import is_sweep, sweep_costs
 
@@ -176,7 +176,7 @@ def explain(
         sections, data = sweep_costs(run, patients or [])
     else:
         files = read_run(run)
-        sections, data = explain_run(files), {"claim": claim_of(files).model_dump(mode="json")}
+        sections, data = claim_sections(files), {"claim": claim_of(files).model_dump(mode="json")}
     terminal = console(as_json=as_json)
     for section in sections:
         terminal.print(section.title, style="bold", markup=False)

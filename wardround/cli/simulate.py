@@ -157,6 +157,7 @@ def _run(
 
 def print_result(result: "Result", terminal: "Console") -> None:
     """The tables at the end of a run."""
+    from shared.whole_promise import start_sentence
     from wardround.cli.output import table
 
     terminal.print()
@@ -170,6 +171,8 @@ def print_result(result: "Result", terminal: "Console") -> None:
     terminal.print(table("sites", columns, rows[:SHOWN_SITES]))
     if len(rows) > SHOWN_SITES:
         terminal.print(f"... and {len(rows) - SHOWN_SITES} more sites in the report")
+    if result.started_from is not None:
+        terminal.print(f"\n{start_sentence(result.started_from)}", style="yellow", markup=False, soft_wrap=True)
     if result.synthetic:
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
     if result.evaluation_epsilon is not None:
@@ -178,6 +181,13 @@ def print_result(result: "Result", terminal: "Console") -> None:
         )
     if result.privacy.unit == "none":
         terminal.print("\nNo privacy: every update was sent as it was.", style="yellow")
+    if (whole := result.privacy.site_level) is not None:
+        terminal.print(
+            f"\nWhole sites: epsilon {whole.epsilon:.2f} at delta {whole.delta:g}, against everybody but the coordinator"
+            f"{'; nothing is promised to patients against the coordinator' if result.privacy.unit == 'site' else ''}.", markup=False, soft_wrap=True,
+        )  # fmt: skip
+    if result.privacy.distributed_noise is not None:
+        terminal.print(f"\nDistributed noise. {result.privacy.distributed_noise.statement}", markup=False, soft_wrap=True)
     if result.privacy.seeded_noise:
         terminal.print("\nSeeded noise: this is a simulation and protects nobody. In a deployment each site draws its own noise.", style="yellow")
 

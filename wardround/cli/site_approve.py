@@ -170,8 +170,8 @@ def print_question(question: "Question", budget: "list[Cost]", terminal: "Consol
     terminal.print(f"study {asked.study}", style="bold", markup=False)
     for label, text in _lines(question, budget, expires, limit):
         _print_line(label, text, terminal)
-    if asked.unit == "none":
-        terminal.print("WITHOUT PRIVACY: what leaves can tell of single patients", style="bold red")
+    if asked.unit in ("none", "site"):
+        terminal.print(f"WITHOUT PRIVACY{'' if asked.unit == 'none' else ' FOR PATIENTS'}: what leaves can tell of single patients", style="bold red")
 
 
 def _lines(question: "Question", budget: "list[Cost]", expires: "datetime", limit: float) -> list[tuple[str, str]]:

@@ -24,7 +24,15 @@ def print_plan(plan: "DeploymentPlan", terminal: "Console") -> None:
     study, num_sites = plan.deployed.study, len(plan.sites)
     privacy = study.privacy
     budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise multiplier {privacy.noise_multiplier}"
-    promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if study.private else "NO PRIVACY: every update is sent as it is"
+    promise = (
+        f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if privacy.unit != "none" else "NO PRIVACY: every update is sent as it is"
+    )
+    if privacy.unit == "site":
+        promise += ", against everybody but the coordinator: NO PRIVACY FOR PATIENTS there, every update is sent as it is"
+    if privacy.site_epsilon is not None:
+        promise += (
+            f"; and epsilon {privacy.site_epsilon:g} for each whole site at delta {privacy.site_delta:g}, against everybody but the coordinator"
+        )
     required = "all sites" if study.rounds.require == "all" else f"at least {plural(study.rounds.require, 'site')}"
     up, down = plan.up_bytes, plan.down_bytes
     facts = [

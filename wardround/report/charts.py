@@ -53,7 +53,7 @@ def learning_chart(run: RunFiles) -> Figure | None:
         styles = _styles([curve.name for curve in pooled], named=())
         layers, keys = [_lines(pooled, styles, x, y)], _keys(pooled, styles)
     else:
-        best, worst = _extremes(sites, metric)
+        best, worst = _extremes(sites, higher=higher_is_better(run.result, metric))
         styles = _styles([curve.name for curve in sites], named=(best, worst))
         layers = [_band(pooled[0], x, y), _lines(sites, styles, x, y), _pooled_line(pooled[0], x, y)]
         keys = (Key(css="all", text=f"All sites together {number(pooled[0].last_value())}"), *_keys(sites, styles))
@@ -221,12 +221,12 @@ def _keys(curves: Sequence[Curve], styles: dict[str, str], *, text: Callable[[fl
     return tuple(keys)
 
 
-def _extremes(curves: Sequence[Curve], metric: str) -> tuple[str, str]:
+def _extremes(curves: Sequence[Curve], *, higher: bool) -> tuple[str, str]:
     known = sorted((value, curve.name) for curve in curves if (value := curve.last_value()) is not None)
     if len(known) < 2:
         return "", ""
     low, high = known[0][1], known[-1][1]
-    return (high, low) if higher_is_better(metric) else (low, high)
+    return (high, low) if higher else (low, high)
 
 
 def _places(curve: Curve, x: Axis, y: Axis) -> list[Point]:

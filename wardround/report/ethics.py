@@ -4,7 +4,7 @@ import math
 
 from shared.privacy import attack_power
 from shared.results import SitePrivacy
-from wardround.explanation import explain_run
+from wardround.claim_in_words import claim_sections
 from wardround.plural import plural
 from wardround.report.attacks import LIMITS, attack_sentences
 from wardround.report.document import Block, Bullets, Document, Facts, Grid, Heading, Prose, Section
@@ -103,6 +103,10 @@ def _lead(run: RunFiles) -> str:
     )
     if run.result.privacy.unit == "none":
         promise = "No patient was promised anything: the updates were sent without noise."
+    elif run.result.privacy.unit == "site":
+        promise = (
+            "What can be learned about a whole hospital from the model is bounded, as said below; the coordinator got every update without noise."
+        )
     elif not run.result.privacy.sites:
         promise = "No update was sent, so nothing was spent of any promise."
     elif run.result.privacy.seeded_noise:
@@ -217,7 +221,7 @@ def _promise(run: RunFiles) -> tuple[Block, ...]:
     blocks: list[Block] = []
     if privacy.unit != "none" and privacy.sites:
         blocks += _in_guesses(run)
-    for section in explain_run(run):
+    for section in claim_sections(run):
         if section.title not in ("Not covered", "If this run was chosen among several"):
             blocks += [Heading(text=TITLES.get(section.title, section.title)), *_sentences(section.sentences)]
     return tuple(blocks)
@@ -311,7 +315,7 @@ def _risk(run: RunFiles) -> tuple[Block, ...]:
 def _not_covered(run: RunFiles) -> tuple[Block, ...]:
     if run.claim is None:
         return (Prose(text="Nothing is covered.", css="absent-part"),)
-    chosen = [section for section in explain_run(run) if section.title == "If this run was chosen among several"]
+    chosen = [section for section in claim_sections(run) if section.title == "If this run was chosen among several"]
     extra: list[Block] = [block for section in chosen for block in (Heading(text=section.title), *_sentences(section.sentences))]
     return (Bullets(items=tuple(run.claim.not_covered)), *extra)
 

@@ -61,15 +61,7 @@ def _method(found: "Attributions") -> Section:
     pairs = [(part.name, part.method) for part in found.parts]
     if found.completeness_gap is not None:
         pairs.append(("Adding up", _gap_sentence(found)))
-    several = found.chosen is not None or found.predictions.ndim > 2
-    what = (
-        "the mean over the pixels that the model marks"
-        if found.predictions.ndim > 2
-        else "the likeliest of its outputs"
-        if several
-        else "its only output"
-    )
-    pairs.append(("What is explained", f"The model's output before it becomes a prediction: {what}."))
+    pairs.append(("What is explained", f"The model's output before it becomes a prediction: {found.words}."))
     sources = "Sundararajan, Taly and Yan 2017 (integrated gradients), Selvaraju et al. 2017 (Grad-CAM); captum."
     return Section(id="method", title="How it was made", blocks=(Prose(text=NO_CAUSE), Facts(pairs=tuple(pairs)), Prose(text=sources, css="note")))
 
@@ -155,7 +147,7 @@ def _singles(found: "Attributions") -> list[Section]:
 
     return [
         Section(id=f"patient-{title}", title=f"The patient with the {title} prediction", blocks=tuple(_single(found, place)))
-        for title, place in singles(found.predictions)
+        for title, place in singles(found.ranked)
     ]
 
 
@@ -210,7 +202,7 @@ def _value(found: "Attributions", part: "Part", place: int, index: int) -> str:
         start = sum(len(other.feature_names) for other in schema.columns[:index])
         return "/".join(f"{float(value):.3g}" for value in part.values[place, start : start + len(column.feature_names)])
     text = str(found.cohort.attributes[column.name][place]).strip()
-    number = text.rstrip("0").rstrip(".") if text.replace(".", "", 1).replace("-", "", 1).isdigit() and "." in text else text
+    number = f"{float(text):.6g}" if text.replace(".", "", 1).replace("-", "", 1).isdigit() and "." in text else text
     return f"{number or 'not known'}{f' {column.unit}' if column.unit and number else ''}"
 
 

@@ -135,7 +135,9 @@ def _noise(run: RunFiles) -> str:
         return "none: the study asked for no privacy"
     if run.result.privacy.seeded_noise:
         return "seeded: it can be drawn again, and protects nobody"
-    return "from each site’s operating system, and forgotten"
+    if run.result.privacy.unit == "site":
+        return "the coordinator’s alone, from its operating system, and forgotten"
+    return "from each site’s operating system, and forgotten" + ("; the coordinator’s likewise" if run.result.privacy.site_level else "")
 
 
 # Network and keys ---------------------------------------------------------------------------------------------------------------

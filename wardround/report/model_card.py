@@ -2,6 +2,7 @@
 
 import json
 
+from shared.whole_promise import WholePromise, whole_promise
 from wardround.plural import plural
 from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart
@@ -150,7 +151,7 @@ def worst_site(run: RunFiles) -> str:
     left_out = f" {plural(few, 'site')} with fewer than ten test patients of a class, or without a value, left out." if few else ""
     if overall is None or len(known) < 2:
         return f"Worst site: not said, for fewer than two sites have ten test patients of each class.{left_out}"
-    sign = 1 if higher_is_better(primary) else -1
+    sign = 1 if higher_is_better(run.result, primary) else -1
     name = min(known, key=lambda site: sign * known[site])
     gap = abs(overall - known[name])
     tested = finite(run.result.per_site[name].get("num_test")) or 0
@@ -191,6 +192,8 @@ def _privacy(run: RunFiles) -> tuple[Block, ...]:
         blocks.append(Prose(text=meaning))
     if (spent := privacy_table(run)) is not None:
         blocks.append(Grid(table=spent, caption="Spent at each site: upper bounds by two accountants, and what the whole admitted plan costs"))
+    if run.claim.site_level is not None and run.claim.unit != "site":
+        blocks.append(Prose(text=f"Whole hospitals: {run.claim.site_level.statement}"))
     return (*blocks, Prose(text="Not covered:"), Bullets(items=tuple(run.claim.not_covered)))
 
 
@@ -203,11 +206,12 @@ def _attacks(run: RunFiles) -> tuple[Block, ...]:
 
 def front_matter(run: RunFiles) -> str:
     """YAML as the Hub's model card metadata has it, every text a JSON string (which is YAML); licence and data set names are not invented."""
+    promised = whole_promise(run.claim, run.result.started_from)
     tags = [
         "wardround",
         "federated-learning",
         "medical",
-        *(["differential-privacy"] if run.study.private else []),
+        *(["differential-privacy"] if promised.epsilon is not None else []),
         *(["synthetic-data"] if run.result.synthetic else []),
     ]
     names = [HUB_METRICS[name] for name in metric_names(run) if name in HUB_METRICS]
@@ -234,12 +238,21 @@ def front_matter(run: RunFiles) -> str:
                 f"      name: {_text(metric_title(name))}",
                 f"      value: {round(value, 4)!r}",
             ]
-    if run.result.privacy.sites:
-        worst = max(site.epsilon for site in run.result.privacy.sites.values())
-        lines.append(
-            f"# privacy: epsilon {upper_bound(worst)} per {run.result.privacy.unit}, {'seeded noise, protects nobody' if run.result.privacy.seeded_noise else 'real noise'}"
-        )
+    if run.result.privacy.sites or run.result.privacy.unit == "site":
+        lines.append(f"# privacy: {_privacy_comment(run, promised)}")
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _privacy_comment(run: RunFiles, promised: WholePromise) -> str:
+    """What holds for the model: of a run that started with another's model, for the patients of both."""
+    start = run.result.started_from
+    if run.claim is None or (promised.epsilon is None and start is None):
+        return "none; the run wrote no claim sheet"
+    if promised.epsilon is None:
+        assert start is not None
+        return f"none; it started with a model of study {_text(start.study)}, {'which promised nothing' if start.unit == 'none' else 'whose promise is not known'}"
+    noise = "real noise" if promised.protects else "seeded noise, protects nobody"
+    return f"epsilon {upper_bound(promised.epsilon)} per {promised.unit}{'' if start is None else ', with that of the run it started with'}, {noise}"
 
 
 def _text(value: str) -> str:

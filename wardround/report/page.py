@@ -12,7 +12,7 @@ from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles, read_run
 from wardround.report.statistics import drawable
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
-from wardround.report.summary import banners, federation_sentence, key_numbers, lead, meaning_sentence, shares_by_row
+from wardround.report.summary import banners, federation_sentence, key_numbers, lead, meaning_sentence, shares_by_row, site_level_sentence
 from wardround.report.tables import (
     absence_table,
     baseline_table,
@@ -115,8 +115,10 @@ def _context(run: RunFiles) -> dict[str, object]:
         "spent": privacy_table(run),
         "meaning": meaning_sentence(run),
         "federation": federation_sentence(run),
+        "whole_hospitals": site_level_sentence(run),
         "absences": absence_table(run),
         "num_unasked": sum(site.status == "not asked" for record in run.rounds for site in record.sites),
+        "num_at_work": sum(site.status == "at work" for record in run.rounds for site in record.sites),
         "notes": notes_table(run),
         "measured": attack_blocks(run),
     }

@@ -8,7 +8,7 @@ from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles
 from wardround.report.statistics import calibration_series, drawable, roc_series
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
-from wardround.report.summary import banners, key_numbers, lead, meaning_sentence
+from wardround.report.summary import banners, key_numbers, lead, meaning_sentence, site_level_sentence
 from wardround.report.tables import absence_table, baseline_table, fold_table, gain_table, notes_table, partition_table, privacy_table, site_table
 from wardround.report.wording import metric_title, source_title
 
@@ -101,6 +101,10 @@ def _privacy(run: RunFiles) -> tuple[Block, ...]:
         blocks.append(Drawing(figure=figure, title="Epsilon spent by round", series=_series(epsilon_by_round(run))))
     if spent := privacy_table(run):
         blocks.append(Grid(table=spent, caption="Spent at each site"))
+    if whole := site_level_sentence(run):
+        blocks.append(Prose(text=f"Whole hospitals: {whole}."))
+    if run.claim and run.claim.site_level and run.claim.unit != "site":
+        blocks.append(Prose(text=run.claim.site_level.statement))
     if run.claim:
         blocks += [
             Prose(text="Covered:"),

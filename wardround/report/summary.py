@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from shared.privacy import attack_power
 from shared.results import Interval
+from shared.whole_promise import start_sentence
 from wardround.plural import plural
 from wardround.report.history import fold_curves
 from wardround.report.run_files import RunFiles
@@ -53,10 +54,20 @@ def banners(run: RunFiles) -> list[Banner]:
     if result.outcome != "completed":
         text = f"{result.rounds_completed} of {plural(run.study.rounds.count, 'round')} completed; what was not reached is left out below."
         found.append(Banner(title="This run was interrupted." if result.outcome == "interrupted" else "This run failed.", text=text))
+    if run.study.faults is not None:
+        sites = run.study.faults.sites
+        whose = plural(sites, "site") if isinstance(sites, int) else ", ".join(sites)
+        text = f"This simulation spoiled answers of {whose} on their way (“{run.study.faults.kind}”), to see what that costs."
+        found.append(Banner(title="Faults were planted.", text=text))
+    if result.started_from is not None:
+        found.append(Banner(title="This run started with another run’s model.", text=start_sentence(result.started_from)))
     if result.synthetic:
         found.append(
             Banner(title="SYNTHETIC patients.", text="No real patient is behind any number on this page; the numbers say nothing about medicine.")
         )
+    if result.privacy.unit == "site":
+        text = "The study asked for unit “site”: what is promised is promised to whole hospitals; the coordinator got every update without noise."
+        found.append(Banner(title="No promise to patients against the coordinator.", text=text, css="remark"))
     if result.privacy.seeded_noise:
         text = "The noise can be computed again from the study’s seed. Budgets below are what the same study would spend with fresh noise."
         found.append(Banner(title="Seeded noise: this run protects nobody; it is a simulation.", text=text))
@@ -93,7 +104,7 @@ def lead(run: RunFiles) -> str:
         sentences.append(f"For comparison: {'; '.join(compared)}.")
     if result.evaluation_epsilon is not None:
         sentences.append(noise_sentence(result.evaluation_epsilon))
-    if not higher_is_better(result.primary_metric):
+    if not higher_is_better(result, result.primary_metric):
         sentences.append(f"Lower {metric} is better.")
     return " ".join(sentences)
 
@@ -150,7 +161,7 @@ def key_numbers(run: RunFiles) -> list[KeyNumber]:
 
 
 def _answered(run: RunFiles) -> str:
-    absent = {site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked")}
+    absent = {site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked", "at work")}
     if not run.rounds:
         return "no round completed"
     never = len(run.result.sites) - len(trained_sites(run))
@@ -163,6 +174,9 @@ def _epsilon_number(run: RunFiles) -> KeyNumber:
     budget, sites = run.study.privacy.epsilon, run.result.privacy.sites
     if run.result.privacy.unit == "none":
         return KeyNumber(name="Privacy", value="none", below="no promise was asked for")
+    if run.result.privacy.unit == "site" and run.result.privacy.site_level is not None:
+        below = f"of {upper_bound(budget)}; for whole hospitals" if budget is not None else "for whole hospitals; noise was given, no budget"
+        return KeyNumber(name="Epsilon", value=upper_bound(run.result.privacy.site_level.epsilon), below=below)
     if not sites:
         return KeyNumber(name="Epsilon", value=DASH, below="nothing was charged")
     below = f"of {upper_bound(budget)}; highest site" if budget is not None else "highest site; noise was given, no budget"
@@ -176,6 +190,15 @@ def federation_sentence(run: RunFiles) -> str | None:
     """What is promised to a patient whichever hospitals know this patient; None without a claim about it."""
     claim = run.claim.federation if run.claim else None
     return None if claim is None else f"epsilon {upper_bound(claim.epsilon)} at delta {compact(claim.delta)}: {claim.basis}"
+
+
+def site_level_sentence(run: RunFiles) -> str | None:
+    """The promise to whole hospitals in numbers; None without one."""
+    spent = run.result.privacy.site_level
+    return None if spent is None else (
+        f"epsilon {upper_bound(spent.epsilon)} at delta {compact(spent.delta)} (whole plan: {upper_bound(spent.epsilon_planned)}), against everybody but the "
+        f"coordinator; noise multiplier {compact(spent.noise_multiplier)}, updates clipped to {compact(spent.max_site_norm)}, {plural(spent.rounds, 'round')}"
+    )  # fmt: skip
 
 
 def meaning_sentence(run: RunFiles) -> str:

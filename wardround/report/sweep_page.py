@@ -119,7 +119,12 @@ def _how(done: Sequence[CellResult]) -> str:
     """How the points were accounted."""
     sites = [site for result in done if result.privacy is not None for site in result.privacy.sites.values()]
     if not sites:
-        return "No run promises privacy."
+        whole = any(result.privacy is not None and result.privacy.site_level is not None for result in done)
+        return (
+            "No run promises patients privacy; where a run promises whole hospitals some, its claim sheet says what."
+            if whole
+            else "No run promises privacy."
+        )
     accountants = " and ".join(sorted({site.accountant.upper() for site in sites}))
     rates, deltas = sorted({site.sample_rate for site in sites}), sorted({site.delta for site in sites})
     between = [f"{compact(values[0])} to {compact(values[-1])}" if len(values) > 1 else compact(values[0]) for values in (rates, deltas)]

@@ -196,7 +196,7 @@ def gain_table(run: RunFiles) -> Gains | None:
         return None
     together = {site: finite(result.per_site.get(site, {}).get(primary)) for site in alone}
     axis = strip_axis([value for value in (*alone.values(), *together.values()) if value is not None])
-    sign = 1 if higher_is_better(primary) else -1
+    sign = 1 if higher_is_better(result, primary) else -1
     chances = holm({site: test.p_value for site, test in result.per_site_gains.get("local_only", {}).items()})
     rows, gains = [], []
     for site, before in alone.items():
@@ -291,15 +291,16 @@ def privacy_table(run: RunFiles) -> Table | None:
 
 def absence_table(run: RunFiles) -> Table | None:
     """Sites that gave no update though they were asked, with the rounds and the reasons; None where all answered."""
-    names = dict.fromkeys(site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked"))
+    names = dict.fromkeys(site.name for record in run.rounds for site in record.sites if site.status not in ("ok", "not asked", "at work"))
     if not names:
         return None
     rows = []
     for name in names:
         seen = [(record, site) for record in run.rounds for site in record.sites if site.name == name]
-        absent = [(record, site) for record, site in seen if site.status not in ("ok", "not asked")]
+        absent = [(record, site) for record, site in seen if site.status not in ("ok", "not asked", "at work")]
+        num_without = sum(site.status not in ("ok", "not asked") for _, site in seen)
         strip = status_strip([(f"{_place(record)}: {site.status}", site.status) for record, site in seen])
-        rows.append(Row(name=name, cells=(Cell(text=f"{len(absent)} of {len(seen)}"), Cell(text="", below="; ".join(_reasons(absent)))), strip=strip))
+        rows.append(Row(name=name, cells=(Cell(text=f"{num_without} of {len(seen)}"), Cell(text="", below="; ".join(_reasons(absent)))), strip=strip))
     return Table(heads=("Rounds without update", "Rounds and reasons"), rows=tuple(rows), strip_head="By round")
 
 

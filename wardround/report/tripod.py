@@ -154,7 +154,11 @@ def _scaling(run: RunFiles, task: TaskFacts) -> str:
 def _building(run: RunFiles, task: TaskFacts) -> str:
     training, study = run.study.training, run.study
     steps = f"{training.local_steps} local steps" if training.local_steps is not None else f"{training.local_epochs} local passes"
-    privacy = "without differential privacy" if not study.private else f"DP-SGD with gradients clipped to {study.privacy.max_grad_norm:g}"
+    privacy = "without differential privacy for patients" if study.site_level else "without differential privacy"
+    if study.private:
+        privacy = f"DP-SGD with gradients clipped to {study.privacy.max_grad_norm:g}"
+    if study.site_level:
+        privacy += f"; updates clipped to {study.privacy.max_site_norm:g}, and the coordinator’s noise on their sum"
     kind = f"{' '.join(task.model.split())}. " if task.model else ""
     return (
         f"{kind}{study.strategy.name}, {study.rounds.count} rounds of {steps}, {training.optimizer} with learning rate {training.learning_rate:g} and batches of "

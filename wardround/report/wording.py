@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shared.metrics import BINARY_METRICS, error_metrics
-from shared.results import Interval
+from shared.results import Interval, Result
 
 DASH = "–"
 ONE_CLASS = "n/a (one class)"
@@ -20,8 +20,15 @@ _METRIC_TITLES = {
     "mae": "MAE",
     "rmse": "RMSE",
     "r2": "R²",
+    "c_index": "C-index",
+    "td_error": "TD error",
+    "outlier_auroc": "Outlier AUROC",
+    "entity_f1": "Entity F1",
+    "relation_f1": "Relation F1",
 }
-_LOWER_IS_BETTER = {metric.name for metric in (*BINARY_METRICS, *error_metrics(0, 1)) if not metric.higher_is_better}
+_LOWER_IS_BETTER = {  # in results of older versions, which do not say
+    metric.name for metric in (*BINARY_METRICS, *error_metrics(0, 1)) if not metric.higher_is_better
+}
 _NEEDS_TWO_CLASSES = {"auroc", "auprc"}
 
 SOURCE_TITLES = {
@@ -57,9 +64,9 @@ def humanise(name: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def higher_is_better(metric: str) -> bool:
-    """False for errors and losses that we know; a metric of the user's own counts as "higher is better"."""
-    return metric not in _LOWER_IS_BETTER
+def higher_is_better(result: Result, metric: str) -> bool:
+    """As the task declares it; False for errors that we know in a result of an older version, which does not say."""
+    return result.higher_is_better.get(metric, metric not in _LOWER_IS_BETTER)
 
 
 def needs_two_classes(metric: str) -> bool:

@@ -21,6 +21,13 @@ OUTSIDE = (
 )
 
 
+WHOLE_SITES = "Whole hospitals"
+OF_SITES = (
+    "After every round the coordinator cuts down what any single hospital can change to one maximum that is the same for all, adds up, and adds random noise in "
+    "proportion to that maximum; only then is there a model that anybody else sees."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
     """A heading and its sentences."""
@@ -29,7 +36,7 @@ class Section:
     sentences: tuple[str, ...]
 
 
-def explain_run(run: RunFiles) -> list[Section]:
+def claim_sections(run: RunFiles) -> list[Section]:
     """The claim of a run, from what is promised to what is not.
 
     Raises:
@@ -37,11 +44,14 @@ def explain_run(run: RunFiles) -> list[Section]:
     """
     claim = claim_of(run)
     sections = [Section(title="What is promised", sentences=_promise(run, claim))]
-    if claim.unit != "none":
+    if claim.unit == "site":
+        sections += [Section(title=WHOLE_SITES, sentences=_whole_sites(claim)), Section(title="Covered", sentences=tuple(claim.covered))]
+    elif claim.unit != "none":
         sections += [
             Section(title="How", sentences=(HOW.format(unit=claim.unit), f"{claim.sampling}.", f"{claim.mechanism}.")),
             Section(title="Hospital by hospital", sentences=tuple(_site(name, site, claim.unit) for name, site in claim.sites.items())),
             Section(title="The whole federation", sentences=_federation(claim)),
+            *([Section(title=WHOLE_SITES, sentences=_whole_sites(claim))] if claim.site_level is not None else []),
             Section(title="Covered", sentences=tuple(claim.covered)),
         ]
     sections.append(Section(title="Not covered", sentences=tuple(claim.not_covered)))
@@ -66,7 +76,9 @@ def claim_of(run: RunFiles) -> PrivacyClaim:
 def _promise(run: RunFiles, claim: PrivacyClaim) -> tuple[str, ...]:
     if claim.unit == "none":
         return ("Nobody is protected by this run.", claim.statement)
-    head = f"This run protects its {claim.unit}s." if claim.protects else ""  # the statement says why not
+    head = f"This run protects its {claim.unit}s." if claim.protects and claim.started_from is None else ""  # the statement says why not, or who else
+    if claim.unit == "site":
+        return tuple(sentence for sentence in (head, claim.statement) if sentence)
     meaning = meaning_sentence(run)
     return tuple(sentence for sentence in (head, claim.statement, meaning, OUTSIDE.format(unit=claim.unit)) if sentence)
 
@@ -94,6 +106,25 @@ def _federation(claim: PrivacyClaim) -> tuple[str, ...]:
             "A patient whom two hospitals treat is promised less: set [privacy] patients_overlap = true to have the sites' numbers composed.",
         )
     return (f"A {claim.unit} may be known to several hospitals, says the study; all of them together: {whole}.",)
+
+
+def _whole_sites(claim: PrivacyClaim) -> tuple[str, ...]:
+    """The promise to whole hospitals, apart from that to patients."""
+    promised = claim.site_level
+    assert promised is not None
+    beside = () if claim.unit == "site" else (promised.statement,)
+    source = "the coordinator's operating system, and forgotten" if promised.noise_source == "os" else "a seed"
+    return (
+        *beside,
+        OF_SITES,
+        f"Epsilon {upper_bound(promised.epsilon)} at delta {promised.delta:g} after {promised.rounds} of {promised.rounds_planned} rounds (upper bound by "
+        f"{promised.accountant.upper()}; {promised.cross_check_accountant.upper()} says {upper_bound(promised.epsilon_cross_check)}); the whole plan: epsilon "
+        f"{upper_bound(promised.epsilon_planned)}. The noise was {promised.noise_multiplier:.3g} times what one hospital can change in a round, from {source}.",
+        f"{promised.mechanism}.",
+        f"{promised.neighbouring_relation}.",
+        f"Sampling: {promised.sampling}.",
+        *(() if claim.unit == "site" else tuple(f"Not covered by it: {item}." for item in promised.not_covered)),
+    )
 
 
 def _choice(claim: PrivacyClaim) -> str:
