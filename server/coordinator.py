@@ -369,8 +369,9 @@ class Coordinator:
                 expected = "a name of its own" if taken else f"a declared size of 1 to {MAX_WEIGHT}"
                 self._refuse(node_id, f"{ProtocolError.code} expected {expected}, got another", name=own)
                 return
-            key = self._key_of(content)
-            if self._study.secure_aggregation is not None and key is None:
+            secure = self._study.secure_aggregation is not None
+            key = self._key_of(content) if secure else None
+            if secure and key is None:
                 self._refuse(node_id, f"{ProtocolError.code} expected its key for secure sums, as on the roster, got another", name=content.name)
                 return
             self.history.refused.pop(content.name, None)

@@ -52,6 +52,9 @@ class Members:
     def expected(self) -> frozenset[str]:
         return frozenset(self.names)
 
+    def public_key(self, name: str) -> str | None:
+        raise AssertionError("asked for only where updates are aggregated securely")
+
     def declared_size(self, name: str) -> int | None:
         return self.signed.get(name)
 
