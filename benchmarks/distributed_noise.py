@@ -50,13 +50,15 @@ def noise_of_sums(num_sites: int) -> tuple[float, float]:
     study = study_of(num_sites, "distributed", 1)
     task = resolve_task(study.task)
     cohorts = list(virtual_federation(task, study, None).cohorts.values())
-    noise = DistributedNoise(max_grad_norm=1.0, num_parameters=num_entries(task), batch_size=study.training.batch_size, missing=MISSING)
+    noise = DistributedNoise(
+        max_grad_norm=1.0, num_parameters=num_entries(task), batch_size=study.training.batch_size, sites=num_sites, missing=MISSING
+    )
     batch = sum(cohort.num_patients for cohort in cohorts)
     sums = {"local": [], "distributed": []}  # type: dict[str, list[np.ndarray]]
     for draw in range(DRAWS):
         learners = [learner_of(task, study, cohort, derive_key(draw, "draw", site)) for site, cohort in enumerate(cohorts)]
         received = initial_parameters(task.model(), 1)
-        share = noise.share_std(num_sites, MORE)
+        share = noise.share_std(MORE)
         points = [noised_points(learner, received, noise, share_std=share) for learner in learners]
         sums["distributed"].append(sum(points) * noise.grid.spacing / batch)
         updates = [learner.train(received) for learner in learners]
@@ -86,7 +88,7 @@ def study_of(num_sites: int, kind: str, seed: int) -> Study:
     return Study.from_table({
         "name": "noise", "task": "breast-cancer", "seed": seed, "rounds": {"count": 60}, "training": {"local_steps": 1, "learning_rate": 0.5},
         "privacy": {"epsilon": 0.5, "delta": 1e-4}, "evaluation": {"bootstrap": 0}, "federation": {"sites": num_sites},
-        "secure_aggregation": {"noise": "distributed", "missing": MISSING} if kind == "distributed" else {},
+        "secure_aggregation": {"noise": "distributed", "sites": num_sites, "missing": MISSING} if kind == "distributed" else {},
     })  # fmt: skip
 
 

@@ -32,6 +32,12 @@ class Ask:
     fold: int
     round: int
     event: PrivacyEvent
+    tuning: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Under which what was released is kept: the last of its kind, and of tuning, of each fold."""
+        return f"tuned-{self.fold}" if self.tuning else KIND[self.account]
 
     def request(self, parameters: Parameters) -> str:
         """SHA-256 (hex) of all that determines the answer but for its noise."""
@@ -68,7 +74,7 @@ class Charging:
         Raises:
             BudgetExhaustedError: the plan has no steps left; `make` was not called.
         """
-        request, kind = ask.request(parameters), KIND[ask.account]
+        request, kind = ask.request(parameters), ask.kind
         kept = self.releases.find(ask.run, kind, request) if self.releases is not None else None
         if kept is not None:
             return kept

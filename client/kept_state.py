@@ -1,6 +1,6 @@
 """What a site keeps for a strategy between rounds: models of its own, control variates. It survives restarts, and is never sent.
 
-Two states a run are there, each of a round: what is made in a round is made of the last state before it, so a round that a crash cut off, or
+Two states a fold are there, each of a round: what is made in a round is made of the last state before it, so a round that a crash cut off, or
 that is asked again, is made of the same one.
 """
 
@@ -33,7 +33,12 @@ class KeptState:
     """The states of one run at one cohort, in `folder`."""
 
     def __init__(self, folder: Path, run: str) -> None:
-        self._paths = [folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-kept-{number}.safetensors" for number in range(NUM_STATES)]
+        self._folder = folder
+        self._run = hashlib.sha256(run.encode()).hexdigest()[:32]
+
+    def _paths(self, fold: int) -> list[Path]:
+        """Those of a fold stay until the run's files go: its closing evaluation may be asked for again."""
+        return [self._folder / f"{self._run}-kept-{fold}-{number}.safetensors" for number in range(NUM_STATES)]
 
     def before(self, fold: int, round_number: int) -> Kept:
         """The state of the last round before this one in this fold; empty where there is none.
@@ -51,7 +56,7 @@ class KeptState:
             StorageError: it cannot be written; then nothing that was made with it must leave either.
         """
         last = self._last(fold, round_number)
-        path = self._paths[0 if last is None else (last[0] + 1) % NUM_STATES]
+        path = self._paths(fold)[0 if last is None else (last[0] + 1) % NUM_STATES]
         named = {f"{index:06d} {group} {name}": value for index, (group, name, value) in enumerate(_flat(kept))}
         with storage_errors(path, "keep a site's state"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +65,7 @@ class KeptState:
 
     def _last(self, fold: int, round_number: int) -> tuple[int, _State] | None:
         """The last state before this round, and which of the paths holds it."""
-        states = [(number, _read(path)) for number, path in enumerate(self._paths) if path.exists()]
+        states = [(number, _read(path)) for number, path in enumerate(self._paths(fold)) if path.exists()]
         earlier = [(number, state) for number, state in states if state.fold == fold and state.round_number < round_number]
         return max(earlier, key=lambda found: found[1].round_number) if earlier else None
 

@@ -50,7 +50,7 @@ class Releases:
         with storage_errors(path, "keep a release"):
             self._folder.mkdir(parents=True, exist_ok=True)
         ordered = {f"{index:06d} {name}": np.array(value, order="C") for index, (name, value) in enumerate(arrays.items())}
-        write_atomic(path, save(ordered, metadata={"request": request, "sha256": arrays_digest(arrays)}))
+        write_atomic(path, save(ordered, metadata={"request": request, "sha256": arrays_digest(arrays)}), mode=0o600)
 
     def find(self, run: str, kind: str, request: str) -> Arrays | None:
         """The identical arrays that answered `request`; None where another request was last.

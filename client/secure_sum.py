@@ -50,7 +50,7 @@ from shared.secure_sum.messages import (
     Unmasked,
     UnmaskTask,
 )
-from shared.secure_sum.setting import RandomBytes, SumForm, SumRound, SumSetting, least_threshold
+from shared.secure_sum.setting import RandomBytes, SumForm, SumRound, SumSetting
 from shared.secure_sum.sharing import split_secret
 
 logger = logging.getLogger(__name__)
@@ -127,6 +127,11 @@ class SumSite:
         return self._unmasked
 
     @property
+    def last_survivors(self) -> tuple[str, ...]:
+        """For whom; to be kept with it."""
+        return self._survivors
+
+    @property
     def last_input(self) -> str:
         """The digest of what this site had in that sum; to be kept with it."""
         return self._input
@@ -156,11 +161,9 @@ class SumSite:
             raise self._refusal("the last round that it unmasked, or a later one", "an earlier one")
         if self._name not in task.sites or not set(task.sites) <= set(self._roster):
             raise self._refusal("sites on its roster, itself among them", "others")
-        least = least_threshold(len(task.sites))
+        least = self._form.least_in_sum(len(task.sites))
         if not least <= task.threshold <= len(task.sites):
             raise self._refusal(f"a threshold of {least} to {len(task.sites)}", str(task.threshold))
-        if self._form.noise is not None and task.threshold < self._form.noise.honest(len(task.sites)):
-            raise self._refusal(f"a threshold of {self._form.noise.honest(len(task.sites))} or more, for the shares of noise", str(task.threshold))
         return SumSetting(of=task.of, sites=task.sites, threshold=task.threshold, form=self._form, noise_multiplier=task.noise_multiplier)
 
     def share_keys(self, task: ShareKeysTask) -> SharedKeys:
@@ -246,6 +249,14 @@ class SumSite:
         add_masks(words, plus=plus, minus=[masks[name] for name in mine if name < self._name])
         session.sharing, session.held, session.secrets, session.stage, session.input = task.sites, held, None, _Stage.MASKED, digest
         return MaskedInput(of=setting.of, name=self._name), setting.encoding.pack(words)
+
+    def setting_to_mask(self, task: MaskInputTask) -> SumSetting:
+        """The setting of the round in which this request would have an input masked.
+
+        Raises:
+            ProtocolError: there is no such round, or it is at another stage.
+        """
+        return self._at(task, _Stage.SHARED).setting
 
     def _open_shares(self, session: _Session, secrets: RoundSecrets, task: MaskInputTask, mine: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
         pairs, held = PairKeys(session.setting, self._name, secrets.share_key), {}

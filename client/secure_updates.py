@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +27,7 @@ from shared.errors import ProtocolError, StorageError
 from shared.files import storage_errors, write_atomic
 from shared.models import Parameters
 from shared.plan import SitePlan
-from shared.secure_sum.messages import AdvertiseKeysTask, MaskedInput, MaskInputTask, ShareKeysTask, SumReply, SumTask, UnmaskTask
+from shared.secure_sum.messages import AdvertiseKeysTask, MaskedInput, MaskInputTask, SecureTrainTask, ShareKeysTask, SumReply, SumTask, UnmaskTask
 from shared.secure_sum.setting import SumForm
 from shared.seeding import derive_key
 
@@ -52,7 +52,6 @@ class SecureUpdates:
         largest_norm: float | None, seed: int | None,
     ) -> None:  # fmt: skip
         self.noise = form.noise
-        self.share_std = 0.0  # of this site's noise in the round under way, in grid points
         self._plan = plan
         self._name = name
         self._path = folder / f"{hashlib.sha256(run.encode()).hexdigest()[:32]}-sum.json"
@@ -60,7 +59,9 @@ class SecureUpdates:
         self._seed = seed
         self._stream: KeyedStream | None = None
         self._roster: dict[str, Ed25519PublicKey] = {}
-        unmasked, survivors, last_input = self._read()
+        unmasked, survivors, last_input, self._pins = self._read()
+        self._roster |= {name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for name, key in self._pins.items()}
+        self._last_share = 0.0
         self._site = SumSite(
             name, form, run=run, study_hash=study_hash, sign=signer.sign, roster=self._roster, random_bytes=self._random_bytes, unmasked=unmasked,
             survivors=survivors, last_input=last_input,
@@ -76,8 +77,8 @@ class SecureUpdates:
         """
         match task:
             case AdvertiseKeysTask():
-                self._meet(task.roster)
-                self._agree_on_noise(task)
+                self._check_noise(task)
+                self._meet(task)
                 self._last = None
                 if self._seed is not None:
                     self._stream = KeyedStream(derive_key(self._seed, "secure sum", self._name, task.of.fold, task.of.round))
@@ -108,34 +109,61 @@ class SecureUpdates:
             raise ProtocolError(f"update: expected a norm of at most {self._largest_norm:g} (strategy.largest_update), got a larger one")
         return self._once(task, lambda: self._site.mask_input(task, flat, weight, model=model))
 
-    def _meet(self, roster: Mapping[str, str]) -> None:
-        """Take the other sites' keys as they are first told; nobody's may change while the run lasts.
+    def _meet(self, task: AdvertiseKeysTask) -> None:
+        """Take the other sites' keys as they are first told, and durably: nobody's may change while the run lasts.
 
         Raises:
             ProtocolError: a key is another than before.
         """
-        for name, key in roster.items():
-            known = self._roster.setdefault(name, Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)))
-            if known.public_bytes_raw().hex() != key:
-                raise ProtocolError(f"secure sum: expected the key of site {name} that this run began with, got another")
+        changed = {name for name, key in task.roster.items() if self._pins.get(name, key) != key}
+        if changed:
+            raise ProtocolError(f"secure sum: expected the key of site {min(changed)} that this run began with, got another")
+        if task.roster.keys() - self._pins.keys():
+            self._pins |= task.roster
+            self._roster |= {name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for name, key in task.roster.items()}
+            self._write()
 
-    def _agree_on_noise(self, task: AdvertiseKeysTask) -> None:
-        """Take the noise that all sites together add, where it is enough for this one's plan.
+    def _check_noise(self, task: AdvertiseKeysTask) -> None:
+        """Return where what all sites together add is enough for this one's plan.
 
         Raises:
-            ProtocolError: it is not, or what the theorem adds to epsilon is more than the noise beyond the plan's makes up for.
+            ProtocolError: it is not.
+            ConfigurationError: what the theorem adds to epsilon is more than the noise beyond the plan's makes up for.
         """
         if self.noise is None:
             return
-        needed, num_sites = (self._plan.noise_multiplier or 0.0) * MORE, len(task.sites)
+        needed = (self._plan.noise_multiplier or 0.0) * MORE
         if task.noise_multiplier < needed * (1 - 1e-12):
             raise ProtocolError(
                 f"secure sum: expected a noise multiplier of at least {needed:g} of all sites together, got {task.noise_multiplier:g}"
             )
-        if self.noise.honest(num_sites) < 1:
-            raise ProtocolError(f"secure sum: expected more sites than may be missing, got {num_sites}")
-        check_room(self._plan, self.noise, num_sites)
-        self.share_std = self.noise.share_std(num_sites, task.noise_multiplier)
+        check_room(self._plan, self.noise)
+
+    def check(self, task: SecureTrainTask, weight: int) -> None:
+        """Return where an update may be made and masked for this request, before anything is trained.
+
+        Raises:
+            ProtocolError: it is for another round than the one that it is to be summed in, at another weight, or no round is at that stage.
+        """
+        of, train = task.mask_input.of, task.train
+        if (of.run, of.study_hash, of.fold, of.round) != (train.run, train.study_hash, train.fold, train.round):
+            raise ProtocolError("secure sum: expected an update in the sum of its own round, got a request for another")
+        if task.weight != weight:
+            raise ProtocolError(f"secure sum: expected this site's own weight, {weight}, got {task.weight}")
+        if self._last is None or self._last[0] != task.mask_input:  # else it is answered as before
+            self._site.setting_to_mask(task.mask_input)
+
+    def share_std(self, task: MaskInputTask) -> float:
+        """Standard deviation of this site's share of the noise in the sum that it is asked to be in, in grid points.
+
+        Raises:
+            ProtocolError: no round is at that stage.
+        """
+        assert self.noise is not None
+        if self._last is not None and self._last[0] == task:
+            return self._last_share
+        self._last_share = self.noise.share_std(self._site.setting_to_mask(task).noise_multiplier)
+        return self._last_share
 
     def _once(self, task: SumTask, make: Callable[[], T]) -> T:
         if self._last is None or self._last[0] != task:
@@ -144,21 +172,23 @@ class SecureUpdates:
 
     def _unmask(self, task: UnmaskTask) -> SumReply:
         reply = self._site.unmask(task)
-        fold, number = self._site.last_unmasked
-        with storage_errors(self._path, "keep which sum was unmasked"):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            self._path, json.dumps({"fold": fold, "round": number, "survivors": list(task.survivors), "input": self._site.last_input}), mode=OWN
-        )
+        self._write()
         return reply
 
-    def _read(self) -> tuple[tuple[int, int], tuple[str, ...], str]:
+    def _write(self) -> None:
+        fold, number = self._site.last_unmasked
+        told = {"fold": fold, "round": number, "survivors": list(self._site.last_survivors), "input": self._site.last_input, "keys": self._pins}
+        with storage_errors(self._path, "keep what a secure sum needs"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, json.dumps(told), mode=OWN)
+
+    def _read(self) -> tuple[tuple[int, int], tuple[str, ...], str, dict[str, str]]:
         if not self._path.exists():
-            return NEVER, (), ""
+            return NEVER, (), "", {}
         try:
             with storage_errors(self._path, "read which sum was unmasked"):
                 table = json.loads(self._path.read_bytes())
-            return (int(table["fold"]), int(table["round"])), tuple(map(str, table["survivors"])), str(table["input"])
+            return (int(table["fold"]), int(table["round"])), tuple(map(str, table["survivors"])), str(table["input"]), dict(table["keys"])
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{self._path}: expected which sum was unmasked last, got a damaged file", "end the study; begin a new run") from error
 

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from numpy.typing import NDArray
 from torch import nn
 
-from client.charging import KIND, Ask, Charging
+from client.charging import Ask, Charging
 from client.distributed_sum import noised_points
 from client.evaluation import evaluate_parameters, predictions_of, rounded
 from client.evaluation_noise import bounded_statistics, noise_statistics
@@ -58,6 +58,7 @@ from shared.privacy import SOLVE_MARGIN, PrivacyEvent, evaluation_noise_multipli
 from shared.results import SitePrivacy
 from shared.secure_sum.messages import SecureTrained, SecureTrainTask, SumReply, SumTask
 from shared.secure_sum.setting import SumForm
+from shared.seeding import derive_key
 from shared.study import Scaffold, Study
 from shared.task import Task
 
@@ -205,13 +206,13 @@ class Site:
             declared_num_test=self.settings.declared_num_test,
             ledger_head=self._head(plan),
             noise_multiplier=plan.noise_multiplier if study.distributed_noise else None,
-            sum_key=None if admission.secure is None else self._sum_signer.public_key().public_bytes_raw().hex(),
+            sum_key=None if admission.secure is None else self._sum_signer(study).public_key().public_bytes_raw().hex(),
         )
 
-    @functools.cached_property
-    def _sum_signer(self) -> Ed25519PrivateKey:
-        """Signs this site's keys for secure sums; who is on no roster makes one up."""
-        return self.settings.roster_key or Ed25519PrivateKey.generate()
+    def _sum_signer(self, study: Study) -> Ed25519PrivateKey:
+        """Signs this site's keys for secure sums, the same while a run lasts; a virtual site's follows from the seed, and protects nobody."""
+        own = self.settings.roster_key or self.settings.signer
+        return own or Ed25519PrivateKey.from_private_bytes(derive_key(study.seed, "key for secure sums", self.settings.name))
 
     def _secure_updates(self, task: EnrolTask, study: Study, plan: SitePlan) -> SecureUpdates | None:
         if study.secure_aggregation is None:
@@ -220,7 +221,7 @@ class Site:
         num_trainable = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
         return SecureUpdates(
             SumForm.of_study(study, num_values=num_values, num_trainable=num_trainable), plan=plan, name=self.settings.name, run=task.run,
-            study_hash=study.fingerprint(), signer=self._sum_signer, folder=self.settings.releases_path,
+            study_hash=study.fingerprint(), signer=self._sum_signer(study), folder=self.settings.releases_path,
             largest_norm=study.strategy.largest_update, seed=self._study_seed(study),
         )  # fmt: skip
 
@@ -232,6 +233,9 @@ class Site:
         """
         if self._admission is None or self._admission.secure is None:
             raise ProtocolError("secure sum: expected a study with secure aggregation that this site has agreed to, got another")
+        study = self._admission.study
+        if not (1 <= task.of.round <= study.rounds.count and 1 <= task.of.fold <= study.evaluation.folds):
+            raise ProtocolError("secure sum: expected a round and fold of the study, got another")
         return self._admission.secure.answer(task)
 
     def train_securely(
@@ -246,10 +250,11 @@ class Site:
         if admission.secure is None:
             raise ProtocolError("secure sum: expected a study with secure aggregation, got one without")
         assert admission.study.secure_aggregation is not None
-        declared = self.settings.declared_size if admission.study.strategy.weights == "declared" else 1
-        if task.weight > min(declared, admission.study.secure_aggregation.max_weight):
-            raise ProtocolError(f"secure sum: expected a weight of at most this site's declared size, got {task.weight}")
-        trained, update, statistics = self._trained_on(task.train, parameters, control)
+        weighs = admission.study.strategy.weights == "declared" and not admission.study.distributed_noise
+        weight = min(self.settings.declared_size, admission.study.secure_aggregation.max_weight) if weighs else 1
+        admission.secure.check(task, weight)
+        share_std = admission.secure.share_std(task.mask_input) if admission.study.distributed_noise else None
+        trained, update, statistics = self._trained_on(task.train, parameters, control, share_std)
         model = arrays_digest({**parameters, **_apart(control or {})})
         masked, payload = admission.secure.mask(task.mask_input, update, task.weight, model=model)
         return SecureTrained(trained=trained, masked=masked), payload, statistics
@@ -354,16 +359,17 @@ class Site:
         return self._trained_on(task, parameters, control)
 
     def _trained_on(
-        self, task: TrainTask, parameters: Parameters, control: Parameters | None
+        self, task: TrainTask, parameters: Parameters, control: Parameters | None, share_std: float | None = None
     ) -> tuple[Trained, Parameters, Statistics | None]:  # fmt: skip
         admission = self._admitted(task)
         self._check_not_put_back(admission, task.heads.get(self.settings.name))
-        self._count_exact(task, admission, parameters)
+        judged = self._judged(task, admission, parameters)
+        self._count_exact(task, admission, parameters, judged)
         train_part, test_part = self.parts(admission.study, task.fold)
         statistics, withheld = None, None
         if admission.evaluation is None:
-            statistics, withheld = self._statistics(test_part, self._judged(task, admission, parameters), exact=admission.plan.private)
-        update, loss = self._update(task, admission, train_part, parameters, control or {})
+            statistics, withheld = self._statistics(test_part, judged, exact=admission.plan.private)
+        update, loss = self._update(task, admission, train_part, parameters, control or {}, share_std)
         return self._trained(task, admission, withheld, loss), update, statistics
 
     def _judged(self, task: TrainTask | EvaluateTask, admission: Admission, received: Parameters) -> Parameters:
@@ -412,9 +418,9 @@ class Site:
         """
         admission = self._admitted(task)
         self._check_not_put_back(admission, task.heads.get(self.settings.name))
-        self._count_exact(task, admission, parameters)
         train_part, test_part = self.parts(admission.study, task.fold)
         judged = self._tuned(task, admission, train_part, self._judged(task, admission, parameters))
+        self._count_exact(task, admission, parameters, judged)
         if admission.evaluation is None:
             statistics, withheld = self._statistics(test_part, judged, exact=admission.plan.private)
         else:
@@ -509,15 +515,16 @@ class Site:
         policy, num_test = self.settings.policy, self.settings.declared_num_test
         return {name: None if policy is None else policy.withholds(self._task, name, num_test=num_test, exact=exact) for name in sorted(names)}
 
-    def _count_exact(self, task: TrainTask | EvaluateTask, admission: Admission, parameters: Parameters) -> None:
-        """A real site answers exactly about as many models as the approved study has rounds and closing evaluations, and no more."""
+    def _count_exact(self, task: TrainTask | EvaluateTask, admission: Admission, received: Parameters, judged: Parameters) -> None:
+        """A real site answers exactly about as many models as the approved study has rounds and closing evaluations, and no more; a model that was
+        received is another where this site is judged by another."""
         private = admission.plan.private
         exact_statistics = admission.evaluation is None and not all(self._rules(exact=private).values())
         if self.settings.virtual or (private and not exact_statistics):
             return
         study = admission.study
         most = (study.rounds.count + 1) * study.evaluation.folds + study.privacy.spare_rounds
-        request = self._ask(task, admission).request(parameters)
+        request = self._ask(task, admission).request({**received, **{f"judged {name}": value for name, value in judged.items()}})
         ExactAnswers(self.settings.releases_path).count(task.run, request, most=most)
 
     def _statistics(self, test_part: Cohort, parameters: Parameters, *, exact: bool) -> tuple[Statistics | None, str | None]:
@@ -552,11 +559,11 @@ class Site:
         return {name: np.asarray(value, dtype=np.float64) for name, value in noised.items()}, withheld
 
     def _update(
-        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, control: Parameters
+        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, control: Parameters, share_std: float | None
     ) -> tuple[Parameters, float | None]:  # fmt: skip
         """The update, and the loss where the strategy sends it."""
-        if admission.secure is not None and admission.secure.noise is not None:
-            return self._shared_noise_update(task, admission, train_part, parameters, admission.secure), None
+        if share_std is not None:
+            return self._shared_noise_update(task, admission, train_part, parameters, share_std), None
         state = self._kept_state(admission)
 
         def make(key: bytes) -> tuple[Arrays, int]:
@@ -571,11 +578,12 @@ class Site:
         return {name: released[name] for name in parameters}, None if loss is None else float(loss[0])
 
     def _shared_noise_update(
-        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, secure: SecureUpdates
+        self, task: TrainTask, admission: Admission, train_part: Cohort, parameters: Parameters, share_std: float
     ) -> Parameters:  # fmt: skip
         """The sum of a step's clipped gradients with this site's share of the noise, in whole grid points; float64 holds them exactly."""
-        noise, share_std = secure.noise, secure.share_std
-        assert noise is not None
+        assert admission.secure is not None
+        noise = admission.secure.noise
+        assert noise is not None and share_std > 0
 
         def make(key: bytes) -> tuple[Arrays, int]:
             learner = self._learner(task, admission, train_part, key)
@@ -619,12 +627,12 @@ class Site:
             event = plan.event(plan.closing_steps if tuning else plan.steps_per_round) if plan.private else None
         return Ask(
             run=task.run, study_hash=task.study_hash, site=self.settings.name, account="training" if training else "evaluation",
-            fold=task.fold, round=_number(task) if tuning else task.round, event=event or NOTHING,
+            fold=task.fold, round=_number(task) if tuning else task.round, event=event or NOTHING, tuning=tuning,
         )  # fmt: skip
 
     def _kept(self, ask: Ask, admission: Admission, parameters: Parameters, make: Callable[[bytes], tuple[Arrays, int]]) -> Parameters:
         """What `make` gives, or the identical update that answered this very request before; nothing is charged without a promise."""
-        releases, request, kind = self._releases(admission), ask.request(parameters), KIND[ask.account]
+        releases, request, kind = self._releases(admission), ask.request(parameters), ask.kind
         kept = releases.find(ask.run, kind, request) if releases is not None else None
         if kept is None:
             kept, _ = make(ask.key(self._seed(admission)))

@@ -16,26 +16,23 @@ from server.arrivals import ArrivalGrid, AtWork, ClockedGrid, OpenQuestion, take
 from server.blocks import BlockGrid
 from server.evaluation import add_statistics, check_statistics, count_tested, evaluate, planned_noise_std
 from server.run_folder import Checkpoint, RunFolder
+from server.secure_rounds import LATE, ask_stage, sum_setting
 from server.secure_sum import STAGES, SecureSum, Stage
 from server.strategies.dp_fedavg import SiteNoise
 from server.strategies.q_fedavg import noise_energy
 from server.strategies.strategy import Answer, FederatedStrategy, Member, config_of, failure_reason
 from server.witness import Witness
-from shared.distributed_noise import MORE
 from shared.errors import (
     BudgetExhaustedError,
     ConfigurationError,
     DataError,
-    DeadlineMissedError,
     NotApprovedError,
     PolicyRefusedError,
     ProtocolError,
     QuorumLostError,
-    SealError,
     SiteFileError,
     StorageError,
     WardroundError,
-    fixed_sentence,
 )
 from shared.kit import installed_version
 from shared.messages import (
@@ -61,15 +58,12 @@ from shared.personal import personal_names
 from shared.plan import plan_site, shape_site
 from shared.results import RoundRecord, SitePrivacy, SiteRound
 from shared.schedule import learning_rate_at
-from shared.secure_sum.messages import AdvertisedKeys, SharedKeys, SumReply, Unmasked
-from shared.secure_sum.setting import SumForm, SumRound, SumSetting, least_threshold
 from shared.site_level import plan_site_level
 from shared.study import Cyclic, FedBuff, QFedAvg, Study
 from shared.task import Task, architecture_hash
 
 logger = logging.getLogger(__name__)
 
-LATE = fixed_sentence(DeadlineMissedError)
 START = "start"  # the model that a run starts with, where it is not the seed's
 ENROL_PAUSE_SECONDS, MAX_PAUSE_SECONDS, ENROL_SECONDS, WELCOME_SECONDS = 2.0, 60.0, 60.0, 15.0
 MENDABLE = (
@@ -461,9 +455,12 @@ class Coordinator:
     def _sum_updates(
         self, grid: Grid, fold: int, number: int, arrays: ArrayRecord, deadline: float
     ) -> tuple[dict[str, Answer], ArrayRecord]:  # fmt: skip
-        names, task = self._strategy.sampled(number), self._train_task(fold, number)
-        secure = SecureSum(self._sum_setting(task, names, arrays), roster=self._sum_keys)
-        answers = {name: Answer(name=name, status="missing", reason=LATE) for name in names}
+        task, noise = (
+            self._train_task(fold, number),
+            {name: self.history.enrolled[name].noise_multiplier or 0.0 for name in self._strategy.sampled(number)},
+        )
+        secure = SecureSum(sum_setting(self._study, self._task, task, from_array_record(arrays), noise), roster=self._sum_keys)
+        answers = {name: Answer(name=name, status="missing", reason=LATE) for name in noise}
         for stage in STAGES:
             if stage == Stage.MASK_INPUT:
                 messages = self._strategy.configure_secure(arrays, task, secure)
@@ -472,59 +469,12 @@ class Coordinator:
                 answers |= {name: self._believed(name, answer) for name, answer in self._strategy.round.answers.items()}
                 self._hold_round(number, answers)
             else:
-                failed = self._ask_stage(grid, secure, deadline)
+                failed = ask_stage(grid, secure, self._nodes, deadline)
                 answers |= failed if stage != Stage.UNMASK else {}  # the last stage takes nobody out of the sum
             secure.close_stage()
         if secure.setting.form.noise is None:
             return answers, self._strategy.aggregate_secure(secure.total)
         return answers, self._strategy.aggregate_gradients(secure.total, spacing=secure.setting.form.noise.grid.spacing)
-
-    def _sum_setting(self, task: TrainTask, names: list[str], arrays: ArrayRecord) -> SumSetting:
-        options, parameters = self._study.secure_aggregation, from_array_record(arrays)
-        assert options is not None
-        personal = personal_names(self._study.strategy, self._task.model())
-        form = SumForm.of_study(
-            self._study, num_values=sum(value.size for name, value in parameters.items() if name not in personal),
-            num_trainable=sum(parameters[name].size for name in self._trainable),
-        )  # fmt: skip
-        least = least_threshold(len(names))
-        threshold = max(options.threshold or least, least, form.noise.honest(len(names)) if form.noise else 0)
-        needed = max((self.history.enrolled[name].noise_multiplier or 0.0 for name in names), default=0.0) if form.noise else 0.0
-        if len(names) < threshold:
-            raise QuorumLostError(f"secure sum: expected {threshold} sites or more, got {len(names)}", "ask more sites, or lower the threshold")
-        of = SumRound(run=task.run, study_hash=task.study_hash, fold=task.fold, round=task.round)
-        return SumSetting(of=of, sites=tuple(names), threshold=threshold, form=form, noise_multiplier=needed * MORE)
-
-    def _ask_stage(self, grid: Grid, secure: SecureSum, deadline: float) -> dict[str, Answer]:
-        """One stage without an update; who is out with it, and why."""
-        asked = secure.tasks()
-        by_node = {self._nodes[name]: name for name in asked}
-        messages = [Message(encode(task), self._nodes[name], MessageType.QUERY) for name, task in asked.items()]
-        answers = {name: Answer(name=name, status="missing", reason=LATE) for name in asked}
-        for reply in grid.send_and_receive(messages, timeout=max(0.0, deadline - time.monotonic())):
-            name = by_node.get(reply.metadata.src_node_id)
-            if name is None:
-                continue
-            answer = self._take_stage(name, reply, secure)
-            if answer is None:
-                answers.pop(name, None)
-            elif name in answers:
-                answers[name] = answer
-        return answers
-
-    def _take_stage(self, name: str, reply: Message, secure: SecureSum) -> Answer | None:
-        """None where the reply counts."""
-        if reply.has_error():
-            return Answer(name=name, status="failed", reason=failure_reason(reply))
-        try:
-            content: Content = decode(reply.content, AdvertisedKeys, SharedKeys, Unmasked, Refused)
-            if isinstance(content, Refused):
-                return Answer(name=name, status="refused", reason=plain_text(f"{content.code} {content.reason}"))
-            assert isinstance(content, SumReply)
-            secure.take(name, content)
-        except (ProtocolError, SealError) as error:
-            return Answer(name=name, status="failed", reason=f"{error.code} {error.what}")
-        return None
 
     def _train_as_they_come(self, grid: Grid, fold: int, number: int, arrays: ArrayRecord) -> tuple[dict[str, Answer], ArrayRecord]:
         """Who is idle trains on this model; the round ends with the last update that the buffer takes, and who is at work then works on.

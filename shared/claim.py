@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from shared.distributed_noise import epsilon_if_all_others_collude
 from shared.errors import ConfigurationError
-from shared.privacy import PrivacyEvent, epsilon_of
+from shared.privacy import PrivacyEvent, epsilon_if_all_others_collude, epsilon_of
 from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SharedNoise, SharedNoiseSite, SiteClaim, SitePrivacy, StartedFrom
 from shared.site_claim import ACCOUNTANTS as SITE_LEVEL_ACCOUNTANTS
 from shared.site_claim import site_level_claim
@@ -47,8 +46,9 @@ WARM_START = (
 OWN_ALONE = "This is said of this run's own updates alone, and not of the model that it started with. {start} {statement}"
 SECURE = (
     "secure aggregation (SecAgg+): the coordinator follows the protocol, and learns sums of updates over more than half of the sites that began, and no "
-    "single one; the promise above holds without this. A malicious site is outside this model: what it puts into a sum is checked by its own code alone"
+    "single one{leans}. A malicious site is outside this model: what it puts into a sum is checked by its own code alone. Who keeps the roster invents no site"
 )
+LEANS = {False: "; the promise above holds without this", True: ": the promise above rests on it, for a single update has a share of the noise alone"}
 EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
     "choosing among several runs by their results: every run costs, and the choice as well. The best of a random number of such runs, ten on "
@@ -78,13 +78,17 @@ def privacy_claim(
     if not study.private:
         return PrivacyClaim(
             unit="none", neighbouring_relation=None, mechanism=None, sampling=None, composition=None, protects=False,
-            statement="This run promises no differential privacy: every update was sent as it was.",
+            statement=f"This run promises no differential privacy: {_sent_plainly(study)}.",
             covered=[], not_covered=[*warm, "everything that left the sites"], accountants=[], sites={}, versions=versions,
             started_from=started_from,
         )  # fmt: skip
     unit = study.privacy.unit
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
-    assumed = [NOISE[privacy.seeded_noise], *ASSUMED, *([SECURE] if study.secure_aggregation is not None else [])]
+    assumed = [
+        NOISE[privacy.seeded_noise],
+        *ASSUMED,
+        *([SECURE.format(leans=LEANS[study.distributed_noise])] if study.secure_aggregation is not None else []),
+    ]
     statement = _statement(study, privacy, federation)
     if privacy.distributed_noise is not None:
         statement = f"{statement} {privacy.distributed_noise.statement}"
@@ -121,16 +125,17 @@ def shared_noise(study: Study, sites: Mapping[str, SitePrivacy]) -> SharedNoise 
     if not study.distributed_noise or not sites:
         return None
     assert study.secure_aggregation is not None
-    missing = study.secure_aggregation.missing
+    missing, num_sites = study.secure_aggregation.missing, study.secure_aggregation.sites or 0
     told = {}
     for name, site in sites.items():
         colluding = epsilon_if_all_others_collude(
-            site.noise_multiplier, sample_rate=site.sample_rate, steps=site.steps, delta=site.delta, honest=max(1, len(sites) - missing)
+            site.noise_multiplier, sample_rate=site.sample_rate, steps=site.steps, delta=site.delta, honest=num_sites - missing
         )
         told[name] = SharedNoiseSite(epsilon_against_coordinator=site.epsilon, epsilon_if_all_others_collude=colluding)
     worst = max(site.epsilon_if_all_others_collude for site in told.values())
     statement = (
-        f"That is against the coordinator, who sees sums alone, as long as at most {missing} of the sites are absent from a sum or collude with it. "
+        f"Epsilon {rounded_up(max(site.epsilon_against_coordinator for site in told.values()))} is against the coordinator, who sees sums alone, as long as "
+        f"{f'at most {missing} of the {num_sites} sites are' if missing else 'no site is'} absent from a sum or in league with it. "
         f"Against the coordinator and every other site together it is epsilon {rounded_up(worst)} at worst, for then a site has its own share of the noise alone."
     )
     return SharedNoise(missing=missing, sites=told, statement=statement)
@@ -168,6 +173,14 @@ def event_of(spent: SitePrivacy | SiteClaim) -> PrivacyEvent | None:
 
 def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> SiteClaim:
     return SiteClaim(**spent.model_dump(), declared_size=declared_size, noise_source="seeded" if seeded else "os")
+
+
+def _sent_plainly(study: Study) -> str:
+    return (
+        "every update was sent as it was"
+        if study.secure_aggregation is None
+        else "updates were sent without noise, under masks: the coordinator saw sums alone"
+    )
 
 
 def _covered(study: Study) -> list[str]:

@@ -449,3 +449,9 @@ def evaluation_noise_multiplier(epsilon: float, delta: float, releases: int = 1)
             f"privacy.evaluation_epsilon: expected a budget that a noise multiplier of {MAX_NOISE_MULTIPLIER:g} keeps, got {epsilon:g}", "raise it"
         )
     return noise
+
+
+def epsilon_if_all_others_collude(plan_noise: float, *, sample_rate: float, steps: int, delta: float, honest: int) -> float:
+    """Of a site whose own share is all the noise there is against the coordinator and every other site together."""
+    share = PrivacyEvent(noise_multiplier=plan_noise / math.sqrt(honest), sample_rate=sample_rate, steps=steps)
+    return epsilon_of([share], delta)

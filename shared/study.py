@@ -409,12 +409,6 @@ class Privacy(Settings):
 class SecureAggregation(Settings):
     """The coordinator learns sums of updates, and no single one: SecAgg+ (Bell et al. 2020)."""
 
-    @model_validator(mode="after")
-    def _check_missing(self) -> Self:
-        if self.missing and self.noise != "distributed":
-            raise ValueError("missing belongs to noise 'distributed', got noise 'local'; remove missing")
-        return self
-
     threshold: int | None = Field(
         default=None, ge=3, description="fewest sites in a sum; omitted, and at least: more than half of those asked, never under 3"
     )
@@ -422,11 +416,20 @@ class SecureAggregation(Settings):
         default="local",
         description="'distributed': each site adds a share, and the sum is private (local_steps = 1); 'local': each update is private",
     )
-    missing: int = Field(
-        default=0, ge=0, description="of 'distributed': sites that may be absent from a sum or collude with the coordinator, together"
-    )
+    sites: int | None = Field(default=None, ge=3, le=1000, description="of 'distributed', where it is needed: sites among which the noise is shared")
+    missing: int = Field(default=0, ge=0, description="of 'distributed': how many of these may be absent from a sum or collude with the coordinator")
     max_value: Positive = Field(default=10.0, description="of an entry of an update; what is beyond is clipped to it, at the site")
     max_weight: int = Field(default=10_000, ge=1, le=10_000_000, description="a larger declared size counts as this many patients")
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.noise == "local" and (self.missing or self.sites is not None):
+            raise ValueError("sites and missing belong to noise 'distributed', got noise 'local'; remove them")
+        if self.noise == "distributed" and self.sites is None:
+            raise ValueError("noise 'distributed' is shared among a number of sites, which hospitals approve: expected sites, got none; give it")
+        if self.sites is not None and self.missing >= self.sites:
+            raise ValueError(f"expected fewer missing than sites, {self.sites}, got {self.missing}; lower it")
+        return self
 
 
 class Evaluation(Settings):
@@ -655,6 +658,11 @@ class Study(Settings):
     def site_level(self) -> bool:
         """True when the coordinator's noise makes a promise to whole sites, alone or beside the sites' own."""
         return self.privacy.max_site_norm is not None
+
+    @property
+    def own_models(self) -> bool:
+        """True when each site is judged by a model of its own, which stays there."""
+        return isinstance(self.strategy, PERSONAL)
 
     @property
     def noised_statistics(self) -> bool:

@@ -40,6 +40,15 @@ class Trained:
         return None if self.run is None else self.run.claim
 
 
+OWN_MODELS = "The sites of this run were judged by models of their own, which stay there ({strategy}): this is the shared model alone, and no metric of the run is of it."
+
+
+def own_models_note(path: Path) -> str:
+    """What is to be known of the model of the run in this folder where sites have models of their own; empty else."""
+    study = RunFolder.open(path).study if path.is_dir() else None
+    return OWN_MODELS.format(strategy=study.strategy.name) if study is not None and study.own_models else ""
+
+
 def read_trained(path: Path, *, task: str | None = None) -> Trained:
     """The final model of the run in the folder `path`, or the model in the .safetensors file `path`.
 

@@ -246,14 +246,11 @@ class FederatedStrategy(Strategy):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> list[Message]:
         """One message for each sampled site, all sharing one record."""
-        return self._configure(server_round, arrays, config, MessageType.TRAIN, self._sampled(server_round))
-
-    def _sampled(self, server_round: int) -> list[str]:
-        return sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
+        return self._configure(server_round, arrays, config, MessageType.TRAIN, self.sampled(server_round))
 
     def sampled(self, server_round: int) -> list[str]:
         """Names of the sites of a round, in order."""
-        return sorted(sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round))
+        return sample_sites(list(self._members), fraction=self._options.fraction, seed=self._seed, fold=self.fold, round_number=server_round)
 
     def configure_secure(self, arrays: ArrayRecord, task: TrainTask, secure: SecureSum) -> list[Message]:
         """A message of its own for each site that is in the sum so far: who its neighbours are differs, the parameters are shared."""
@@ -274,7 +271,7 @@ class FederatedStrategy(Strategy):
 
     def turns(self, server_round: int) -> list[str]:
         """The sampled sites one after another, in an order that depends on (seed, fold, round) alone: for cyclic weight transfer."""
-        names = self._sampled(server_round)
+        names = self.sampled(server_round)
         rng = np.random.default_rng(derive(self._seed, "turns", self.fold, server_round))
         return [names[place] for place in rng.permutation(len(names))]
 
@@ -284,7 +281,7 @@ class FederatedStrategy(Strategy):
 
     def idle(self, server_round: int) -> list[str]:
         """The sampled sites that are not at work: for buffered aggregation."""
-        return [name for name in self._sampled(server_round) if name not in self.at_work]
+        return [name for name in self.sampled(server_round) if name not in self.at_work]
 
     def configure_work(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, names: Iterable[str]) -> list[Message]:
         """The messages for these sites, which are at work from now on; who is not enrolled is left out."""

@@ -67,7 +67,12 @@ class SumForm:
     num_values: int
     max_value: float
     max_weight: int
+    threshold: int = 0  # the study's own, where it has one
     noise: DistributedNoise | None = None  # then values are whole numbers, and how large they are follows from it
+
+    def least_in_sum(self, num_sites: int) -> int:
+        """Fewest sites that a sum may have in it, of so many that begin, by the study as by the protocol."""
+        return max(self.threshold, least_threshold(num_sites), 0 if self.noise is None else self.noise.least_in_sum(num_sites))
 
     @classmethod
     def of_study(cls, study: Study, *, num_values: int, num_trainable: int) -> "SumForm":
@@ -77,10 +82,12 @@ class SumForm:
         assert options is not None
         if study.distributed_noise:
             noise = DistributedNoise(
-                max_grad_norm=study.privacy.max_grad_norm, num_parameters=num_trainable, batch_size=study.training.batch_size, missing=options.missing
-            )
-            return cls(num_values=num_trainable, max_value=1.0, max_weight=1, noise=noise)
-        return cls(num_values=num_values, max_value=options.max_value, max_weight=options.max_weight if study.strategy.weights == "declared" else 1)
+                max_grad_norm=study.privacy.max_grad_norm, num_parameters=num_trainable, batch_size=study.training.batch_size,
+                sites=options.sites or 0, missing=options.missing,
+            )  # fmt: skip
+            return cls(num_values=num_trainable, max_value=1.0, max_weight=1, threshold=options.threshold or 0, noise=noise)
+        max_weight = options.max_weight if study.strategy.weights == "declared" else 1
+        return cls(num_values=num_values, max_value=options.max_value, max_weight=max_weight, threshold=options.threshold or 0)
 
 
 class SumRound(Content):
@@ -123,7 +130,7 @@ class SumSetting:
     def encoding(self) -> FixedPoint:
         """The fixed point of its inputs."""
         if self.form.noise is not None:
-            most = self.form.noise.most(len(self.sites), self.noise_multiplier)
+            most = self.form.noise.most(self.noise_multiplier)
             return FixedPoint(num_sites=len(self.sites), max_value=float(most), max_weight=1, levels=most)
         return FixedPoint.finest(num_sites=len(self.sites), max_value=self.form.max_value, max_weight=self.form.max_weight)
 

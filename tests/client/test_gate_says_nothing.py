@@ -66,7 +66,7 @@ ERRORS: list[BaseException] = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("where", ["local_update", "evaluate_parameters"])
+@pytest.mark.parametrize("where", ["Learner", "evaluate_parameters"])
 def test_an_exception_s_text_stays(site: GatedSite, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
     site.enrol(study())
 

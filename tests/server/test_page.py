@@ -82,6 +82,7 @@ def running(number: int = 12) -> StudyStatus:
             StudySite(name="switzerland", status="refused", reason="E700 The ledger has no room left for what was asked.", epsilon=2.9),
             StudySite(name="va", status="failed", reason="E101 The site's own code failed; its log says why."),
             StudySite(name="zürich", status="not asked", epsilon=0.4),
+            StudySite(name="basel", status="at work", epsilon=0.6),
         ),
         faults=(
             *(Fault(round=at, site="hungary", status="missing", reason=late) for at in range(number, 2, -1)),

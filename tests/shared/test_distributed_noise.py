@@ -1,25 +1,26 @@
 """The theorem of distributed noise, number by number: what shares come to, how near they are to what is accounted for, and what is added for it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.special import log_ndtr, logsumexp
 from scipy.stats import norm
 
-from shared.distributed_noise import MORE, TAIL, DistributedNoise, check_room, epsilon_if_all_others_collude
+from shared.distributed_noise import MORE, TAIL, DistributedNoise, check_room
 from shared.errors import ConfigurationError
 from shared.plan import SitePlan, plan_site
-from shared.privacy import PrivacyEvent, epsilon_of
+from shared.privacy import PrivacyEvent, epsilon_if_all_others_collude, epsilon_of
 from shared.study import Study
 
-NOISE = DistributedNoise(max_grad_norm=1.0, num_parameters=1000, batch_size=32, missing=2)
+NOISE = DistributedNoise(max_grad_norm=1.0, num_parameters=1000, batch_size=32, sites=50, missing=2)
 
 
 def study(**changes: object) -> Study:
     table = {
         "name": "s", "task": "breast-cancer", "rounds": {"count": 20}, "training": {"local_steps": 1}, "privacy": {"epsilon": 1.0, "delta": 1e-4},
-        "secure_aggregation": {"noise": "distributed", "missing": 1},
+        "secure_aggregation": {"noise": "distributed", "sites": 5, "missing": 1},
     }  # fmt: skip
     return Study.from_table({**table, **changes})
 
@@ -62,37 +63,38 @@ def test_a_sum_of_discrete_gaussians_is_as_near_to_one_as_tau_says(s: float, hon
 
 @pytest.mark.parametrize(("num_sites", "missing"), [(3, 0), (8, 2), (50, 10)])
 def test_honest_shares_add_up_to_the_noise_that_is_accounted_for(num_sites: int, missing: int) -> None:
-    noise = DistributedNoise(max_grad_norm=0.7, num_parameters=321, batch_size=32, missing=missing)
-    share = noise.share_std(num_sites, 1.3)
-    assert math.sqrt(noise.honest(num_sites)) * share == pytest.approx(1.3 * noise.grid.sensitivity / noise.grid.spacing)
+    noise = DistributedNoise(max_grad_norm=0.7, num_parameters=321, batch_size=32, sites=num_sites, missing=missing)
+    share = noise.share_std(1.3)
+    assert noise.honest == num_sites - missing and noise.least_in_sum(num_sites + 3) == num_sites + 3 - missing
+    assert math.sqrt(noise.honest) * share == pytest.approx(1.3 * noise.grid.sensitivity / noise.grid.spacing)
     assert 0.7 < noise.grid.sensitivity < 0.7 * 1.001
-    assert noise.most(num_sites, 1.3) >= 2 * 32 * 0.7 / noise.grid.spacing + TAIL * share
-    assert num_sites * noise.most(num_sites, 1.3) < 2**52, "floats hold every sum exactly"
+    assert noise.most(1.3) >= 2 * 32 * 0.7 / noise.grid.spacing + TAIL * share
+    assert num_sites * noise.most(1.3) < 2**52, "floats hold every sum exactly"
 
 
 @pytest.mark.parametrize("num_parameters", [10, 10_000, 1_000_000])
 @pytest.mark.parametrize("num_sites", [3, 50, 500])
 def test_what_is_added_is_next_to_nothing(num_parameters: int, num_sites: int) -> None:
-    noise = DistributedNoise(max_grad_norm=1.0, num_parameters=num_parameters, batch_size=32, missing=1)
-    epsilon, delta = noise.added(num_sites, 1.0, 100)
+    noise = DistributedNoise(max_grad_norm=1.0, num_parameters=num_parameters, batch_size=32, sites=num_sites, missing=1)
+    epsilon, delta = noise.added(1.0, 100)
     assert 0 < epsilon < 1e-3 * max(1, (num_sites / 50) ** 2) and 0 < delta < 1e-20
-    more, _ = noise.added(2 * num_sites, 1.0, 100)
+    more, _ = replace(noise, sites=2 * num_sites).added(1.0, 100)
     assert more > 3 * epsilon, "it grows with the square of the number of shares"
 
 
 def test_the_charge_covers_it_or_the_study_is_refused() -> None:
     plan = plan_site(study(), 200)
-    check_room(plan, NOISE, 50)
+    check_room(plan, NOISE)
     event = PrivacyEvent(noise_multiplier=plan.noise_multiplier * MORE, sample_rate=plan.sample_rate, steps=plan.planned_steps)
-    added, of_delta = NOISE.added(50, plan.noise_multiplier, plan.planned_steps)
+    added, of_delta = NOISE.added(plan.noise_multiplier, plan.planned_steps)
     assert epsilon_of([event], 1e-4 - of_delta) + added <= plan.epsilon <= 1.0
     coarse = SitePlan(
         unit="patient", declared_size=200, sample_rate=0.16, steps_per_round=1, expected_batch_size=32.0, rounds=20, noise_multiplier=0.6,
         max_grad_norm=1.0, epsilon=epsilon_of([PrivacyEvent(noise_multiplier=0.6, sample_rate=0.16, steps=20)], 1e-4), delta=1e-4,
     )  # fmt: skip
-    check_room(coarse, NOISE, 50)
+    check_room(coarse, NOISE)
     with pytest.raises(ConfigurationError, match="expected less than .* to be added to epsilon"):
-        check_room(coarse, NOISE, 200_000)
+        check_room(coarse, replace(NOISE, sites=200_000))
 
 
 def test_against_all_others_a_site_has_its_own_share_alone() -> None:
@@ -111,7 +113,9 @@ def test_against_all_others_a_site_has_its_own_share_alone() -> None:
         ({"privacy": {"unit": "none"}}, "privacy.unit 'patient' or 'record'"),
         ({"strategy": {"name": "scaffold"}}, "'fedavg' or a server optimizer"),
         ({"strategy": {"name": "ditto"}}, "'fedavg' or a server optimizer"),
-        ({"secure_aggregation": {"missing": 2}}, "missing belongs to noise 'distributed'"),
+        ({"secure_aggregation": {"missing": 2}}, "sites and missing belong to noise 'distributed'"),
+        ({"secure_aggregation": {"noise": "distributed"}}, "expected sites, got none"),
+        ({"secure_aggregation": {"noise": "distributed", "sites": 3, "missing": 3}}, "expected fewer missing than sites"),
     ],
 )
 def test_a_study_in_which_it_would_not_hold_is_refused(changes: dict[str, object], told: str) -> None:
@@ -124,4 +128,4 @@ def test_it_is_in_the_fingerprint_and_absent_where_it_is_not_asked_for() -> None
     assert study().distributed_noise
     plain = Study.from_table({"name": "s", "task": "t", "privacy": {"epsilon": 1.0}})
     assert "secure_aggregation" not in plain.to_table() and not plain.distributed_noise
-    assert study().fingerprint() != study(secure_aggregation={"noise": "distributed", "missing": 2}).fingerprint()
+    assert study().fingerprint() != study(secure_aggregation={"noise": "distributed", "sites": 5, "missing": 2}).fingerprint()

@@ -1,5 +1,6 @@
 """Studies whose updates leave sites under masks alone: the same models as in the clear, whoever drops out; and what is refused."""
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -240,7 +241,7 @@ def sites_of(study: Study, runner) -> dict[str, Site]:
     return virtual_sites(setting.federation, setting.task, setting.study, runner.out / "ledgers")
 
 
-def test_a_site_gives_no_update_in_the_clear_and_none_at_a_higher_weight(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_gives_no_update_in_the_clear_at_another_weight_or_in_another_sum(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     heavier, clear = list[str](), list[str]()
 
     def carry(site: str, message: Message, answer) -> Message:
@@ -250,14 +251,19 @@ def test_a_site_gives_no_update_in_the_clear_and_none_at_a_higher_weight(runner,
             changed[PARAMETERS] = message.content[PARAMETERS]
             asked = Message(changed, message.metadata.dst_node_id, "train")
             clear.append(str(answer(asked).content[MESSAGE]["json"]))
-            heavy = encode(task.model_copy(update={"weight": task.weight + 1}))
-            heavy[PARAMETERS] = message.content[PARAMETERS]
-            heavier.append(str(answer(Message(heavy, message.metadata.dst_node_id, "train")).content[MESSAGE]["json"]))
+            elsewhere = task.mask_input.model_copy(update={"of": task.mask_input.of.model_copy(update={"round": 3 - task.train.round})})
+            for update in ({"weight": task.weight + 1}, {"weight": task.weight - 1}, {"mask_input": elsewhere}):
+                other = encode(task.model_copy(update=update))
+                other[PARAMETERS] = message.content[PARAMETERS]
+                heavier.append(str(answer(Message(other, message.metadata.dst_node_id, "train")).content[MESSAGE]["json"]))
         return answer(message)
 
     intercept(monkeypatch, carry)
-    runner.run(study_of(runner, rounds={"count": 1, "require": 3}))
-    assert len(clear) == len(heavier) == 5
+    run = runner.run(study_of(runner, rounds={"count": 2, "require": 3}))
+    assert len(clear) == 10 and len(heavier) == 30
+    for site in run.result.privacy.sites:
+        with reading(run.folder.path / "ledgers" / f"{site}.sqlite") as ledger:
+            assert len(ledger.charges()) == 2, "nothing that was refused was trained"
     assert all('"kind":"refused"' in told for told in clear + heavier)
 
 
@@ -274,6 +280,28 @@ def test_the_keys_of_a_site_may_not_change_while_a_run_lasts(runner, monkeypatch
     records: list[RoundRecord] = []
     runner.run(study_of(runner), observe=records.append)
     assert rounds and {site.name: site.status for site in records[1].sites}["site-1"] == "refused"
+
+
+def test_sites_keep_to_the_threshold_and_the_rounds_of_the_study_and_to_the_first_keys(runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, seen = study_of(runner).replace(secure_aggregation={"threshold": 5}), list[AdvertiseKeysTask]()
+    real, refused = Site.answer_sum, list[str]()
+
+    def carry(self: Site, task):
+        if isinstance(task, AdvertiseKeysTask) and self.settings.name == "site-1":
+            seen.append(task)
+            changed = {name: "ab" * 32 if name == "site-2" else key for name, key in task.roster.items()}
+            others = [{"threshold": 4}, {"sites": task.sites[:3], "threshold": 3}, {"of": task.of.model_copy(update={"round": 3})}]
+            for update in others + ([{"roster": changed}] if task.of.round == 2 else []):
+                with pytest.raises(ProtocolError) as error:
+                    real(self, task.model_copy(update=update))
+                refused.append(error.value.what)
+        return real(self, task)
+
+    monkeypatch.setattr(Site, "answer_sum", carry)
+    run = runner.run(study)
+    assert run.result.outcome == "completed" and len(refused) == 7
+    [path] = (run.folder.path / "ledgers" / "site-1.releases").glob("*-sum.json")
+    assert set(json.loads(path.read_text())["keys"]) == set(seen[0].roster), "a daemon that starts again knows them still"
 
 
 @pytest.mark.parametrize(

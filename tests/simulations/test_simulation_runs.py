@@ -144,7 +144,7 @@ def test_a_study_by_noise_multiplier_reports_what_that_costs(runner) -> None:
 
 def test_without_privacy_nothing_is_promised(runner) -> None:
     run = runner.run(runner.study(privacy={"unit": "none"}))
-    assert run.result.privacy.model_dump() == {"unit": "none", "seeded_noise": False, "sites": {}}
+    assert run.result.privacy.model_dump(exclude_none=True) == {"unit": "none", "seeded_noise": False, "sites": {}}
     assert (run.claim.unit, run.claim.protects, run.claim.sites) == ("none", False, {})
     assert not (run.folder.path / "ledgers").exists()
     assert all(site["epsilon"] is None for line in run.lines for site in line["sites"])

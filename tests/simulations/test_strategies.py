@@ -463,6 +463,26 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(runner, monkeypatch: 
     assert resumed.comparable == whole.comparable and resumed.lines == whole.lines
 
 
+@pytest.mark.parametrize(("name", "source"), [("ditto", "seeded"), ("fedper", "seeded"), ("fine-tuning", "os")])
+def test_a_resumed_cross_validation_judges_every_fold_by_its_own_models(runner, name: str, source: str) -> None:
+    study = runner.study(strategy={"name": name}, evaluation={"folds": 2}, privacy={"noise_source": source})
+    runs = []
+    for at in ((2, 1), None):
+
+        def interrupt(record: RoundRecord, at=at) -> None:
+            if (record.fold, record.round) == at:
+                raise KeyboardInterrupt
+
+        if at is None:
+            runs.append(runner.run(study) if source == "seeded" else runs[0])
+            continue
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(study, observe=interrupt)
+        runs.append(runner.run(study, resume=runner.latest().folder.path))
+    assert runs[0].result.outcome == "completed" and runs[0].comparable == runs[1].comparable
+    assert all(site.epsilon <= 3.0 for site in runs[0].result.privacy.sites.values())
+
+
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     state = KeptState(tmp_path, "run")
     state.keep(1, 1, {"personal": {"w": np.ones(3, np.float32)}})
@@ -488,7 +508,8 @@ def test_two_states_are_kept_and_the_last_before_a_round_is_its_base(tmp_path: P
     assert (value(1, 10), value(1, 9), value(2, 1)) == (9, 5, None)
     state.keep(2, 1, {"personal": {"w": np.full(2, 100, np.float32)}})
     assert (value(2, 2), value(2, 1)) == (100, None)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert value(1, 10) == 9, "a fold's own stay: its closing evaluation may be asked for again"
+    assert len(list(tmp_path.iterdir())) == 3
     assert KeptState(tmp_path, "another").before(1, 10) == {}
 
 

@@ -45,7 +45,7 @@ needs_heart = pytest.mark.skipif(not HEART.is_dir(), reason="the UCI heart files
         ("[privacy]\nepsilon = 3\ndelta = 0.5", ["privacy.delta", "less than 0.1"]),
         ("[privacy]\nepsilon = 3\ndelta = 0.09", ["privacy.delta", "expected delta < 1/", "lower it or omit it"]),
         ("[privacy]\nepsilon = 3\nnoise_multiplier = 1", ["privacy", "either epsilon or noise_multiplier", "both"]),
-        ("[privacy]\nunit = 'site'\nepsilon = 3", ["privacy.unit", "'patient', 'record' or 'none'"]),
+        ("[privacy]\nunit = 'ward'\nepsilon = 3", ["privacy.unit", "'patient', 'record', 'site' or 'none'"]),
         ("[privacy]", ["privacy", "either epsilon or noise_multiplier", "neither"]),
         ("", ["privacy", "expected a value, got none"]),
         ("[privacy]\nepsilon = 3\n[rounds]\ncount = 0", ["rounds.count", "greater than or equal to 1", "got 0"]),

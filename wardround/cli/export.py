@@ -34,6 +34,10 @@ def export(
     terminal.print(f"check    agrees with the trained model to {done.largest_difference:.1e} (asked: {TOLERANCE:g}) on synthetic patients")
     told = ", ".join(f"{name} {milliseconds:.3f} ms" for name, milliseconds in done.latency_ms.items())
     terminal.print(f"latency  {told}: one patient's record, median of {NUM_CALLS} calls on this machine", soft_wrap=True)
+    from wardround.trained import own_models_note
+
+    if note := own_models_note(run):
+        terminal.print(note, style="yellow", markup=False, soft_wrap=True)
     if not done.cards:
         terminal.print("no model card: give the run's folder for one", style="yellow")
     if as_json:

@@ -52,6 +52,10 @@ def predict(
     predictor = open_predictor(model, data, task=task, options=chosen, skip_bad_rows=skip_bad_rows)
     count = _write(predictor, out, force)
     told = f"{plural(count, 'patient')}, {plural(predictor.cohort.num_records, 'record')}"
+    from wardround.trained import own_models_note
+
+    if note := own_models_note(model):
+        terminal.print(note, style="yellow", markup=False, soft_wrap=True)
     terminal.print(f"predicted for {told}: {', '.join(predictor.columns)}", soft_wrap=True, markup=False)
     if predictor.left_out:
         terminal.print(f"LEFT OUT  {predictor.left_out}", style="bold yellow", markup=False, soft_wrap=True)

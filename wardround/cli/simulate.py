@@ -150,6 +150,11 @@ def _run(
         result = run.result
         lines.finish(result)
     print_result(result, terminal)
+    if run.study.own_models:
+        terminal.print(
+            "\nThe metrics are of each site's own model on its own test patients. They stay at the sites; the shared model is in the run's folder.",
+            soft_wrap=True,
+        )
     terminal.print(f"\nreport  {run.path / 'report.html'}", soft_wrap=True)
     if as_json:
         print_envelope({"run_dir": str(run.path), **result.model_dump(mode="json")})
@@ -180,7 +185,7 @@ def print_result(result: "Result", terminal: "Console") -> None:
             f"\nThe sites' statistics carry noise for their test patients (epsilon {result.evaluation_epsilon:g}): intervals are of that noise alone."
         )
     if result.privacy.unit == "none":
-        terminal.print("\nNo privacy: every update was sent as it was.", style="yellow")
+        terminal.print("\nNo privacy: updates were sent without noise.", style="yellow")
     if (whole := result.privacy.site_level) is not None:
         terminal.print(
             f"\nWhole sites: epsilon {whole.epsilon:.2f} at delta {whole.delta:g}, against everybody but the coordinator"

@@ -218,7 +218,7 @@ def front_matter(run: RunFiles) -> str:
     lines = [f"# license: {GAP}", f"# datasets: {GAP}", "library_name: pytorch", "tags:", *(f"- {_text(tag)}" for tag in tags)]
     lines += ["metrics:", *(f"- {name}" for name in names)] if names else []
     values = {name: value for name in metric_names(run) if (value := finite(run.result.metrics.get("federated", {}).get(name))) is not None}
-    if values:
+    if values and not run.study.own_models:  # else no number is of the model that this card is of
         kind, num_sites = "synthetic test patients" if run.result.synthetic else "test patients", plural(len(run.result.sites), "site")
         lines += [
             "model-index:",

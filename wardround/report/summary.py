@@ -98,9 +98,13 @@ def lead(run: RunFiles) -> str:
     num_sites = len(trained_sites(run))
     together = "together " if num_sites > 1 else ""
     model = f"The model trained {together}by {plural(num_sites, 'site')}" if final else "The last model evaluated before the run ended"
+    if run.study.own_models:
+        model = f"The {num_sites} sites’ own models ({run.study.strategy.name}), each on its own test patients,"
     sentences = [f"{model} reached {metric} {number(value)}{_interval_words(interval)} on {plural(num_tested(run), 'test patient')}."]
+    if run.study.own_models:
+        sentences.append("They stay at the sites: no number here is of the shared model in this folder, and none of another hospital’s patients.")
     compared = [part for source, words in _COMPARISONS if (part := _comparison(run, source, words))]
-    if compared and final:
+    if compared and final and not run.study.own_models:
         sentences.append(f"For comparison: {'; '.join(compared)}.")
     if result.evaluation_epsilon is not None:
         sentences.append(noise_sentence(result.evaluation_epsilon))
