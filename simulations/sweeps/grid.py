@@ -58,6 +58,8 @@ class Sweep(Settings):
 
     @model_validator(mode="after")
     def _check_variants(self) -> Self:
+        if self.variants and VARIANT not in self.grid:
+            raise ValueError(f"[variants] is given, but no grid.variant goes over it: expected variant = {list(self.variants)} in [grid], got none")
         for name in self.grid.get(VARIANT, []):
             if name not in self.variants:
                 raise ValueError(f"grid.variant: expected names of [variants], got {name!r}{nearest(str(name), list(self.variants))}")

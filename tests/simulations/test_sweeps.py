@@ -10,7 +10,7 @@ import pytest
 
 from client.ledger import reading
 from shared.errors import AlreadyRunningError, BudgetExhaustedError, ConfigurationError, ModelMismatchError, WorkerFailedError
-from shared.study import Study
+from shared.study import Study, toml_text
 from shared.supervision import single_instance
 from simulations import simulate
 from simulations.sweeps import execution
@@ -36,6 +36,31 @@ def begun(out: Path, sweep: Sweep | None = None, data: Path | None = None) -> Sw
 def table_of(folder: SweepFolder) -> list[dict[str, str]]:
     with open(folder.path / TABLE, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+VARIANTS = {"few": {"federation": {"sites": 2}, "training": {"local_steps": 3}}, "hearts": {"task": "heart-disease", "federation": {"sites": 4}}}
+
+
+def test_variants_are_changes_under_one_name(tmp_path: Path) -> None:
+    sweep = Sweep(name="v", study="breast-cancer", baselines=False, variants=VARIANTS, grid={"variant": ["few", "hearts"], "alpha": [0.1, 5]})
+    cells = cells_of(sweep, BASE)
+    assert [cell.study.task for cell in cells] == ["breast-cancer"] * 2 + ["heart-disease"] * 2
+    assert [(cell.study.federation.sites, cell.study.federation.alpha) for cell in cells] == [(2, 0.1), (2, 5), (4, 0.1), (4, 5)]
+    assert cells[0].study.training.local_steps == 3 and cells[2].study.training.local_steps is None
+    assert cells[0].settings == {"variant": "few", "federation.alpha": 0.1}
+    (tmp_path / "data").mkdir()
+    folder = begun(tmp_path / "runs", sweep, tmp_path / "data")
+    assert [folder.data_of(cell) for cell in SweepFolder(folder.path).cells] == [tmp_path.resolve() / "data"] * 2 + [None] * 2, "of the base's task"
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [({"variant": ["fev"]}, "did you mean 'few'"), ({"alpha": [1]}, "no grid.variant goes over it"), ({"variant": ["other"]}, "expected names of")],
+)
+def test_variants_that_are_not_there_or_not_used_are_refused(tmp_path: Path, grid: dict, told: str) -> None:
+    (tmp_path / "s.toml").write_text(toml_text({"name": "v", "study": "breast-cancer", "grid": grid, "variants": VARIANTS}))
+    with pytest.raises(ConfigurationError, match=told):
+        Sweep.load(tmp_path / "s.toml")
 
 
 def test_the_grid_is_every_combination() -> None:
