@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from server.blocks import Block, BlockGrid
 from shared.errors import ConfigurationError
@@ -20,6 +19,7 @@ from shared.models import Parameters
 from shared.seeding import generator
 from shared.study import Faults, Study
 from simulations.in_process import FIRST_SITE_NODE_ID
+from simulations.outer_grid import OuterGrid
 
 MILLION, BILLION = 1e6, 1_000_000_000
 ANOTHER_STUDY = "0" * 64
@@ -61,7 +61,7 @@ def with_faults(grid: Grid, study: Study, names: Sequence[str]) -> Grid:
     return FaultyGrid(grid, dict.fromkeys(sorted(faulty_sites(study, names)), study.faults), names, seed=study.seed)
 
 
-class FaultyGrid(Grid):
+class FaultyGrid(OuterGrid):
     """Carries messages as the grid in it does, and spoils what comes back from some sites.
 
     Args:
@@ -71,35 +71,10 @@ class FaultyGrid(Grid):
     """
 
     def __init__(self, grid: Grid, faults: Mapping[str, Faults], names: Sequence[str], *, seed: int) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._faults = dict(faults)
         self._names = dict(enumerate(names, start=FIRST_SITE_NODE_ID))
         self._seed = seed
-
-    def set_run(self, run: Run) -> None:
-        """Of the grid within."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Of the grid within."""
-        return self._grid.run
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Of the grid within."""
-        return self._grid.get_node_ids()
-
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
-        """A message as the current API makes it."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not offered: a reply is spoiled beside its question."""
-        raise NotImplementedError("a faulty grid sends and receives")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not offered, as `push_messages`."""
-        raise NotImplementedError("a faulty grid sends and receives")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies to these messages, one by one, those of bad sites last."""

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from server.arrivals import NOT_BEGUN, AtWork
 from server.blocks import Block, BlockGrid
 from shared.seeding import generator
 from shared.study import FedBuff, Study
 from simulations.in_process import FIRST_SITE_NODE_ID
+from simulations.outer_grid import OuterGrid
 
 NANOSECONDS = 1_000_000_000
 
@@ -53,7 +53,7 @@ class _Working:
         return self.deadline if self.silent else min(self.done, self.deadline)
 
 
-class TimedGrid(Grid):
+class TimedGrid(OuterGrid):
     """Carries messages as the grid in it does; trainings take virtual time, and nothing else does.
 
     A question that is asked with `ask` reaches its site when its answer is due, so no more than one answer is ever kept; a site whose question is
@@ -65,7 +65,7 @@ class TimedGrid(Grid):
     """
 
     def __init__(self, grid: Grid, seconds: Mapping[int, float], *, deadline_seconds: float) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._takes = {node_id: _nanoseconds(value) for node_id, value in seconds.items()}
         self._deadline = _nanoseconds(deadline_seconds)
         self._working: dict[int, _Working] = {}
@@ -75,31 +75,6 @@ class TimedGrid(Grid):
     def virtual_nanoseconds(self) -> int:
         """What has passed on the clock."""
         return self._now
-
-    def set_run(self, run: Run) -> None:
-        """Of the grid within."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Of the grid within."""
-        return self._grid.run
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Of the grid within."""
-        return self._grid.get_node_ids()
-
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
-        """A message as the current API makes it."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not offered: `ask` has a deadline."""
-        raise NotImplementedError("a timed grid asks")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not offered, as `push_messages`."""
-        raise NotImplementedError("a timed grid hands over what arrives")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """The replies to these messages; all that are asked begin together, and the slowest, or the deadline, ends it."""
