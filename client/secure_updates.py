@@ -42,7 +42,7 @@ class SecureUpdates:
         form: what the study fixes of its sums.
         plan: of this site.
         signer: the site's long-lived key; a virtual site has one for the run.
-        folder: where it is kept which round was unmasked last.
+        folder: where it is kept which round was unmasked last, and the other sites' keys.
         largest_norm: of an update, in L2; None: no bound of the study.
         seed: of a simulation, from which its keys and roundings follow; None: the operating system's randomness.
     """
@@ -60,7 +60,6 @@ class SecureUpdates:
         self._stream: KeyedStream | None = None
         self._roster: dict[str, Ed25519PublicKey] = {}
         unmasked, survivors, last_input, self._pins = self._read()
-        self._roster |= {name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for name, key in self._pins.items()}
         self._last_share = 0.0
         self._site = SumSite(
             name, form, run=run, study_hash=study_hash, sign=signer.sign, roster=self._roster, random_bytes=self._random_bytes, unmasked=unmasked,
@@ -188,8 +187,9 @@ class SecureUpdates:
         try:
             with storage_errors(self._path, "read which sum was unmasked"):
                 table = json.loads(self._path.read_bytes())
+            self._roster |= {name: Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)) for name, key in table["keys"].items()}
             return (int(table["fold"]), int(table["round"])), tuple(map(str, table["survivors"])), str(table["input"]), dict(table["keys"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StorageError(f"{self._path}: expected which sum was unmasked last, got a damaged file", "end the study; begin a new run") from error
 
     def _random_bytes(self, count: int) -> bytes:

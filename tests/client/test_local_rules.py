@@ -1,6 +1,8 @@
 """What a strategy does at a site under privacy: what is released, how often, and with how much noise."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable
 
@@ -16,7 +18,7 @@ from client.local_update import Learner
 from client.noise import NoiseGrid
 from client.strategies.choice import local_rule
 from shared.cohort import Cohort
-from shared.errors import ProtocolError
+from shared.errors import ProtocolError, StorageError
 from shared.messages import CONTROL, EvaluateTask, encode, to_array_record
 from shared.models import get_parameters, initial_parameters, set_parameters
 from shared.plan import SitePlan
@@ -189,3 +191,16 @@ def test_fine_tuning_is_charged_before_it_begins_and_once(make_hospital, make_st
         with pytest.raises(ZeroDivisionError):
             hospital.site.evaluate(closing, hospital.parameters)
     assert [charge.committed for charge in hospital.charges()] == [True, False], "what was reserved stands, though nothing was trained"
+
+
+def test_damaged_knowledge_of_secure_sums_is_named(make_hospital, make_study: Studies) -> None:
+    """Which sum was unmasked last, and the other sites' keys: without them a site takes part in no sum."""
+    hospital, study = make_hospital(), make_study(secure_aggregation={})
+    hospital.site.enrol(hospital.enrolment(study))
+    folder = hospital.site.settings.releases_path
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"fold": 1, "round": 1, "survivors": [], "input": "", "keys": {"north": "ab" * 32}}
+    for damaged in ("", "{}", json.dumps({**whole, "keys": {"north": "xy"}}), json.dumps({**whole, "keys": 3}), json.dumps({**whole, "round": "x"})):
+        (folder / f"{hashlib.sha256(b'run-1').hexdigest()[:32]}-sum.json").write_text(damaged)
+        with pytest.raises(StorageError, match="expected which sum was unmasked last"):
+            hospital.reopen().enrol(hospital.enrolment(study))
