@@ -1,7 +1,7 @@
 """What a secure sum costs beside a plain round: bytes each way, and seconds of processor time of a site and of the coordinator, by stage.
 
 Every site is run in this process, one after another, on one thread; messages are counted as their JSON and the arrays beside it. Both rounds send the
-model down; the plain one sends the update up in float32, the secure one the masked input and the messages of its four stages. Envelopes and seals, a
+model down; the plain one sends the update up in float32, the secure one the masked input and the messages of its five stages. Envelopes and seals, a
 few hundred bytes a message, are left out of both. The coordinator's plain work is the exact mean, its secure work all it does. Of the sites, a tenth
 drops out after it has shared its keys, which is when it costs most: every mask of it has to be made again.
 
@@ -25,7 +25,8 @@ from client.secure_sum import SumSite
 from server.aggregation import ExactMean
 from server.secure_sum import STAGES, SecureSum, Stage
 from shared.messages import Content, Trained, TrainTask, to_array_record
-from shared.secure_sum.messages import AdvertiseKeysTask, MaskInputTask, ShareKeysTask, SumReply, SumTask, UnmaskTask
+from shared.secure_sum import agreement
+from shared.secure_sum.messages import AdvertiseKeysTask, MaskInputTask, ShareKeysTask, SignSurvivorsTask, SumReply, SumTask, UnmaskTask
 from shared.secure_sum.setting import SumForm, SumRound, SumSetting, least_threshold
 
 OF = SumRound(run="benchmark", study_hash="0" * 64, fold=1, round=1)
@@ -70,6 +71,8 @@ def answer(site: SumSite, task: SumTask, update: np.ndarray) -> tuple[SumReply, 
         return site.share_keys(task), None
     if isinstance(task, MaskInputTask):
         return site.mask_input(task, update, 100)
+    if isinstance(task, SignSurvivorsTask):
+        return site.sign_survivors(task), None
     assert isinstance(task, UnmaskTask)
     return site.unmask(task), None
 
@@ -91,6 +94,7 @@ def secure_round(updates: dict[str, np.ndarray], dropped: frozenset[str]) -> tup
             if stage >= Stage.MASK_INPUT and name in dropped:
                 continue
             costs.down[name] += len(text)
+            agreement._check_signature.cache_clear()  # each site, in a process of its own, checks every signature itself
             (said, reply_kind, payload), spent = timed(functools.partial(answered, sites[name], kind, text, updates[name]))
             costs.site_seconds[stage].append(spent)
             costs.up[name] += len(said) + (0 if payload is None else payload.nbytes)

@@ -5,10 +5,15 @@ chosen after seeing results of those before, the site's limit is kept by a Renyi
 divergences at one order, fixed at genesis, may add up to the budget of the limit, and the whole is then (epsilon, delta)-private,
 however the plans were chosen. A plan counts in full from its admission; once closed, it counts what it was charged.
 
+A plan of distributed noise is charged as what its sums cost: the events are those of Gaussian noise that dominates the sum of shares step by step
+(`shared.distributed_noise`, theorem), so every bound below covers it, the filter's at any order too. Against all other sites together, who can take their
+shares away, no limit is held; the row says how many shares there are, so that it can be told what that would be.
+
 Two accounts: "training" is the promise to training patients, "evaluation" to test patients; they are different people, so each has the
 limit to itself. From the first cross-validation, or the first patient who changes sides, on (row "bind"), everything counts for everybody.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from client.chain import GENESIS, Row
 from shared.errors import ConfigurationError, LedgerError
 from shared.plan import Limit
-from shared.privacy import PrivacyEvent, renyi_budget, renyi_divergence
+from shared.privacy import MIN_NOISE_MULTIPLIER, PrivacyEvent, renyi_budget, renyi_divergence
 
 AccountName = Literal["training", "evaluation"]
 ACCOUNTS: tuple[AccountName, ...] = ("training", "evaluation")
@@ -63,7 +68,11 @@ class Genesis(Entry):
 
 
 class Admit(Entry):
-    """A study's whole plan, agreed to once."""
+    """A study's whole plan, agreed to once.
+
+    `shares`: the noise of its training is that of sums, in which so many sites' shares are for certain; `training` is what a sum costs
+    (`shared.distributed_noise`), and against all other sites together a share alone is all there is. None: the noise is each update's own.
+    """
 
     run: str
     study: str
@@ -72,6 +81,7 @@ class Admit(Entry):
     evaluation: Event | None
     limit: Limit | None
     coordinator_key: str | None
+    shares: int | None = Field(default=None, ge=1)
 
 
 class Reserve(Entry):
@@ -188,6 +198,12 @@ class Plan:
         """The whole plan's event on this account."""
         event = self.entry.training if account == "training" else self.entry.evaluation
         return None if event is None else event.privacy_event()
+
+    def alone(self, event: PrivacyEvent) -> PrivacyEvent | None:
+        """`event` of this plan against the coordinator and all other sites together, who leave a site's own share of the noise; None where there is
+        no such share, or so little noise has no epsilon worth naming."""
+        noise = event.noise_multiplier / math.sqrt(self.entry.shares or 1)
+        return None if self.entry.shares is None or noise < MIN_NOISE_MULTIPLIER else replace(event, noise_multiplier=noise)
 
     def charged(self, account: AccountName) -> list[PrivacyEvent]:
         """The events charged on this account."""

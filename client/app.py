@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from client.site import Site
 from shared.errors import WardroundError, describe_exception
 from shared.messages import MAX_REASON, Content, EnrolTask, EvaluateTask, Refused, TrainTask, decode, decode_control, decode_parameters, encode
-from shared.secure_sum.messages import AdvertiseKeysTask, SecureTrainTask, ShareKeysTask, UnmaskTask
+from shared.secure_sum.messages import AdvertiseKeysTask, SecureTrainTask, ShareKeysTask, SignSurvivorsTask, UnmaskTask
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def client_app(find_site: Callable[[Context], Site]) -> ClientApp:
 
         return answer
 
-    app.query()(answered(EnrolTask, AdvertiseKeysTask, ShareKeysTask, UnmaskTask))
+    app.query()(answered(EnrolTask, AdvertiseKeysTask, ShareKeysTask, SignSurvivorsTask, UnmaskTask))
     app.train()(answered(TrainTask, SecureTrainTask))
     app.evaluate()(answered(EvaluateTask))
     return app
@@ -54,7 +54,7 @@ def answer_record(site: Site, task: Content, record: RecordDict) -> RecordDict:
             parameters, control = decode_parameters(record, site.template), decode_control(record, site.control_template)
             secured, payload, statistics = site.train_securely(task, parameters, control)
             return encode(secured, masked=payload, statistics=statistics)
-        case AdvertiseKeysTask() | ShareKeysTask() | UnmaskTask():
+        case AdvertiseKeysTask() | ShareKeysTask() | SignSurvivorsTask() | UnmaskTask():
             return encode(site.answer_sum(task))
         case EvaluateTask():
             evaluated, statistics = site.evaluate(task, decode_parameters(record, site.template))

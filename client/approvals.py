@@ -23,6 +23,7 @@ from shared.config import Model, Settings
 from shared.errors import NotApprovedError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
 from shared.study import Study
+from shared.view import View
 
 if TYPE_CHECKING:  # who reads what was approved need not wait for torch
     from shared.task import Task
@@ -32,6 +33,7 @@ MAX_ASKED = 100  # studies that wait to be decided at once
 SITE_LEVEL_LINE = (
     "each round's mean leaves the coordinator clipped and noised by site, if the coordinator keeps to the study; this site cannot check it"
 )
+MASKED_SITE_LEVEL_LINE = "this site clips its update before it masks it; each round's mean leaves the coordinator noised by site, if it keeps to the study, which this site cannot check"
 REMEDY = "the hospital decides: 'wardround site approve KIT STUDY'"
 
 
@@ -60,7 +62,7 @@ class Asked(Settings):
         if self.unit == "none":
             return "NO PRIVACY: no noise is added"
         if self.unit == "site":
-            return f"NO PRIVACY FOR PATIENTS against the coordinator, who gets every update without noise; against everybody else {self._budget}"
+            return f"NO PRIVACY FOR PATIENTS against the coordinator, for updates leave without noise; against everybody else {self._budget}"
         return self._budget
 
     @property
@@ -112,13 +114,15 @@ def what_is_asked(study: Study, task: "Task", file: SiteFile) -> Asked:
 
 
 def _leaves(study: Study, task: "Task", file: SiteFile, *, num_bytes: int) -> list[str]:
-    noise = "with noise (differential privacy)" if study.private else "WITHOUT NOISE"
+    view = View.of(study)
     lines = [
         "once: the declared numbers of training and test patients in site.toml",
-        f"in each of {study.rounds.count * study.evaluation.folds} rounds: an update of the model, {num_bytes:,} bytes, {noise}; what was spent; a hash of the ledger",
+        f"in each of {study.rounds.count * study.evaluation.folds} rounds: an update of the model, {num_bytes:,} bytes, {view.in_short}; what was spent; a hash of the ledger",
     ]
+    if view.remark:
+        lines.append(view.remark)
     if study.site_level:
-        lines.append(SITE_LEVEL_LINE)
+        lines.append(SITE_LEVEL_LINE if study.secure_aggregation is None else MASKED_SITE_LEVEL_LINE)
     exact = study.private and not study.noised_statistics
     for name in sorted({metric.statistic.name for metric in task.metrics}):
         rule = file.policy.withholds(task, name, num_test=file.cohort.declared_test_size, exact=exact)

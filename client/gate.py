@@ -69,6 +69,8 @@ from shared.secure_sum.messages import (
     SecureTrainTask,
     SharedKeys,
     ShareKeysTask,
+    SignedSurvivors,
+    SignSurvivorsTask,
     SumMessage,
     Unmasked,
     UnmaskTask,
@@ -77,7 +79,7 @@ from shared.study import NAME_PATTERN, Study
 from shared.task import Task, resolve_task
 
 Details = dict[str, Value]
-Asking = EnrolTask | TrainTask | SecureTrainTask | EvaluateTask | AdvertiseKeysTask | ShareKeysTask | UnmaskTask
+Asking = EnrolTask | TrainTask | SecureTrainTask | EvaluateTask | AdvertiseKeysTask | ShareKeysTask | SignSurvivorsTask | UnmaskTask
 MOST_SECONDS = 86_400.0  # that a question is worked on, whatever it says itself; a longer round is not of this world, and is asked again
 RECEIVED = "task received"  # the event in the audit log that names a question's nonce
 MAX_OPEN_RUNS = 4
@@ -136,7 +138,9 @@ class Gate:
     def _reply(self, record: RecordDict, task: SealedTask, num_bytes: int) -> RecordDict:
         asked: Content | None = None
         try:
-            asked = decode(record, EnrolTask, TrainTask, SecureTrainTask, EvaluateTask, StopTask, AdvertiseKeysTask, ShareKeysTask, UnmaskTask)
+            asked = decode(
+                record, EnrolTask, TrainTask, SecureTrainTask, EvaluateTask, StopTask, AdvertiseKeysTask, ShareKeysTask, SignSurvivorsTask, UnmaskTask
+            )
             self._log(RECEIVED, _came(asked, task, num_bytes))
             content = self._decide(asked, record, task)
         except AskedAgainError:
@@ -306,7 +310,7 @@ def _came(asked: Content, task: SealedTask, num_bytes: int) -> Details:
 
 def _leaves(content: RecordDict, asked: Content | None) -> Details:
     """What the audit log says of an answer: names, shapes, bytes, hash, epsilon."""
-    reply = decode(content, Enrolled, Trained, SecureTrained, Evaluated, Stopped, Refused, AdvertisedKeys, SharedKeys, Unmasked)
+    reply = decode(content, Enrolled, Trained, SecureTrained, Evaluated, Stopped, Refused, AdvertisedKeys, SharedKeys, SignedSurvivors, Unmasked)
     details: Details = {"kind": _kind(reply), "outcome": "ok", "content": packed_message(content).content}
     for name in ("run", "study_hash", "round", "fold"):
         if asked is not None and hasattr(_where(asked), name):

@@ -5,6 +5,7 @@ that is asked again, is made of the same one.
 """
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,10 @@ class KeptState:
         """
         last = self._last(fold, round_number)
         return {} if last is None else last[1].kept
+
+    def last(self, fold: int) -> Kept:
+        """The state of the last round of this fold; empty where there is none. Errors as of `before`."""
+        return self.before(fold, sys.maxsize)
 
     def keep(self, fold: int, round_number: int, kept: Kept) -> None:
         """Durably keep the state of a round, in the place of another than the last before it.

@@ -40,6 +40,7 @@ class PlannedStudy:
     evaluation: PrivacyEvent | None = None
     cross_validated: bool = False
     coordinator_key: str | None = None  # Ed25519, hex: who counter-signs
+    shares: int | None = None  # of distributed noise, in every sum: then `training` is what the sums cost
 
 
 class Ledger:
@@ -235,7 +236,7 @@ class Ledger:
                 evaluation = None if study.evaluation is None else Event.of(study.evaluation)
                 entry = Admit(
                     run=study.run, study=study.study, study_hash=study.study_hash, training=Event.of(study.training), evaluation=evaluation,
-                    limit=self.limit, coordinator_key=study.coordinator_key,
+                    limit=self.limit, coordinator_key=study.coordinator_key, shares=study.shares,
                 )  # fmt: skip
                 self._append(entry)
 

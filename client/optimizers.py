@@ -13,7 +13,8 @@ from torch.optim.sgd import sgd
 
 from shared.models import Parameters
 from shared.schedule import learning_rate_at
-from shared.study import FedProx, Study
+from shared.strategy_options import FedProx
+from shared.study import Study
 
 
 class LocalOptimizer:

@@ -2,19 +2,20 @@
 
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
-from shared.config import Settings, read_toml, validate
+from shared.config import Real, Settings, read_toml, validate
 from shared.errors import ConfigurationError, PolicyRefusedError
 from shared.plan import Limit, SitePlan
-from shared.study import NAME_PATTERN, Real, Study
+from shared.study import NAME_PATTERN, Study
 
 if TYPE_CHECKING:  # the courier reads a site file, and imports no torch
     from shared.task import Task
 
 LEDGERS = "ledgers"  # folder in a site's state
+SigningKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Policy(Settings):
@@ -40,6 +41,9 @@ class Policy(Settings):
     )
     accept_distributed_noise: bool = Field(
         default=False, description="whether noise may be shared among the sites, so that a promise holds only while few of them collude or are absent"
+    )
+    sum_with: dict[str, SigningKey] = Field(
+        default={}, description="sites without which this one is in no secure sum, and their signing keys, as their hospitals read them out"
     )
     allow_no_privacy: bool = Field(default=False, description="whether a study without privacy may ever be accepted")
 

@@ -6,15 +6,21 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from client.admission import SiteSettings
 from client.keys import signing_key, site_key
 from client.policy import SiteFile
-from client.site import Site, SiteSettings
+from client.site import Site
 from shared.cohort import Cohort, held_out_patients
 from shared.errors import DataMissingError
 from shared.task import Task
 
 RELEASES = "releases"  # in a site's state
 logger = logging.getLogger(__name__)
+
+
+def releases_folder(path: Path, file: SiteFile) -> Path:
+    """Where the site that the file at `path` describes keeps what it made."""
+    return path.parent / file.state / RELEASES / file.name
 
 
 def open_site(
@@ -46,7 +52,7 @@ def open_site(
         declared_num_patients=declared.declared_size + declared.declared_test_size,
         declared_num_test=declared.declared_test_size,
         ledger_path=file.ledger_path(path),
-        releases_path=state / RELEASES / file.name,
+        releases_path=releases_folder(path, file),
         split_key=key,
         signer=signing_key(key),
         policy=file.policy,

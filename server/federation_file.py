@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from shared.config import Settings, read_toml, validate
-from shared.study import NAME_PATTERN, toml_text
+from shared.study import NAME_PATTERN
+from shared.study_tables import toml_text
 
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 

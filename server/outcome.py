@@ -42,7 +42,8 @@ class Baseline:
     """Summed statistics of one baseline.
 
     Attributes:
-        models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together.
+        models: per model trained ("all" for pooled, else the site), its statistics on the test patients of all sites together; or "each", the sites'
+            models together, each on its own site's test patients, beside a strategy that is judged so.
         own: per site, the statistics of its model (or the pooled one) on its own test patients.
         gains: of sites' own models, what federation gains each site on its own test patients.
     """

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,6 +170,25 @@ class RunFolder:
     def study_hash(self) -> str:
         """Fingerprint of the resolved study, read once for all that is written; what is read back is held against the file as it is."""
         return self.study.fingerprint()
+
+    def write_sum_sites(self, fold: int, number: int, sites: Sequence[str]) -> None:
+        """Durably keep for which sites' secure sum signatures are asked in this round: they are in no other sum of it."""
+        write_atomic(self.path / "checkpoint" / "sum.json", json.dumps({"fold": fold, "round": number, "sites": list(sites)}))
+
+    def sum_sites(self, fold: int, number: int) -> tuple[str, ...]:
+        """For which sites' sum signatures were asked in this round; none where they were not.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        path = self.path / "checkpoint" / "sum.json"
+        try:
+            kept = json.loads(path.read_bytes())
+            return tuple(map(str, kept["sites"])) if (kept["fold"], kept["round"]) == (fold, number) else ()
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path}: expected the sites of a sum, got a damaged file", "restore the folder, or start a new run") from error
 
     def write_model(self, name: str, parameters: "Parameters", header: dict[str, str]) -> None:
         """`model/<name>.safetensors`; the header names study, task and architecture, and neither a time nor the run."""

@@ -231,14 +231,14 @@ class SealedGrid(Grid):
 
     def _push(self, messages: list[Message], seconds: float) -> tuple[dict[str, _Sent], list[Message]]:
         """Seal and send them: what is waited for, by message id, and failures in the place of those that could not be sent."""
-        sent, failed, packed, last = [], [], None, None
+        sent, failed, last = [], [], None
         for message in messages:
             site = self._roster.site_of(message.metadata.dst_node_id)
             if site is None:
                 failed.append(self._failure(message, NodeRefusedError("not on the roster, revoked or expired")))
                 continue
-            if packed is None or message.content is not last:  # a round's messages share one record
-                packed, last = packed_message(message.content), message.content
+            packed = packed_message(message.content, like=last)  # a round's messages share their arrays
+            last = message.content, packed
             content, task = seal_task(packed, site=site.name, seconds=max(1.0, seconds), signer=self._signer, audit_head=self._audit.head)
             metadata = message.metadata
             sealed = Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id, ttl=seconds + GRACE_SECONDS)

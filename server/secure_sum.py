@@ -1,9 +1,10 @@
-"""The coordinator's side of a secure sum: four requests to every site, and the sum of those that stayed, of which it never holds a term.
+"""The coordinator's side of a secure sum: five requests to every site, and the sum of those that stayed, of which it never holds a term.
 
 It keeps public keys, sealed shares that it cannot open, and one running sum of masked inputs, to which each is added as it comes. A site that does not
 answer a stage, or answers it wrongly, is out; the others go on while at least the threshold is left, and below that the round fails by name: what
-was sent is masked still, and is forgotten. Only in the last stage are secrets restored, of each site one: the self-mask seed where its input is in
-the sum, the mask key where it dropped out. Nobody is asked for the other, and sites would refuse (`client.secure_sum`).
+was sent is masked still, and is forgotten. Who is lost once its masked input came is in the sum all the same. Only in the last stage are secrets
+restored, of each site one: the self-mask seed where its input is in the sum, the mask key where it dropped out. Nobody is asked for the other, and
+sites would refuse (`client.secure_sum`).
 
     asked = SecureSum(setting, roster=roster)
     for _ in STAGES:
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from shared.errors import ProtocolError, QuorumLostError, WardroundError
-from shared.secure_sum.agreement import PairKeys, commitment, public_key, self_mask_key, verify_keys
+from shared.secure_sum.agreement import PairKeys, commitment, public_key, self_mask_key, verify_keys, verify_survivors
 from shared.secure_sum.graph import SEED_BYTES, GraphPlan, neighbours, plan_graph
 from shared.secure_sum.masks import Words, add_masks
 from shared.secure_sum.messages import (
@@ -34,6 +35,8 @@ from shared.secure_sum.messages import (
     MaskInputTask,
     SharedKeys,
     ShareKeysTask,
+    SignedSurvivors,
+    SignSurvivorsTask,
     SumReply,
     SumTask,
     Unmasked,
@@ -47,11 +50,11 @@ from shared.secure_sum.sharing import restore_secret
 class Stage(IntEnum):
     """What is asked, or that nothing is any more."""
 
-    ADVERTISE_KEYS, SHARE_KEYS, MASK_INPUT, UNMASK, DONE, FAILED = range(6)
+    ADVERTISE_KEYS, SHARE_KEYS, MASK_INPUT, SIGN_SURVIVORS, UNMASK, DONE, FAILED = range(7)
 
 
-STAGES = (Stage.ADVERTISE_KEYS, Stage.SHARE_KEYS, Stage.MASK_INPUT, Stage.UNMASK)
-_REPLY = dict(zip(STAGES, (AdvertisedKeys, SharedKeys, MaskedInput, Unmasked), strict=True))
+STAGES = (Stage.ADVERTISE_KEYS, Stage.SHARE_KEYS, Stage.MASK_INPUT, Stage.SIGN_SURVIVORS, Stage.UNMASK)
+_REPLY = dict(zip(STAGES, (AdvertisedKeys, SharedKeys, MaskedInput, SignedSurvivors, Unmasked), strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +97,7 @@ class SecureSum:
         self._sealed: dict[str, dict[str, str]] = {}  # by receiver and sender
         self._sharing: tuple[str, ...] = ()
         self._survivors: tuple[str, ...] = ()
+        self._signatures: dict[str, str] = {}  # on the list of survivors, by site
         self._sum: Words = np.zeros(0, setting.encoding.dtype)
         self._self_masks: dict[str, dict[int, bytes]] = {}  # shares by owner and the holder's number
         self._mask_keys: dict[str, dict[int, bytes]] = {}
@@ -121,6 +125,11 @@ class SecureSum:
         return self._out
 
     @property
+    def survivors(self) -> tuple[str, ...]:
+        """The sites whose inputs are in the sum; empty before the third stage was closed."""
+        return self._survivors
+
+    @property
     def total(self) -> SumResult:
         """The sum; there only when the last stage was closed."""
         assert self._total is not None
@@ -142,8 +151,10 @@ class SecureSum:
             return ShareKeysTask(of=of, sites=self._asked, graph_seed=self._seed.hex(), keys=keys)
         if self._stage == Stage.MASK_INPUT:
             return MaskInputTask(of=of, sites=self._sharing, shares=self._sealed[name])
+        if self._stage == Stage.SIGN_SURVIVORS:
+            return SignSurvivorsTask(of=of, survivors=self._survivors)
         assert self._stage == Stage.UNMASK
-        return UnmaskTask(of=of, survivors=self._survivors)
+        return UnmaskTask(of=of, signatures={signer: self._signatures[signer] for signer in self._asked[: self._setting.threshold]})
 
     def take(self, name: str, reply: SumReply, payload: NDArray[np.uint8] | None = None) -> None:
         """Judge the answer of the site `name`, as whoever carried it knows it, and keep what counts.
@@ -175,6 +186,9 @@ class SecureSum:
         elif isinstance(reply, MaskedInput):
             assert payload is not None
             self._sum += self._setting.encoding.unpack(payload, self._setting.form.num_values)
+        elif isinstance(reply, SignedSurvivors):
+            verify_survivors(name, reply.signature, self._survivors, setting=self._setting, roster=self._roster)
+            self._signatures[name] = reply.signature
         elif isinstance(reply, Unmasked):
             self._take_shares(reply)
 
@@ -234,7 +248,7 @@ class SecureSum:
             self._sum = np.zeros(self._setting.form.num_values + EXTRA_WORDS, self._setting.encoding.dtype)
         elif self._stage == Stage.MASK_INPUT:
             self._survivors, self._sealed = stayed, {}
-        else:
+        elif self._stage == Stage.UNMASK:
             self._total = self._unmask()
             return self._forget(Stage.DONE)
         self._stage, self._asked = Stage(self._stage + 1), stayed

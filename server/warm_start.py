@@ -73,6 +73,7 @@ def warm_start(task: Task, seed: int, path: Path, *, personal: frozenset[str] = 
     source = StartedFrom(
         study=str(header.get("study")), sha256=hashlib.sha256(file.read_bytes()).hexdigest(), taken=tuple(taken), fresh=fresh, share=share,
         unit=promised.unit, protects=promised.protects, epsilon=promised.epsilon, delta=promised.delta,
+        epsilon_if_all_others_collude=promised.colluding, conditions=promised.conditions,
     )  # fmt: skip
     return WarmStart(parameters=parameters | {name: tensors[name] for name in taken}, source=source)
 

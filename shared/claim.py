@@ -7,13 +7,20 @@ from shared.privacy import PrivacyEvent, epsilon_if_all_others_collude, epsilon_
 from shared.results import FederationClaim, PrivacyClaim, RunPrivacy, SharedNoise, SharedNoiseSite, SiteClaim, SitePrivacy, StartedFrom
 from shared.site_claim import ACCOUNTANTS as SITE_LEVEL_ACCOUNTANTS
 from shared.site_claim import site_level_claim
-from shared.study import PERSONAL, FedDyn, QFedAvg, Scaffold, Study
-from shared.whole_promise import rounded_up, start_sentence
+from shared.strategy_options import PERSONAL, FedDyn, QFedAvg, Scaffold
+from shared.study import Study
+from shared.view import View
+from shared.whole_promise import Unit, rounded_up, start_sentence
 
 MAX_STEPS = 1_000_000  # of a site's own report; more would take the accountant minutes
 MECHANISM = (
     "DP-SGD: the gradient of each unit clipped to L2 norm {clip:g} over all trainable parameters; their sum rounded to a public grid, and "
     "Gaussian noise of noise_multiplier x {clip:g} (a little more, for the rounding) added on the same grid"
+)
+SHARED_MECHANISM = (
+    "DP-SGD with distributed noise: the gradient of each unit clipped to L2 norm {clip:g} over all trainable parameters; their sum at a site rounded to a public grid, and a "
+    "rounded Gaussian share of the noise added on the same grid. {honest} shares or more are in every sum, and make up noise_multiplier x {clip:g} (a little more, for the "
+    "rounding, and for what shares are other than one Gaussian); a share alone is {share:.3g} times that"
 )
 SAMPLING = "Poisson: every training {unit} independently with the site's sample rate in every step{records}"
 RECORDS = {
@@ -48,6 +55,10 @@ SECURE = (
     "secure aggregation (SecAgg+): the coordinator follows the protocol, and learns sums of updates over more than half of the sites that began, and no "
     "single one{leans}. A malicious site is outside this model: what it puts into a sum is checked by its own code alone. Who keeps the roster invents no site"
 )
+COLLUDING = (
+    "a promise of that size to anybody in league with {few} of the {sites} sites, each other hospital counted, for it knows its own share of the noise; distributed_noise "
+    "says what is promised against all others together"
+)
 LEANS = {False: "; the promise above holds without this", True: ": the promise above rests on it, for a single update has a share of the noise alone"}
 EXACT_METRICS = "evaluation metrics on test patients, where they left a site: exact sums, without noise; test patients are covered by no epsilon here"
 CHOICE = (
@@ -65,40 +76,39 @@ def privacy_claim(
     Args:
         started_from: the model of another run that it started with, which it says nothing for; the statement begins with that.
     """
-    warm = [] if started_from is None else [WARM_START.format(start=start_sentence(started_from))]
+    unit, view = study.privacy.unit, View.of(study)
+    warm = [] if started_from is None else [WARM_START.format(start=start_sentence(started_from, unit))]
     whole_sites = None if privacy.site_level is None else site_level_claim(study, privacy.site_level, seeded=privacy.seeded_noise)
+    secure = (
+        [] if study.secure_aggregation is None else [SECURE.format(leans=LEANS[study.distributed_noise] if study.private or study.site_level else "")]
+    )
     if not study.private and whole_sites is not None:
         return PrivacyClaim(
             unit="site", neighbouring_relation=whole_sites.neighbouring_relation, mechanism=whole_sites.mechanism, sampling=whole_sites.sampling,
             composition=whole_sites.composition, protects=whole_sites.protects,
-            statement=whole_sites.statement if started_from is None else _of_own_alone(started_from, whole_sites.statement),
-            covered=whole_sites.covered, not_covered=[*warm, *whole_sites.not_covered], assumed=whole_sites.assumed,
+            statement=whole_sites.statement if started_from is None else _of_own_alone(started_from, unit, whole_sites.statement),
+            covered=whole_sites.covered, not_covered=[*warm, *whole_sites.not_covered], assumed=[*whole_sites.assumed, *secure],
             accountants=SITE_LEVEL_ACCOUNTANTS, sites={}, site_level=whole_sites, started_from=started_from, versions=versions,
         )  # fmt: skip
     if not study.private:
         return PrivacyClaim(
             unit="none", neighbouring_relation=None, mechanism=None, sampling=None, composition=None, protects=False,
-            statement=f"This run promises no differential privacy: {_sent_plainly(study)}.",
-            covered=[], not_covered=[*warm, "everything that left the sites"], accountants=[], sites={}, versions=versions,
+            statement=f"This run promises no differential privacy: {view.plainly}.",
+            covered=[], not_covered=[*warm, _all_that_left(study)], assumed=secure, accountants=[], sites={}, versions=versions,
             started_from=started_from,
         )  # fmt: skip
-    unit = study.privacy.unit
     federation = across_sites(privacy.sites, overlap=study.privacy.patients_overlap)
-    assumed = [
-        NOISE[privacy.seeded_noise],
-        *ASSUMED,
-        *([SECURE.format(leans=LEANS[study.distributed_noise])] if study.secure_aggregation is not None else []),
-    ]
+    assumed = [NOISE[privacy.seeded_noise], *ASSUMED, *secure]
     statement = _statement(study, privacy, federation)
     if privacy.distributed_noise is not None:
         statement = f"{statement} {privacy.distributed_noise.statement}"
     return PrivacyClaim(
         unit=unit,
         neighbouring_relation=f"add or remove one {unit} of a site's training patients (to replace one by another costs more: up to twice epsilon)",
-        mechanism=MECHANISM.format(clip=study.privacy.max_grad_norm),
+        mechanism=_mechanism(study, view),
         sampling=SAMPLING.format(unit=unit, records=RECORDS.get((unit, study.privacy.records_per_patient), "")),
         composition=COMPOSITION,
-        statement=statement if started_from is None else _of_own_alone(started_from, statement),
+        statement=statement if started_from is None else _of_own_alone(started_from, unit, statement),
         protects=not privacy.seeded_noise,
         covered=_covered(study) if privacy.sites else [],
         not_covered=[*warm, *_not_covered(study, privacy)],
@@ -116,29 +126,41 @@ def privacy_claim(
     )
 
 
-def _of_own_alone(start: StartedFrom, statement: str) -> str:
-    return OWN_ALONE.format(start=start_sentence(start), statement=statement)
+def _of_own_alone(start: StartedFrom, unit: Unit, statement: str) -> str:
+    return OWN_ALONE.format(start=start_sentence(start, unit), statement=statement)
+
+
+def _mechanism(study: Study, view: View) -> str:
+    text = SHARED_MECHANISM if view.shared else MECHANISM
+    return text.format(clip=study.privacy.max_grad_norm, honest=view.honest, share=view.share if view.shared else 1.0)
+
+
+def _all_that_left(study: Study) -> str:
+    if study.secure_aggregation is None:
+        return "everything that left the sites"
+    return "sums of updates, the model, and whatever follows from them; masks keep single updates from a coordinator that follows the protocol, and promise no more"
 
 
 def shared_noise(study: Study, sites: Mapping[str, SitePrivacy]) -> SharedNoise | None:
     """Both epsilons of every site, where noise is added in shares; None where it is not, or nothing was spent."""
     if not study.distributed_noise or not sites:
         return None
-    assert study.secure_aggregation is not None
-    missing, num_sites = study.secure_aggregation.missing, study.secure_aggregation.sites or 0
+    view = View.of(study)
     told = {}
     for name, site in sites.items():
         colluding = epsilon_if_all_others_collude(
-            site.noise_multiplier, sample_rate=site.sample_rate, steps=site.steps, delta=site.delta, honest=num_sites - missing
+            site.noise_multiplier, sample_rate=site.sample_rate, steps=site.steps, delta=site.delta, honest=view.honest
         )
         told[name] = SharedNoiseSite(epsilon_against_coordinator=site.epsilon, epsilon_if_all_others_collude=colluding)
     worst = max(site.epsilon_if_all_others_collude for site in told.values())
     statement = (
-        f"Epsilon {rounded_up(max(site.epsilon_against_coordinator for site in told.values()))} is against the coordinator, who sees sums alone, as long as "
-        f"{f'at most {missing} of the {num_sites} sites are' if missing else 'no site is'} absent from a sum or in league with it. "
-        f"Against the coordinator and every other site together it is epsilon {rounded_up(worst)} at worst, for then a site has its own share of the noise alone."
+        f"Epsilon {rounded_up(max(site.epsilon_against_coordinator for site in told.values()))} is against whoever sees "
+        f"sums of updates alone, such as the coordinator, as long as {view.condition}; each other hospital counts as one in league, for it knows its own share of the "
+        f"noise. Against the coordinator and every other site together it is epsilon {rounded_up(worst)} at worst, for then a site has its own share alone."
     )
-    return SharedNoise(missing=missing, sites=told, statement=statement)
+    return SharedNoise(
+        missing=view.missing, colluding=view.colluding, num_sites=view.sites, condition=view.condition, sites=told, statement=statement
+    )
 
 
 def across_sites(sites: Mapping[str, SitePrivacy], *, overlap: bool) -> FederationClaim | None:
@@ -175,14 +197,6 @@ def _site_claim(spent: SitePrivacy, declared_size: int, *, seeded: bool) -> Site
     return SiteClaim(**spent.model_dump(), declared_size=declared_size, noise_source="seeded" if seeded else "os")
 
 
-def _sent_plainly(study: Study) -> str:
-    return (
-        "every update was sent as it was"
-        if study.secure_aggregation is None
-        else "updates were sent without noise, under masks: the coordinator saw sums alone"
-    )
-
-
 def _covered(study: Study) -> list[str]:
     rounds = study.rounds.count * study.evaluation.folds
     sent = "the sums of what sites sent" if study.distributed_noise else "the model updates that each site sent"
@@ -207,7 +221,9 @@ def _covered(study: Study) -> list[str]:
 def _not_covered(study: Study, privacy: RunPrivacy) -> list[str]:
     by_record = ["a patient with several records: the promise is for each record alone"] if study.privacy.unit == "record" else []
     exact = [EXACT_METRICS] if study.privacy.evaluation_epsilon is None else []
-    return [*by_record, *exact, *NOT_COVERED, _choice(privacy)]
+    view = View.of(study)
+    colluding = [COLLUDING.format(few=f"more than {view.colluding}" if view.colluding else "any", sites=view.sites)] if view.shared else []
+    return [*by_record, *colluding, *exact, *NOT_COVERED, _choice(privacy)]
 
 
 def _choice(privacy: RunPrivacy) -> str:

@@ -4,15 +4,25 @@ import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Annotated, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from shared.errors import ConfigurationError
 
 Model = TypeVar("Model", bound=BaseModel)
 TomlTable = dict[str, object]
+WHOLE = "(whole file)"  # the key, to others, of what concerns several
+
+
+def _as_float(value: object) -> object:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Real = Annotated[float, BeforeValidator(_as_float)]
+Positive = Annotated[Real, Field(gt=0)]
+Momentum = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -49,9 +59,18 @@ def validate(model: type[Model], data: Mapping[str, object], source: str) -> Mod
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(detail, model, source) for detail in error.errors()]
+        lines = [f"{source}: {_explain(detail, model)}" for detail in error.errors()]
         rule = ", ".join(_declared_key(detail) for detail in error.errors()[:3])
-        raise ConfigurationError("\n".join(lines), f"correct {'this key' if len(lines) == 1 else 'these keys'}", rule=rule[:100]) from None
+        what, remedy = _parted(lines[0], error.errors()[0]) if len(lines) == 1 else ("\n".join(lines), "correct these keys")
+        raise ConfigurationError(what, remedy, rule=rule[:100]) from None
+
+
+def _parted(line: str, detail: ErrorDetails) -> tuple[str, str]:
+    """What a single complaint says, and what to do: what it says itself behind its last semicolon, unless that is within quotes."""
+    what, _, remedy = line.rpartition("; ")
+    if detail["type"] == "value_error" and what and not remedy.count("'") % 2 and not remedy.count('"') % 2:
+        return what, remedy
+    return line, "correct this key" if detail["loc"] else "correct the file"
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -60,39 +79,48 @@ def nearest(name: str, known: list[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def _explain(detail: ErrorDetails, model: type[BaseModel], source: str) -> str:
-    location = [str(part) for part in detail["loc"]]
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """`key: expected ..., got ...`; of what concerns several keys no key, for the complaint names them."""
+    said = _said(detail, model)
     key = _key(detail)
+    if detail["type"] == "union_tag_invalid":
+        key = f"{key}.name"
+    return said if key == WHOLE else f"{key}: {said}"
+
+
+def _said(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    location = [str(part) for part in detail["loc"]]
     got = detail.get("input")
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
             known = _known_keys(model, location[:-1])
-            return f"{source}: {key}: unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
+            return f"unknown key{nearest(location[-1], known)}; known here: {', '.join(known)}"
         case "missing":
-            return f"{source}: {key}: expected a value, got none"
+            return "expected a value, got none"
         case "value_error":
-            return f"{source}: {key}: {context.get('error', detail['msg'])}"
+            return str(context.get("error", detail["msg"]))
         case "literal_error" | "enum":
             expected = context.get("expected", "another value")
-            return f"{source}: {key}: expected {expected}, got {got!r}"
+            return f"expected {expected}, got {got!r}"
         case "union_tag_invalid":
-            return f"{source}: {key}.name: expected one of {context.get('expected_tags')}, got {context.get('tag')!r}"
+            tags, tag = str(context.get("expected_tags")), str(context.get("tag"))
+            return f"expected one of {tags}, got {tag!r}{nearest(tag, [name.strip(chr(39)) for name in tags.split(', ')])}"
         case "too_short":
-            return f"{source}: {key}: expected at least {context.get('min_length')}, got {context.get('actual_length')}"
+            return f"expected at least {context.get('min_length')}, got {context.get('actual_length')}"
         case "finite_number":
-            return f"{source}: {key}: expected a finite number, got {got!r}"
+            return f"expected a finite number, got {got!r}"
         case _:
             expected = detail["msg"].removeprefix("Input should be ").split(" or instance of ")[0]
             expected = expected.replace("a valid dictionary", "a table").replace("a valid number", "a number")
-            return f"{source}: {key}: expected {expected}, got {_shorten(got)}"
+            return f"expected {expected}, got {_shorten(got)}"
 
 
 def _key(detail: ErrorDetails) -> str:
     parts = list(map(str, detail["loc"]))
     if parts[:1] == ["strategy"]:
         del parts[1:2]  # the strategy's name, by which its options were chosen
-    return ".".join(part for part in parts if not part.startswith(("literal[", "constrained-"))) or "(whole file)"
+    return ".".join(part for part in parts if not part.startswith(("literal[", "constrained-"))) or WHOLE
 
 
 def _declared_key(detail: ErrorDetails) -> str:

@@ -63,6 +63,11 @@ def pack(record: RecordDict, *, text: str) -> Packed:
     return _packed(text, b"".join([len(start).to_bytes(LENGTH_BYTES, "big"), start, *pieces]))
 
 
+def with_text(packed: Packed, text: str) -> Packed:
+    """A message with another JSON and the very same arrays, which are not copied."""
+    return _packed(text, packed.arrays)
+
+
 def unpack(packed: Packed) -> dict[str, ArrayRecord]:
     """Its arrays, by group.
 

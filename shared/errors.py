@@ -230,6 +230,12 @@ class StaleWorkError(QuorumLostError):
     code = "E802"
 
 
+class BoundToSumError(QuorumLostError):
+    """A secure sum of this round was signed for other sites; the site is in no second one."""
+
+    code = "E803"
+
+
 def fixed_sentence(kind: type[WardroundError]) -> str:
     """The code and the one sentence by which an error of this kind is told to others."""
     return f"{kind.code} {(kind.__doc__ or '').strip().splitlines()[0]}"

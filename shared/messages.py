@@ -98,7 +98,7 @@ class TrainTask(Content):
     """Evaluate the parameters that come along, then train on them. Both go back in one reply. A strategy may send something beside the
     parameters, as `control`.
 
-    `not_counted` is by site, here and in the task that follows; a site reads its own entry alone.
+    `not_counted` is of the site that is asked, here and in the task that follows: a hospital learns of no other's.
     """
 
     kind: Literal["train"] = "train"
@@ -107,7 +107,7 @@ class TrainTask(Content):
     round: Number
     fold: Number
     heads: dict[str, WitnessedHead] = {}
-    not_counted: dict[str, NotCounted] = {}
+    not_counted: NotCounted | None = None
 
 
 class EvaluateTask(Content):
@@ -119,7 +119,7 @@ class EvaluateTask(Content):
     round: Number
     fold: Number
     heads: dict[str, WitnessedHead] = {}
-    not_counted: dict[str, NotCounted] = {}
+    not_counted: NotCounted | None = None
 
 
 class StopTask(Content):

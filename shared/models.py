@@ -16,15 +16,17 @@ Parameters = dict[str, NDArray[np.floating]]
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
 
-def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), dropout: float = 0.0) -> nn.Sequential:
+def mlp(num_features: int, num_outputs: int, *, hidden: Sequence[int] = (), dropout: float = 0.0, normalise: bool = False) -> nn.Sequential:
     """A multilayer perceptron with tanh, `(N, num_features) -> (N, num_outputs)`; no hidden layer is logistic regression.
+
+    `normalise` puts LayerNorm before each tanh: each record by itself, so that it suits private training.
 
     Tanh keeps activations bounded, which suits clipped gradients (Papernot et al. 2021).
     """
     layers: list[nn.Module] = []
     width = num_features
     for size in hidden:
-        layers += [nn.Linear(width, size), nn.Tanh()]
+        layers += [nn.Linear(width, size), *([nn.LayerNorm(size)] if normalise else []), nn.Tanh()]
         if dropout:
             layers.append(nn.Dropout(dropout))
         width = size

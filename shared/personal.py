@@ -3,7 +3,7 @@
 from torch import nn
 
 from shared.errors import ConfigurationError
-from shared.study import PARTIAL, FedBN, FedPer, FedRep, Strategy
+from shared.strategy_options import PARTIAL, FedBN, FedPer, FedRep, Strategy
 
 NORMALISATION = (
     nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, nn.RMSNorm,

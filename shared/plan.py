@@ -15,7 +15,8 @@ from shared.privacy import (
     solve_noise_multiplier,
     steps_per_round,
 )
-from shared.study import Apfl, Ditto, FineTuning, QFedAvg, Strategy, Study
+from shared.strategy_options import Apfl, Ditto, FineTuning, QFedAvg, Strategy
+from shared.study import Study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

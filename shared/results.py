@@ -23,6 +23,8 @@ class StartedFrom(Record):
 
     And what holds for that model's own patients, the starts before it counted in: `unit` "none" where nothing was promised, "unknown" where that
     run's claim sheet was not at hand or its start promises for another unit. `protects`: there is a promise, and its noise was not seeded.
+    `epsilon_if_all_others_collude`: against the coordinator and all other sites together, which is more where noise was added in shares; what
+    `epsilon` needs is in `conditions`.
     """
 
     study: str
@@ -34,6 +36,8 @@ class StartedFrom(Record):
     protects: bool = False
     epsilon: float | None = None
     delta: float | None = None
+    epsilon_if_all_others_collude: float | None = None  # None in files of older versions; else as `epsilon` where no noise was shared
+    conditions: tuple[str, ...] = ()  # of `epsilon`, each after "as long as", of the runs that had one
 
 
 class RunStart(Record):
@@ -123,9 +127,12 @@ class SharedNoiseSite(Record):
 
 
 class SharedNoise(Record):
-    """Distributed noise: the sum of updates is private, and no single one. At most `missing` sites were absent from a sum or colluded, or it does not hold."""
+    """Distributed noise: the sum of updates is private, and no single one. No sum had more than `missing` sites absent; more than `colluding` in league, and it does not hold."""
 
     missing: int
+    colluding: int = 0
+    num_sites: int = 0  # among which the noise was shared; 0 in files of older versions
+    condition: str = ""  # of the first epsilon, after "as long as"
     sites: dict[str, SharedNoiseSite]
     statement: str
 

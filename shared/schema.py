@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from shared.config import Settings, nearest
+from shared.config import Real, Settings, nearest
 from shared.errors import DataMissingError, SchemaError
-from shared.study import NAME_PATTERN, Real
+from shared.study import NAME_PATTERN
 from shared.subgroups import Subgroup
 
 if TYPE_CHECKING:
@@ -208,12 +208,32 @@ def encode_column(values: "pd.Series[str]", column: Column, *, source: str) -> E
     Raises:
         SchemaError: see `encode_table`.
     """
+    encoded = encode_values(values, column, source=source)
+    _refuse_all_missing(encoded.missing, column, source)
+    _refuse_out_of_range(encoded.num_clipped, encoded.missing, column, source)
+    return encoded
+
+
+def encode_rows(frame: "pd.DataFrame", schema: TableSchema, *, source: str) -> tuple[NDArray[np.float32], int]:
+    """The features `(N, f)` of rows taken one by one, without a label, and how many values were imputed. What makes a column doubtful as a whole is not looked at, for
+    these may be few rows of many; whoever asks has looked at each value.
+
+    Raises:
+        SchemaError: a value is no number, or another category.
+    """
+    encoded = [encode_values(frame[column.name], column, source=source) for column in schema.columns]
+    features = np.concatenate([part.features for part in encoded], axis=1).astype(np.float32)
+    return features, int(sum(part.missing.sum() for part in encoded))
+
+
+def encode_values(values: "pd.Series[str]", column: Column, *, source: str) -> EncodedColumn:
+    """As `encode_column`, however many values are missing or clipped.
+
+    Raises:
+        SchemaError: a value is no number, or another category.
+    """
     text = values.fillna("").astype(str).str.strip()
     missing = text.isin([*MISSING_MARKS, *column.missing_codes]).to_numpy()
-    if missing.all() and column.missing != "indicator":
-        raise SchemaError(
-            f"{source}: column {column.name!r}: all {len(text)} values are missing", "remove the column from the schema, or set missing = 'indicator'"
-        )
     if column.type == "number":
         features, num_clipped = _encode_numbers(text, missing, column, source)
     else:
@@ -223,12 +243,19 @@ def encode_column(values: "pd.Series[str]", column: Column, *, source: str) -> E
     return EncodedColumn(features=features, missing=missing, num_clipped=num_clipped)
 
 
+def _refuse_all_missing(missing: NDArray[np.bool_], column: Column, source: str) -> None:
+    if missing.all() and column.missing != "indicator":
+        raise SchemaError(
+            f"{source}: column {column.name!r}: all {len(missing)} values are missing",
+            "remove the column from the schema, or set missing = 'indicator'",
+        )
+
+
 def _encode_numbers(text: "pd.Series[str]", missing: NDArray[np.bool_], column: Column, source: str) -> tuple[NDArray[np.float64], int]:
     assert column.low is not None and column.high is not None
     low, high = column.low, column.high
     numbers = numbers_in(text, missing, name=column.name, source=source)
     outside = ~missing & ((numbers < low) | (numbers > high))
-    _refuse_out_of_range(outside, missing, column, source)
     clipped = np.clip(np.where(missing, low, numbers), low, high)
     if column.scale == "log":
         low, high, clipped = float(np.log(low)), float(np.log(high)), np.log(clipped)
@@ -256,12 +283,12 @@ def numbers_in(text: "pd.Series[str]", missing: NDArray[np.bool_], *, name: str,
     return numbers
 
 
-def _refuse_out_of_range(outside: NDArray[np.bool_], missing: NDArray[np.bool_], column: Column, source: str) -> None:
+def _refuse_out_of_range(num_outside: int, missing: NDArray[np.bool_], column: Column, source: str) -> None:
     present = int((~missing).sum())
-    if outside.sum() > max(1.0, OUT_OF_RANGE_TOLERANCE * present):
+    if num_outside > max(1.0, OUT_OF_RANGE_TOLERANCE * present):
         unit = f" {column.unit}" if column.unit else ""
         raise SchemaError(
-            f"{source}: column {column.name!r}: expected values from {column.low:g} to {column.high:g}{unit}, got {int(outside.sum())} of {present} outside",
+            f"{source}: column {column.name!r}: expected values from {column.low:g} to {column.high:g}{unit}, got {num_outside} of {present} outside",
             "check the unit, or widen the range in the schema",
         )
 
@@ -312,7 +339,8 @@ def encode_label(values: "pd.Series[str]", label: Column, *, source: str) -> tup
         raise SchemaError(f"{source}: label {label.name!r}: all {len(text)} values are missing", "check that this is the right column")
     if label.type == "number":
         numbers = numbers_in(text, missing, name=label.name, source=source)
-        _refuse_out_of_range(~missing & ((numbers < (label.low or 0)) | (numbers > (label.high or 0))), missing, label, source)
+        num_outside = int((~missing & ((numbers < (label.low or 0)) | (numbers > (label.high or 0)))).sum())
+        _refuse_out_of_range(num_outside, missing, label, source)
         return np.clip(np.nan_to_num(numbers), label.low, label.high).astype(np.float32), missing
     index = category_index(text, missing, label, source=source)
     return (index.astype(np.float32) if label.type == "binary" else index), missing

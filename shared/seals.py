@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from shared.envelope import Packed, from_records, pack, to_records, unpack
+from shared.envelope import Packed, from_records, pack, to_records, unpack, with_text
 from shared.errors import ProtocolError, SealError
 from shared.messages import GROUPS, JSON, MESSAGE, Content
 
@@ -59,11 +59,24 @@ class Opened:
     audit_head: str | None
 
 
-def packed_message(record: RecordDict) -> Packed:
-    """A message of `shared.messages`, packed; a round's tasks need be packed once for all sites."""
+def packed_message(record: RecordDict, *, like: tuple[RecordDict, Packed] | None = None) -> Packed:
+    """A message of `shared.messages`, packed.
+
+    Args:
+        like: another one and how it is packed; a round's tasks have the same array records, which are packed once for all sites.
+    """
     fields = record[MESSAGE]
     assert isinstance(fields, ConfigRecord)
-    return pack(record, text=str(fields[JSON]))
+    text = str(fields[JSON])
+    if like is not None and _same_arrays(record, like[0]):
+        return with_text(like[1], text) if text != like[1].text else like[1]
+    return pack(record, text=text)
+
+
+def _same_arrays(record: RecordDict, other: RecordDict) -> bool:
+    """Whether both hold the same objects, in the same order."""
+    mine, others = ([(name, id(group)) for name, group in one.items() if isinstance(group, ArrayRecord)] for one in (record, other))
+    return mine == others
 
 
 def seal_task(

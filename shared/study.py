@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from shared.config import Settings, TomlTable, read_toml, validate
-from shared.errors import ConfigurationError
+from shared.config import Momentum, Positive, Real, Settings, TomlTable, read_toml, validate
 from shared.privacy import MIN_NOISE_MULTIPLIER
+from shared.strategy_options import PERSONAL, SUMS_ALONE, Apfl, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedBuff, FedNova, FedYogi, Scaffold, Strategy
+from shared.study_tables import merge_tables, toml_text
 
 _DURATION = re.compile(r"^(\d+(?:\.\d+)?)\s*(ms|s|m|h)$")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -29,15 +30,6 @@ def parse_duration(text: str) -> float:
     if not match or float(match[1]) <= 0:
         raise ValueError(f"expected a duration above zero such as '90s', '10m' or '2h', got {text!r}")
     return float(match[1]) * _SECONDS[match[2]]
-
-
-def _as_float(value: object) -> object:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Real = Annotated[float, BeforeValidator(_as_float)]
-Positive = Annotated[Real, Field(gt=0)]
-Momentum = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class Rounds(Settings):
@@ -82,259 +74,6 @@ class Training(Settings):
         if self.local_steps is not None and "local_epochs" in self.model_fields_set:
             raise ValueError("expected local_epochs or local_steps, got both; remove one")
         return self
-
-
-class _StrategyOptions(Settings):
-    fraction: Real = Field(default=1.0, gt=0, le=1, description="share of the sites asked in a round")
-    weights: Literal["declared", "equal"] = Field(default="declared", description="a site's weight in the mean: declared size, or 1")
-    largest_update: Positive | None = Field(
-        default=None,
-        description="L2 norm above which an update is refused, and costs its site the round; omitted, and at most: 1000 times the model's, or 1000",
-    )
-
-    @property
-    def least_updates(self) -> int:
-        """Usable updates that a round needs at least."""
-        return 1
-
-
-class _Robust(_StrategyOptions):
-    weights: Literal["equal"] = Field(default="equal", description="sites count alike: a large one may be bad as well")
-    tolerated: int = Field(default=1, ge=1, description="bad sites that may be among those asked in a round")
-
-
-class FedAvg(_StrategyOptions):
-    """McMahan et al. 2017."""
-
-    name: Literal["fedavg"] = "fedavg"
-
-
-class FedProx(_StrategyOptions):
-    """Li et al. 2020."""
-
-    name: Literal["fedprox"]
-    proximal_mu: Real = Field(default=0.1, ge=0)
-
-
-class FedAvgM(_StrategyOptions):
-    """Hsu et al. 2019."""
-
-    name: Literal["fedavgm"]
-    server_learning_rate: Positive = 1.0
-    server_momentum: Momentum = 0.9
-
-
-class _Adaptive(_StrategyOptions):
-    server_learning_rate: Positive = 0.1
-    tau: Positive = Field(default=1e-3, description="degree of adaptivity, added to the root of the second moment")
-
-
-class FedAdagrad(_Adaptive):
-    """Reddi et al. 2021."""
-
-    name: Literal["fedadagrad"]
-
-
-class FedAdam(_Adaptive):
-    """Reddi et al. 2021."""
-
-    name: Literal["fedadam"]
-    beta_1: Momentum = 0.9
-    beta_2: Momentum = 0.99
-
-
-class FedYogi(_Adaptive):
-    """Reddi et al. 2021."""
-
-    name: Literal["fedyogi"]
-    beta_1: Momentum = 0.9
-    beta_2: Momentum = 0.99
-
-
-class CoordinateMedian(_StrategyOptions):
-    """Yin et al. 2018."""
-
-    name: Literal["median"]
-    weights: Literal["equal"] = Field(default="equal", description="sites count alike: a large one may be bad as well")
-
-    @property
-    def least_updates(self) -> int:
-        """Of fewer, one bad site decides."""
-        return 3
-
-
-class TrimmedMean(_Robust):
-    """Yin et al. 2018."""
-
-    name: Literal["trimmed-mean"]
-
-    @property
-    def least_updates(self) -> int:
-        """Something must be left in the middle."""
-        return 2 * self.tolerated + 1
-
-
-class Krum(_Robust):
-    """Blanchard et al. 2017."""
-
-    name: Literal["krum"]
-
-    @property
-    def least_updates(self) -> int:
-        """Their theorem needs it."""
-        return 2 * self.tolerated + 3
-
-
-class MultiKrum(_Robust):
-    """Blanchard et al. 2017."""
-
-    name: Literal["multi-krum"]
-    selected: int | None = Field(default=None, ge=1, description="updates that are averaged; omitted, and at most: all but tolerated + 2")
-
-    @property
-    def least_updates(self) -> int:
-        """Their theorem needs it."""
-        return 2 * self.tolerated + 3
-
-
-class Bulyan(_Robust):
-    """El Mhamdi et al. 2018."""
-
-    name: Literal["bulyan"]
-
-    @property
-    def least_updates(self) -> int:
-        """Their theorem needs it."""
-        return 4 * self.tolerated + 3
-
-
-class GeometricMedian(_StrategyOptions):
-    """RFA: Pillutla et al. 2022."""
-
-    name: Literal["rfa"]
-    smoothing: Positive = Field(default=1e-6, description="least distance that an update is taken to have")
-
-    @property
-    def least_updates(self) -> int:
-        """Of fewer, one bad site decides."""
-        return 3
-
-
-class NormBounding(_StrategyOptions):
-    """Sun et al. 2019."""
-
-    name: Literal["norm-bounding"]
-    max_update_norm: Positive = Field(default=1.0, description="an update that is longer is scaled down to it, and counts; see largest_update")
-
-
-class QFedAvg(_StrategyOptions):
-    """Li et al. 2020, "Fair Resource Allocation in Federated Learning"."""
-
-    name: Literal["q-fedavg"]
-    q: Real = Field(default=1.0, ge=0, le=10, description="0: as fedavg; more: sites with a high loss count for more")
-    max_loss: Positive = Field(default=2.0, description="a record's loss counts for at most this; its noise, under privacy, is in proportion")
-
-
-class FedNova(_StrategyOptions):
-    """Wang et al. 2020."""
-
-    name: Literal["fednova"]
-
-
-class Scaffold(_StrategyOptions):
-    """Karimireddy et al. 2020, option II."""
-
-    name: Literal["scaffold"]
-    weights: Literal["equal"] = Field(default="equal", description="sites count alike, as control variates do")
-    server_learning_rate: Positive = 1.0
-
-
-class FedDyn(_StrategyOptions):
-    """Acar et al. 2021."""
-
-    name: Literal["feddyn"]
-    weights: Literal["equal"] = Field(default="equal", description="sites count alike, as their regularisers do")
-    alpha: Positive = Field(default=0.1, description="of the dynamic regulariser")
-
-
-class FedBN(_StrategyOptions):
-    """Li et al. 2021: normalisation stays at the site; under privacy that is the scale and shift of GroupNorm or LayerNorm."""
-
-    name: Literal["fedbn"]
-
-
-class _Head(_StrategyOptions):
-    head: tuple[str, ...] = Field(
-        default=(), strict=False, description="names of the layers that stay at the site; empty: the last one with parameters"
-    )
-
-
-class FedPer(_Head):
-    """Arivazhagan et al. 2019: the head stays at the site, and is trained together with the body."""
-
-    name: Literal["fedper"]
-
-
-class FedRep(_Head):
-    """Collins et al. 2021: the head stays at the site, and is trained first, on the body as received; then the body."""
-
-    name: Literal["fedrep"]
-    head_share: Real = Field(default=0.5, gt=0, lt=1, description="of a round's steps, for the head")
-
-
-class Ditto(_StrategyOptions):
-    """Li et al. 2021, "Ditto": a model of the site's own, trained beside the shared one and pulled towards it."""
-
-    name: Literal["ditto"]
-    proximal_lambda: Real = Field(default=0.1, ge=0, description="how strongly")
-
-
-class Apfl(_StrategyOptions):
-    """Deng, Kamani and Mahdavi 2020: a site's model is a mixture of the shared one and one of its own."""
-
-    name: Literal["apfl"]
-    alpha: Real = Field(default=0.5, ge=0, le=1, description="share of the site's own in the mixture, at first")
-    adaptive_alpha: bool = Field(default=True, description="whether the share is learnt as well")
-
-
-class FineTuning(_StrategyOptions):
-    """FedAvg, and after the last round every site trains the final model a little further, for itself (Wang et al. 2019)."""
-
-    name: Literal["fine-tuning"]
-    fine_tuning_epochs: int = Field(default=1, ge=1, le=1000, description="expected passes over the site's patients")
-
-
-class Cyclic(_StrategyOptions):
-    """Chang et al. 2018: in every round the model goes from site to site, in an order drawn anew, and each trains it further."""
-
-    name: Literal["cyclic"]
-    weights: Literal["equal"] = Field(default="equal", description="each site's update is taken whole")
-
-
-class FedBuff(_StrategyOptions):
-    """Nguyen et al. 2022: a round ends as soon as enough updates are there; who is still at work works on, and counts later, for less."""
-
-    name: Literal["fedbuff"]
-    weights: Literal["equal"] = Field(default="equal", description="sites count alike, but for the age of the model that they trained")
-    buffer_size: int = Field(default=3, ge=1, description="updates of a round, at which the server steps")
-    server_learning_rate: Positive = 1.0
-    largest_staleness: int = Field(default=20, ge=0, description="rounds since the model that an update was trained on; an older one is refused")
-
-    @property
-    def least_updates(self) -> int:
-        """The buffer is full."""
-        return self.buffer_size
-
-
-PERSONAL = (FedBN, FedPer, FedRep, Ditto, Apfl, FineTuning)  # a site is judged by a model of its own
-PARTIAL = (FedBN, FedPer, FedRep)  # part of which is all that it shares
-SUMS_ALONE = (FedAvg, FedProx, FedAvgM, FedAdagrad, FedAdam, FedYogi, Scaffold, FedDyn, *PERSONAL)  # a weighted mean of updates is all they need
-Strategy = Annotated[
-    FedAvg | FedProx | FedAvgM | FedAdagrad | FedAdam | FedYogi
-    | CoordinateMedian | TrimmedMean | Krum | MultiKrum | Bulyan | GeometricMedian | NormBounding
-    | QFedAvg | FedNova | Scaffold | FedDyn | FedBN | FedPer | FedRep | Ditto | Apfl | FineTuning | Cyclic | FedBuff,
-    Field(discriminator="name"),
-]  # fmt: skip
 
 
 class Privacy(Settings):
@@ -417,18 +156,19 @@ class SecureAggregation(Settings):
         description="'distributed': each site adds a share, and the sum is private (local_steps = 1); 'local': each update is private",
     )
     sites: int | None = Field(default=None, ge=3, le=1000, description="of 'distributed', where it is needed: sites among which the noise is shared")
-    missing: int = Field(default=0, ge=0, description="of 'distributed': how many of these may be absent from a sum or collude with the coordinator")
+    missing: int = Field(default=0, ge=0, description="of 'distributed': how many of these may be absent from a sum; sites refuse one with fewer")
+    colluding: int = Field(default=0, ge=0, description="of 'distributed': how many of these, besides, may be in league with the coordinator")
     max_value: Positive = Field(default=10.0, description="of an entry of an update; what is beyond is clipped to it, at the site")
     max_weight: int = Field(default=10_000, ge=1, le=10_000_000, description="a larger declared size counts as this many patients")
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
-        if self.noise == "local" and (self.missing or self.sites is not None):
-            raise ValueError("sites and missing belong to noise 'distributed', got noise 'local'; remove them")
+        if self.noise == "local" and (self.missing or self.colluding or self.sites is not None):
+            raise ValueError("sites, missing and colluding belong to noise 'distributed', got noise 'local'; remove them")
         if self.noise == "distributed" and self.sites is None:
             raise ValueError("noise 'distributed' is shared among a number of sites, which hospitals approve: expected sites, got none; give it")
-        if self.sites is not None and self.missing >= self.sites:
-            raise ValueError(f"expected fewer missing than sites, {self.sites}, got {self.missing}; lower it")
+        if self.sites is not None and self.missing + self.colluding >= self.sites:
+            raise ValueError(f"expected fewer missing and colluding than sites, {self.sites}, got {self.missing + self.colluding}; lower them")
         return self
 
 
@@ -520,10 +260,8 @@ class Study(Settings):
     def _check_strategy(self) -> Self:
         training, name = self.training, self.strategy.name
         if isinstance(self.strategy, Scaffold | FedNova | Apfl) and (training.optimizer != "sgd" or training.momentum):
-            raise ValueError(
-                f"strategy {name!r} is defined for plain SGD: expected training.optimizer 'sgd' and momentum 0, got {training.optimizer!r} "
-                f"and {training.momentum:g}; change them, or the strategy"
-            )
+            wrong = f"momentum 0, got {training.momentum:g}" if training.momentum else f"optimizer 'sgd', got {training.optimizer!r}"
+            raise ValueError(f"strategy {name!r} is defined for plain SGD: expected training.{wrong}; change it, or the strategy")
         if isinstance(self.strategy, Scaffold) and training.local_steps is None:
             raise ValueError(
                 "strategy 'scaffold' divides by the steps of a round: expected training.local_steps, which sites and coordinator know alike, "
@@ -566,10 +304,10 @@ class Study(Settings):
                 f"strategy.weights: expected 'equal' with a promise to whole sites, for a site's part in the sum must not grow with its size, "
                 f"got {self.strategy.weights!r}; set it"
             )
-        if self.secure_aggregation is not None:
+        if self.distributed_noise:
             raise ValueError(
-                "secure_aggregation with a promise to whole sites: expected one of the two, for the coordinator clips every update to max_site_norm, and under masks "
-                "it sees none; remove [secure_aggregation], or max_site_norm"
+                "secure_aggregation.noise 'distributed' with a promise to whole sites: expected noise 'local', for a site clips what it sends to max_site_norm, which "
+                "would cut off its share of the noise, on which the promise to patients rests; set it, or remove max_site_norm"
             )
         return self
 
@@ -578,13 +316,20 @@ class Study(Settings):
         if training.local_steps != 1:
             raise ValueError(f"{name} expected training.local_steps = 1, got {training.local_steps or 'local_epochs'}; set it, or use noise 'local'")
         if (training.optimizer, training.momentum, training.weight_decay) != ("sgd", 0.0, 0.0):
-            raise ValueError(
-                f"{name} expected optimizer 'sgd' without momentum or weight_decay, got others; use a server optimizer such as 'fedadam'"
-            )
+            others = {"momentum": training.momentum, "weight_decay": training.weight_decay}
+            got = ", ".join([f"optimizer {training.optimizer!r}", *(f"{key} {value:g}" for key, value in others.items() if value)])
+            raise ValueError(f"{name} expected optimizer 'sgd' without momentum or weight_decay, got {got}; use a server optimizer such as 'fedadam'")
         if self.privacy.unit not in ("patient", "record"):
-            raise ValueError(f"{name} expected privacy.unit 'patient' or 'record', got {self.privacy.unit!r}")
+            raise ValueError(
+                "secure_aggregation.noise 'distributed' is noise for a promise to patients, so expected privacy.unit 'patient' or 'record', "
+                f"got {self.privacy.unit!r}; use noise 'local'"
+            )
         if not isinstance(self.strategy, FedAvg | FedAvgM | FedAdagrad | FedAdam | FedYogi):
-            raise ValueError(f"{name} expected strategy 'fedavg' or a server optimizer, got {self.strategy.name!r}")
+            raise ValueError(f"{name} expected strategy 'fedavg' or a server optimizer, got {self.strategy.name!r}; choose one, or use noise 'local'")
+        if self.privacy.patients_overlap:
+            raise ValueError(
+                f"{name} expected privacy.patients_overlap = false, for a patient of two sites would move one sum at both, against one noise; use noise 'local'"
+            )
 
     @property
     def distributed_noise(self) -> bool:
@@ -668,94 +413,3 @@ class Study(Settings):
     def noised_statistics(self) -> bool:
         """True when evaluation statistics carry noise, charged to the test patients."""
         return self.privacy.evaluation_epsilon is not None
-
-
-def merge_tables(base: Mapping[str, object], changes: Mapping[str, object]) -> TomlTable:
-    """`base` with `changes` merged in, tables within tables; a change of strategy name drops the old one's options."""
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            if key == "strategy" and value.get("name", old.get("name")) != old.get("name"):
-                old = {}
-            if key == "privacy":
-                old = _without_rival_budgets(old, value)
-            if key == "training" and "local_steps" in value:
-                old = {name: item for name, item in old.items() if name != "local_epochs"}
-            if key == "training" and "local_epochs" in value:
-                old = {name: item for name, item in old.items() if name != "local_steps"}
-            if key == "federation":
-                old = _without_rival_sites(old, value)
-            value = merge_tables(old, value)
-        merged[key] = value
-    return merged
-
-
-def _without_rival_sites(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
-    """Sites come from the data or from a number: a change to one takes the place of the other."""
-    kept = dict(old)
-    if change.get("partition") in ("natural", "column"):
-        kept.pop("sites", None)
-    if "sites" in change and "partition" not in change and kept.get("partition") in ("natural", "column"):
-        kept["partition"] = "iid"
-        kept.pop("column", None)
-    return kept
-
-
-def _without_rival_budgets(old: Mapping[str, object], change: Mapping[str, object]) -> TomlTable:
-    rivals, unit = {"epsilon", "noise_multiplier"}, change.get("unit", old.get("unit"))
-    of_sites = {"max_site_norm", "site_epsilon", "site_delta"}
-    if unit != old.get("unit", "patient") and "site" in (unit, old.get("unit")):
-        old = {key: value for key, value in old.items() if key not in rivals | of_sites | {"delta", "evaluation_epsilon"}}
-    if change.get("unit") == "none" or rivals & change.keys():
-        dropped = rivals | of_sites | {"evaluation_epsilon"} if change.get("unit") == "none" else rivals
-        kept = {key: value for key, value in old.items() if key not in dropped}
-        if kept.get("unit") == "none" and "unit" not in change:
-            kept["unit"] = "patient"
-        return kept
-    return dict(old)
-
-
-def flatten(table: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """`{"rounds": {"count": 3}}` as `{"rounds.count": 3}`."""
-    flat: dict[str, object] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def toml_text(table: Mapping[str, object]) -> str:
-    """TOML for tables of scalars, lists of scalars and tables within; scalars first."""
-    lines: list[str] = []
-    _write_table(table, "", lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _write_table(table: Mapping[str, object], path: str, lines: list[str]) -> None:
-    if path and any(not isinstance(value, Mapping) for value in table.values()):
-        lines.extend(["", f"[{path}]"])
-    for key, value in table.items():
-        if not isinstance(value, Mapping):
-            lines.append(f"{_toml_key(key)} = {_toml_value(value)}")
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            _write_table(value, f"{path}.{_toml_key(key)}" if path else _toml_key(key), lines)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one control character that JSON leaves bare and TOML forbids
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    raise ConfigurationError(f"cannot write {type(value).__name__} as TOML", "use text, numbers, lists and tables")

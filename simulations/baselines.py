@@ -3,6 +3,8 @@
 They train with the sites' own code, for as many rounds, from the same initial parameters; only nobody is averaged with.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from client.evaluation import evaluate_parameters
@@ -27,14 +29,15 @@ POOLED = "all sites\n"  # no site's name has a line break, so no site shares the
 
 
 def run_baselines(
-    cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True, federated: Parameters | None = None,
+    cohorts: dict[str, Cohort], task: Task, study: Study, *, plain: bool = True, federated: Mapping[str, Parameters] | None = None,
     start: Parameters | None = None,
 ) -> dict[str, Baseline]:  # fmt: skip
     """The baselines of a study on these sites: two without privacy, and two with it where the study is private.
 
     Args:
         plain: also those without privacy of a private study.
-        federated: the federated model, which every site's own is tested against on that site's test patients.
+        federated: by site, the model that it has of the federation, the same for all or its own: what it has alone is tested against it on its test
+            patients.
         start: what they start with; None: what follows from the study's seed.
     """
     parts = {name: _split(cohort) for name, cohort in cohorts.items()}
@@ -56,20 +59,22 @@ def _split(cohort: Cohort) -> tuple[Cohort, Cohort]:
 
 
 def _local_only(
-    parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, federated: Parameters | None, start: Parameters | None
+    parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, federated: Mapping[str, Parameters] | None, start: Parameters | None
 ) -> Baseline:  # fmt: skip
+    """Each model on the patients of all sites; where the strategy gives sites models of their own, as these are judged: each on its own site's, summed."""
     trained = {name: train_alone(train, task, study, who=name, start=start) for name, (train, _) in parts.items()}
-    tested = {name: _tested_everywhere(parts, task, parameters) for name, parameters in trained.items()}
+    model = task.model()
+    own = {name: evaluate_parameters(task, test, trained[name], model=model) for name, (_, test) in parts.items()}
+    if study.own_models:
+        models = {"each": add_statistics(own.values())}
+    else:
+        models = {name: add_statistics(_tested_everywhere(parts, task, parameters).values()) for name, parameters in trained.items()}
     gains: dict[str, PairedTest] = {}
     if federated is not None:
-        for name, (_, test) in parts.items():
-            gain = paired_test(task, test, federated, trained[name], resamples=study.evaluation.bootstrap, seed=study.seed)
+        for name, test in ((name, test) for name, (_, test) in parts.items() if name in federated):
+            gain = paired_test(task, test, federated[name], trained[name], resamples=study.evaluation.bootstrap, seed=study.seed)
             gains |= {} if gain is None else {name: gain}
-    return Baseline(
-        models={name: add_statistics(by_site.values()) for name, by_site in tested.items()},
-        own={name: tested[name][name] for name in parts},
-        gains=gains,
-    )
+    return Baseline(models=models, own=own, gains=gains)
 
 
 def _pooled(parts: dict[str, tuple[Cohort, Cohort]], task: Task, study: Study, start: Parameters | None) -> Baseline:

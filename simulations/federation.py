@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from client.admission import SiteSettings
 from client.memory_chain import Journal
 from client.policy import SiteFile
 from client.real_site import open_site
-from client.site import Site, SiteSettings
+from client.site import Site
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError, DataMissingError, PartitionError
 from shared.privacy import default_delta_of_sites
@@ -24,6 +25,7 @@ from shared.task import Task
 from simulations.partitioners import partition_cohort
 
 DEFAULT_SYNTHETIC_PATIENTS = 800
+LEDGERS = "ledgers"  # in a simulated run's folder
 MOST_PLANS = 16  # different declared sizes in one simulation
 
 
@@ -78,10 +80,13 @@ def load_patients(task: Task, study: Study, data: Path | None) -> Cohort:
     if data is not None or task.bundled:
         return task.load_cohort(data, {})
     if study.federation.partition == "natural" and task.sites:
-        raise DataMissingError(
-            f"study {study.name}: its sites are real hospitals ({', '.join(task.sites)}), and no data were given",
-            f"give their folder with --data ('wardround data fetch {task.name}' gets it), or use another [federation] partition for synthetic patients",
-        )
+        try:
+            return task.load_cohort(None, {})
+        except DataMissingError as error:  # whose loader knows where they are to be had
+            raise DataMissingError(
+                f"study {study.name}: its sites are real hospitals ({', '.join(task.sites)}), and no data were given",
+                f"{error.remedy}; or name another [federation] partition in a study file, for synthetic patients",
+            ) from None
     return task.synthetic_cohort(study.federation.num_patients or DEFAULT_SYNTHETIC_PATIENTS, study.seed)
 
 
@@ -110,7 +115,7 @@ def virtual_sites(federation: VirtualFederation, task: Task, study: Study, ledge
             declared_num_patients=summary.num_patients,
             declared_num_test=summary.num_test,
             ledger_path=ledgers / f"{ledger_file_name(summary.name)}.sqlite",
-            releases_path=ledgers / f"{ledger_file_name(summary.name)}.releases",
+            releases_path=releases_folder(ledgers, summary.name),
             split_key=SIMULATION_SPLIT_KEY,
             journal=journal,
         )
@@ -182,6 +187,11 @@ def _check_training_patients(name: str, cohort: Cohort, study: Study) -> None:
             raise PartitionError(
                 f"site {name}: expected a patient to train on, got none in fold {fold}", "use fewer sites, or raise federation.min_patients"
             )
+
+
+def releases_folder(ledgers: Path, site: str) -> Path:
+    """Where a virtual site keeps what it made."""
+    return ledgers / f"{ledger_file_name(site)}.releases"
 
 
 def ledger_file_name(site: str) -> str:

@@ -73,9 +73,13 @@ class InProcessGrid(Grid):
             if deadline is None or time.monotonic() < deadline:
                 yield reply
 
-    def _answer(self, message: Message) -> Message:
+    def _post(self, message: Message) -> None:
+        """Give the message its id, which its reply will name."""
         self._sent += 1
         message.metadata.__dict__["_message_id"] = f"message-{self._sent}"  # what a SuperLink would set; there is no public setter
+
+    def _answer(self, message: Message) -> Message:
+        self._post(message)
         context = self._contexts[message.metadata.dst_node_id]
         try:
             return self._client_app(message, context)

@@ -13,6 +13,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
 from client.app import client_app
+from client.own_model import own_model
 from client.policy import refuse_faults
 from client.private_probe import probe_model
 from client.site import Site
@@ -21,22 +22,34 @@ from server.coordinator import START, Coordinator, model_header
 from server.outcome import Baseline, RunOutcome, write_outcome
 from server.run_folder import RunFolder
 from server.sampler import num_asked
+from server.sum_stages import more_sites
 from server.warm_start import warm_start
 from server.witness import Witness
-from shared.errors import ConfigurationError, ModelMismatchError, WardroundError
+from shared.errors import ConfigurationError, DataMissingError, ModelMismatchError, WardroundError
+from shared.models import Parameters
 from shared.personal import personal_names
 from shared.plan import plan_site
 from shared.results import Outcome, RoundRecord, SubgroupResult
 from shared.root_log import root_log_unchanged
-from shared.secure_sum.setting import MIN_THRESHOLD
-from shared.study import PERSONAL, Study
+from shared.secure_sum.setting import MIN_THRESHOLD, SumForm
+from shared.strategy_options import PERSONAL
+from shared.study import Study
 from shared.task import resolve_task
 from simulations.baselines import run_baselines
 from simulations.blocks.choice import DEFAULT_MEMORY, Choice, Engine, Execution, choose
 from simulations.blocks.engine import BlockEngine, MakeWorkers
 from simulations.blocks.workers import Pool
 from simulations.faults import check_faults, faulty_sites, with_faults
-from simulations.federation import VirtualFederation, declared_sizes, real_sites, resolve_delta, virtual_federation, virtual_sites
+from simulations.federation import (
+    LEDGERS,
+    VirtualFederation,
+    declared_sizes,
+    real_sites,
+    releases_folder,
+    resolve_delta,
+    virtual_federation,
+    virtual_sites,
+)
 from simulations.in_process import RUN_ID, SERVER_NODE_ID, InProcessGrid
 from simulations.one_thread import one_thread
 from simulations.setting import Setting
@@ -94,7 +107,7 @@ def check_quorum(study: Study, num_sites: int) -> None:
     if study.secure_aggregation is not None and asked < (needed := max(MIN_THRESHOLD, study.secure_aggregation.threshold or 0)):
         raise ConfigurationError(
             f"secure_aggregation: expected at least {needed} sites asked in a round, got {asked}",
-            "ask more sites, or lower secure_aggregation.threshold",
+            more_sites(study, asked),
         )
     if asked < study.strategy.least_updates:
         raise ConfigurationError(
@@ -185,7 +198,7 @@ def execute(
     if engine == "ray":
         choice = choice.on_ray(setting, ray_address, processes)
         _ray_workers(ray_address)  # refused before anything is begun where there is none
-    sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / "ledgers")
+    sites = setting.real or virtual_sites(_federation(setting), setting.task, setting.study, folder.path / LEDGERS)
     witness = Witness(folder.path.parent / WITNESS) if setting.real else None
     coordinator = Coordinator(setting.study, setting.task, folder, observe=observe, witness=witness)
     federation = setting.federation
@@ -200,11 +213,13 @@ def execute(
             logger.info("%s", describe(setting))
             logger.info("run  %s", folder.path)
             logger.info("sites are trained %s", choice)
+            if sums := describe_sums(setting.study, len(setting.site_names)):
+                logger.info("%s", sums)
             if setting.study.faults is not None:
                 bad = sorted(faulty_sites(setting.study, setting.site_names))
                 logger.info("faults are planted, %s: %s", setting.study.faults.kind, ", ".join(bad))
             _run_apps(coordinator, sites, setting, choice)
-            compared = _baselines(setting, coordinator, plain=plain_baselines) if baselines else {}
+            compared = _baselines(setting, coordinator, folder, plain=plain_baselines) if baselines else {}
             subgroups = _subgroups(setting, coordinator)
         except BaseException as error:
             outcome: Outcome = "failed" if isinstance(error, Exception) else "interrupted"
@@ -229,6 +244,17 @@ def describe(setting: Setting) -> str:
         promise += f", and epsilon {privacy.site_epsilon:g} for each site at delta {privacy.site_delta:g}"
     patients = "synthetic patients" if setting.federation is not None and setting.federation.synthetic else "patients"
     return f"{study.name}: task {setting.task.name} ({patients}), {len(setting.site_names)} sites, {study.rounds.count} rounds, {study.strategy.name}, {promise}"
+
+
+def describe_sums(study: Study, num_sites: int) -> str:
+    """How many sites are in a sum of updates at least, and that the study's threshold is raised where it is; empty where updates are not summed under masks."""
+    options = study.secure_aggregation
+    if options is None:
+        return ""
+    asked = num_asked(num_sites, study.strategy.fraction)
+    least = SumForm.of_study(study, num_values=1, num_trainable=1).least_in_sum(asked)
+    raised = f" (threshold {options.threshold} is raised to it)" if options.threshold is not None and options.threshold < least else ""
+    return f"updates are summed under masks: a sum is of at least {least} of the {asked} sites asked{raised}"
 
 
 def _run_apps(coordinator: Coordinator, sites: dict[str, Site], setting: Setting, choice: Choice) -> None:
@@ -292,13 +318,24 @@ def _subgroups(setting: Setting, coordinator: Coordinator) -> dict[str, dict[str
     return evaluate_subgroups(setting.task, setting.study, setting.federation.cohorts, coordinator.history.folds[-1].parameters)
 
 
-def _baselines(setting: Setting, coordinator: Coordinator, *, plain: bool) -> dict[str, Baseline]:
+def _baselines(setting: Setting, coordinator: Coordinator, folder: RunFolder, *, plain: bool) -> dict[str, Baseline]:
     """Baselines pool patients, so they exist for virtual sites alone; `check_baselines` has refused the rest."""
     federation = _federation(setting)
     logger.info("for comparison: every site alone, and all data pooled")
-    start, one_for_all = coordinator.first_parameters(), not isinstance(setting.study.strategy, PERSONAL)
-    final = coordinator.history.folds[-1].parameters if one_for_all else None
-    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=final, start=start)
+    final = coordinator.history.folds[-1].parameters
+    finals = _own_models(setting, folder, final) if setting.study.own_models else dict.fromkeys(federation.cohorts, final)
+    start = coordinator.first_parameters()
+    return run_baselines(federation.cohorts, setting.task, setting.study, plain=plain, federated=finals, start=start)
+
+
+def _own_models(setting: Setting, folder: RunFolder, final: Parameters) -> dict[str, Parameters]:
+    """By site; one that never took part has none."""
+    found = {}
+    for name in _federation(setting).cohorts:
+        with contextlib.suppress(DataMissingError):
+            releases = releases_folder(folder.path / LEDGERS, name)
+            found[name] = own_model(setting.study, setting.task, run=folder.name, releases=releases, final=final)
+    return found
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from flwr.serverapp import Grid
 from server.arrivals import NOT_BEGUN, AtWork
 from server.blocks import Block, BlockGrid
 from shared.seeding import generator
-from shared.study import FedBuff, Study
+from shared.strategy_options import FedBuff
+from shared.study import Study
 from simulations.in_process import FIRST_SITE_NODE_ID
 from simulations.outer_grid import OuterGrid
 

@@ -36,7 +36,7 @@ from shared.models import Parameters, initial_parameters, template_of
 from shared.seals import Opened, SealedTask, open_reply, packed_message, seal_task
 from shared.study import Study
 from shared.task import Task, resolve_task
-from tests.provisioned import approved
+from tests.provisioned import approved, federation
 
 TASK, NUM_PATIENTS = "breast-cancer", 200
 STUDY = {
@@ -167,7 +167,7 @@ class GatedSite:
 
 def gated(root: Path, *, names: tuple[str, ...] = ("north",), max_epsilon: float = 5.0) -> dict[str, GatedSite]:
     """Hospitals of one federation, each with the bundled patients; their gates are open."""
-    out = approved(root, names)
+    out = approved(root, names, federation(sites=dict.fromkeys(("north", "south", *names))))
     coordinator = load_signing_key(out / "coordinator" / SIGNING_KEY)
     sites = {}
     for name in names:

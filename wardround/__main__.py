@@ -58,8 +58,11 @@ def _command() -> "click.Command":
     import typer
 
     from wardround.cli.app import app
+    from wardround.cli.options import restore_argument_help
 
-    return typer.main.get_command(app)
+    command = typer.main.get_command(app)
+    restore_argument_help(command)
+    return command
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from shared.config import Settings
+from shared.config import Real, Settings
 from shared.errors import ConfigurationError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
 from shared.results import StartedFrom
 from shared.schema import TableSchema
-from shared.study import Real
 from shared.task import Task, architecture_hash
 from shared.whole_promise import whole_promise
-from wardround.trained import Trained, read_trained
+from wardround.private_files import private_file, refuse_in_run
+from wardround.trained import Owner, Trained, read_trained
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -76,8 +76,19 @@ class ExportFacts(Settings):
     privacy_protects: bool
     epsilon: Real | None = Field(default=None, description="the sum, where the run started with the model of another one")
     delta: Real | None = None
+    epsilon_if_all_others_collude: Real | None = Field(
+        default=None, description="against the coordinator and all other sites together; None: not known"
+    )
+    conditions: tuple[str, ...] = Field(default=(), strict=False, description="what epsilon needs, each after 'as long as'")
     started_from: StartedFrom | None = Field(default=None, description="the model of another run that this one started with, and its promise")
+    own_model_of: str | None = Field(default=None, description="the site whose own model it is, and for whom alone it is; None: the sites share it")
+    own_model_run: str = Field(default="", description="the run that left that site its own model; empty: not known")
     versions: dict[str, str]
+
+    @property
+    def owner(self) -> Owner | None:
+        """Whose own model it is; None of a model that is shared."""
+        return Owner.of({"own_model_of": self.own_model_of, "run": self.own_model_run}) if self.own_model_of is not None else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +114,7 @@ class Exported:
 def export_model(
     run: str | Path, format: Format = "onnx", *, out: str | Path | None = None, task: str | None = None, force: bool = False
 ) -> Exported:
-    """Write the final model of a run for other programs.
+    """Write the final model of a run for other programs; or a site's own model, mode 0600 as its facts, for that hospital's programs.
 
     Args:
         run: a run's folder, or a .safetensors file.
@@ -114,7 +125,8 @@ def export_model(
 
     Raises:
         StorageError: the run is not finished, a file is there already, or it cannot be written.
-        ConfigurationError: a package is missing; or the model cannot be exported, with the layer that cannot, or gives other outputs once exported.
+        ConfigurationError: a package is missing; or the model cannot be exported, with the layer that cannot, or gives other outputs once exported; or it
+            is a site's own and would stand in a run's folder.
 
     Example:
         export_model("runs/heart-disease-20250101T000000Z-1a2b")
@@ -125,6 +137,8 @@ def export_model(
         require_onnx()
     trained = read_trained(Path(run), task=task)
     path = trained.source.with_suffix(SUFFIXES[format]) if out is None else Path(out)
+    if trained.owner is not None:
+        refuse_in_run(path)
     refuse_present(written_files(path, cards=trained.run is not None), replace=force or (out is None and trained.run is not None))
     facts = export_facts(trained, format)
     patients = trained.task.synthetic_cohort(NUM_SYNTHETIC, 0).inputs
@@ -135,9 +149,9 @@ def export_model(
     latency = {"torch": latency_ms(direct, patients), ("onnxruntime" if format == "onnx" else "torch-export"): latency_ms(session, patients)}
     with storage_errors(path, "make its folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
+    _write(path, data, facts, force=force)
     return Exported(
-        path=path, facts_file=_write_facts(path, facts, data), cards=_write_cards(path, trained), facts=facts, num_bytes=len(data),
+        path=path, facts_file=_write_facts(path, facts, data, force=force), cards=_write_cards(path, trained), facts=facts, num_bytes=len(data),
         largest_difference=difference, latency_ms=latency,
     )  # fmt: skip
 
@@ -200,7 +214,11 @@ def export_facts(trained: Trained, format: Format) -> ExportFacts:
         privacy_protects=promised.protects,
         epsilon=promised.epsilon,
         delta=promised.delta,
+        epsilon_if_all_others_collude=promised.colluding,
+        conditions=promised.conditions,
         started_from=started_from,
+        own_model_of=None if trained.owner is None else trained.owner.site,
+        own_model_run="" if trained.owner is None else trained.owner.run,
         versions={name: importlib.metadata.version(name) for name in ("wardround", "torch")},
     )
 
@@ -212,11 +230,21 @@ def model_inputs(task: Task) -> tuple[ModelInput, ...]:
     return tuple(ModelInput(name=part.name, shape=part.shape, dtype=part.dtype) for part in task.schema)
 
 
-def _write_facts(path: Path, facts: ExportFacts, data: bytes) -> Path:
+def _write(path: Path, data: bytes, facts: ExportFacts, *, force: bool) -> None:
+    """A site's own model and what is said of it are their owner's alone to read; the model of all sites is for everybody."""
+    if facts.owner is None:
+        write_atomic(path, data)
+        return
+    with private_file(path, force=force) as file:
+        file.buffer.write(data)
+
+
+def _write_facts(path: Path, facts: ExportFacts, data: bytes, *, force: bool) -> Path:
     import hashlib
 
     file = facts_file(path)
-    write_atomic(file, json_text({"sha256": hashlib.sha256(data).hexdigest(), **facts.model_dump(mode="json")}))
+    told = json_text({"sha256": hashlib.sha256(data).hexdigest(), **facts.model_dump(mode="json")})
+    _write(file, told.encode(), facts, force=force)
     return file
 
 

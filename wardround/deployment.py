@@ -24,6 +24,7 @@ from shared.plan import SitePlan, plan_site
 from shared.privacy import default_delta_of_sites
 from shared.site_level import default_site_delta, resolve_site_delta
 from shared.study import Federation, Study
+from shared.view import View
 from wardround.deployed_runs import coordinator_folder, coordinator_status
 from wardround.plural import plural
 
@@ -281,11 +282,14 @@ def _plan_at(study: Study, site: RosterSite) -> SitePlan | None:
 
 def _leaves(study: Study, task: "Task", *, rounds: int, num_bytes: int) -> Iterator[str]:
     """What the study asks for; a site's policy may keep statistics back, or refuse."""
-    noise = "with noise (differential privacy)" if study.private else "WITHOUT NOISE"
+    view = View.of(study)
     yield "once: the declared numbers of training and test patients in site.toml"
-    yield f"in each of {rounds} rounds: an update of the model, {num_bytes:,} bytes, {noise}; what was spent; a hash of the ledger"
+    yield f"in each of {rounds} rounds: an update of the model, {num_bytes:,} bytes, {view.in_short}; what was spent; a hash of the ledger"
+    if view.remark:
+        yield view.remark
     if study.site_level:
-        yield "not by a site: each round's mean, which the coordinator clips and noises by site before anybody sees it"
+        clipped = "clips and noises by site" if study.secure_aggregation is None else "noises by site, of updates that the sites clipped,"
+        yield f"not by a site: each round's mean, which the coordinator {clipped} before anybody sees it"
     when = "once, with the final model, with noise" if study.noised_statistics else "in each round, exact"
     for name in sorted({metric.statistic.name for metric in task.metrics}):
         metrics = ", ".join(metric.name for metric in task.metrics if metric.statistic.name == name)

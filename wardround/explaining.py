@@ -31,8 +31,8 @@ from shared.schema import TableSchema, TensorSchema
 from shared.seeding import generator
 from shared.task import ExplainedOutput, Task
 from wardround.deploying import NUM_SYNTHETIC
-from wardround.predicting import is_map, read_patients
-from wardround.trained import Trained, read_trained
+from wardround.predicting import is_map, open_patients
+from wardround.trained import Owner, Trained, read_trained
 
 Kind = Literal["table", "series", "signal", "picture", "volume", "tokens"]
 FloatArray = NDArray[np.float64]
@@ -92,7 +92,7 @@ class Attributions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explained:
-    """A page that was written, in counts alone."""
+    """A page that was written, in counts alone; `owner` is whose own model it is of, None of a model that is shared."""
 
     page: Path
     task: str
@@ -101,6 +101,7 @@ class Explained:
     parts: tuple[Part, ...] = field(repr=False)
     completeness_gap: float | None
     num_steps: int
+    owner: Owner | None = None
 
 
 def explain_run(
@@ -143,11 +144,18 @@ def explain_run(
     cohort = chosen_patients(trained.task, data, patients=patients, seed=seed, options=options or {})
     with private_file(page, force=force) as file:
         found = attribute(trained, cohort)
-        file.write(explanation_page(found, run="" if trained.run is None else trained.run.result.run))
+        file.write(explanation_page(found, run=_whose(trained)))
     return Explained(
         page=page, task=trained.task.name, num_patients=cohort.num_patients, synthetic=cohort.synthetic, parts=found.parts,
-        completeness_gap=found.completeness_gap, num_steps=found.num_steps,
+        completeness_gap=found.completeness_gap, num_steps=found.num_steps, owner=trained.owner,
     )  # fmt: skip
+
+
+def _whose(trained: Trained) -> str:
+    """What the page calls the model: by its run, or by the site whose own it is; nothing of a file that stands alone."""
+    if trained.owner is not None:
+        return f"own model of site {trained.owner.site}{f', run {trained.owner.run}' if trained.owner.run else ''}"
+    return "" if trained.run is None else trained.run.result.run
 
 
 def require_captum() -> None:
@@ -186,7 +194,7 @@ def chosen_patients(task: Task, data: str | Path | None, *, patients: int, seed:
     if data is None and not task.bundled:
         cohort = task.synthetic_cohort(patients, seed)
     else:
-        cohort, _, _ = read_patients(task, DataSource.of(None if data is None else Path(data), dict(options)), skip_bad_rows=True)
+        cohort = open_patients(task, DataSource.of(None if data is None else Path(data), dict(options)), skip_bad_rows=True).cohort()
     if cohort.num_patients == 0:
         raise DataMissingError(f"{data}: expected at least one patient, found none", "check the data with 'wardround data check'")
     if cohort.num_patients <= patients:
@@ -499,8 +507,10 @@ def listed_names(unit: str, count: int) -> tuple[str, ...]:
 
     >>> listed_names("value, measured; of each of HR, Temp", 4)
     ('HR', 'Temp')
+    >>> listed_names("1 where there is: image, table", 2)
+    ('image', 'table')
     """
-    for text in (unit, unit.rpartition(" of each of ")[2]):
+    for text in (unit.rpartition(": ")[2], unit, unit.rpartition(" of each of ")[2]):
         for mark in ("; ", ", "):
             names = tuple(name.strip() for name in text.split(mark))
             if len(set(names)) == count > 1:

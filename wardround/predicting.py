@@ -2,13 +2,15 @@
 
 Nothing is sent, and nothing is charged to a ledger: the model is used, not trained. What comes out is of patients and stays where it is.
 
-A hospital's loaders leave out a few bad records of many, and clip a few values, which is right for training: here a row left out is a patient missed,
-and a value that cannot be is a prediction for nobody. So the data are refused, with the numbers of the rows, unless the caller says to go on without.
+A table that fits the task's schema is a stream, however large it is (`wardround.table_rows`). Everything else is read whole by the task's own loader, as
+it is to train; loaders leave out a few bad records of many, and clip a few values, which is right for training, but here a row left out is a patient
+missed. So the data are refused, with the numbers of the rows, unless the caller says to go on without.
 
 Legend: P patients, N records, K columns of predictions.
 """
 
 import csv
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +23,12 @@ from client.data_check import DataSource
 from shared.cohort import Cohort
 from shared.errors import ConfigurationError, DataAccessError, DataError, DataMissingError, ModelMismatchError, SchemaError, UnknownTaskError
 from shared.files import storage_errors
-from shared.schema import MISSING_MARKS, MOST_NUMBER_LETTERS, OUT_OF_RANGE_TOLERANCE, Column, TableSchema, canonical, require_columns
+from shared.schema import OUT_OF_RANGE_TOLERANCE, Column, TableSchema
 from shared.task import Task, resolve_task, task_names
 from wardround.deploying import INSTALL, NUM_SYNTHETIC, Session, onnx_session, read_onnx_facts, torch_session
-from wardround.trained import read_trained
+from wardround.patients import CONTROL, CONTROL_TOLD, Patients, WholeCohort
+from wardround.table_rows import open_table
+from wardround.trained import Owner, read_trained
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +36,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 1024  # records that a model sees at once
 MAP_COLUMNS = ("mean_prediction", "highest_prediction", "share_at_least_half")  # of a map, such as a segmentation's
 PATIENT, NUM_RECORDS = "patient", "num_records"
-LEFT_OUT = (  # notes of loaders
-    "records_dropped", "records_bad", "records_without_label", "records_without_outcome", "patients_dropped", "patients_not_in_split",
-)  # fmt: skip
-MOST_TOLD = 10  # rows in a message
-ROW = "row of the file"  # names patients where the schema names no column for it
+LEFT_OUT = ("records_dropped", "records_bad", "records_without_label", "records_without_outcome", "patients_dropped")  # notes of loaders
 
 FloatArray = NDArray[np.float64]
 
@@ -57,42 +57,46 @@ class Predictor:
     Attributes:
         columns: K names of what is predicted.
         labels_read: False where the data needed no label, because they were read by the schema alone.
-        left_out: what was left out of the data, in words and numbers of rows, because the caller said so; empty where nothing was.
+        owner: whose own model it is; None of a model that is shared.
     """
 
     task: Task
     session: Session = field(repr=False)
-    cohort: Cohort = field(repr=False)
+    patients: Patients = field(repr=False)
     columns: tuple[str, ...]
     labels_read: bool
-    left_out: str = ""
+    owner: Owner | None = None
 
     def rows(self, *, batch_size: int = BATCH_SIZE) -> Iterator[Row]:
-        """A row a patient, in the data's order; at most `batch_size` records are with the model at once.
+        """A row a patient, in the order in which they begin; at most `batch_size` records are with the model at once.
+
+        A patient whose records lie apart is held, as a sum, until the last one, and with it whoever begins after it.
 
         Raises:
-            DataError: a prediction is not finite.
+            DataError: a prediction is not finite, or the data are no longer what was checked.
         """
-        order = np.argsort(self.cohort.patient_of_record, kind="stable")
-        ends = np.cumsum(np.bincount(self.cohort.patient_of_record, minlength=self.cohort.num_patients))
-        first = 0
-        while first < len(ends):
-            start = int(ends[first - 1]) if first else 0
-            last = max(first + 1, int(np.searchsorted(ends, start + batch_size, side="right")))  # patients of this batch, or one with many records
-            end = int(ends[last - 1])
-            values = np.concatenate([self._values(order[at : min(at + batch_size, end)]) for at in range(start, end, batch_size)])
-            begins = np.concatenate([[0], ends[first : last - 1] - start])
-            counts = np.diff([*begins, len(values)])
-            means = np.add.reduceat(values, begins, axis=0) / counts[:, None]
-            for place in range(last - first):
-                yield Row(
-                    patient=self.cohort.patient_ids[first + place], num_records=int(counts[place]), values=tuple(float(v) for v in means[place])
-                )
-            first = last
+        held: dict[str, tuple[int, FloatArray]] = {}  # by patient, how many records so far and their sum
+        num_given = 0
+        for batch in self.patients.batches(batch_size):
+            for patient, values in zip(batch.patients, self._values(batch.inputs), strict=True):
+                num, total = held.get(patient, (0, np.zeros_like(values)))
+                held[patient] = num + 1, total + values
+            while held:
+                patient, (num, total) = next(iter(held.items()))
+                if num < self.patients.num_records_of(patient):
+                    break
+                del held[patient]
+                num_given += 1
+                yield Row(patient=patient, num_records=num, values=tuple(float(value) for value in total / num))
+        if held or num_given != self.patients.num_patients:
+            raise DataError(
+                f"expected all records of {self.patients.num_patients:,} patients, found all of {num_given:,}, and of {len(held):,} not as many as were counted: "
+                "the data are no longer what was checked, or somebody in them has no record",
+                "run it again when nobody writes to the data; if it stays so, report the task's loader",
+            )
 
-    def _values(self, records: NDArray[np.int64]) -> FloatArray:
+    def _values(self, inputs: tuple[NDArray[np.generic], ...]) -> FloatArray:
         """`(n, K)` of these records."""
-        inputs = tuple(values[records] for values in self.cohort.inputs)
         given = self.session(inputs)
         if not np.isfinite(given).all():
             raise DataError("expected finite predictions, got NaN or infinity for some records", "check the data with 'wardround data check'")
@@ -102,9 +106,10 @@ class Predictor:
 def require_row(task: Task, shape: Sequence[int]) -> None:
     """Raise `ConfigurationError` where a record's predictions, of this shape, are no row: neither numbers, nor a map of one of the inputs."""
     if task.row is None and len(shape) > 1 and not is_map(task, shape):
+        told = " x ".join(map(str, shape)) + " numbers"
         raise ConfigurationError(
-            f"task {task.name}: expected numbers, classes or a map of an input, which fit a row a patient, got {tuple(shape)} of other numbers",
-            "use wardround.predicting.open_model(...) in Python, which gives them whole; or declare Task.row",
+            f"task {task.name}: expected a model that predicts something of a patient, a number or a class or a map of an input, got one that gives {told} of another kind",
+            "docs/models.md says what such a model is for; wardround.predicting.open_model(...) in Python gives its output whole; a task of your own may declare Task.row",
         )
 
 
@@ -173,18 +178,27 @@ def open_predictor(
         ConfigurationError: a .pt2, which is never loaded; a package or the task is not there; or predictions fit no row, said before data are read.
         DataError: the data are missing, may not be read, or do not fit the schema; nothing was predicted.
     """
-    resolved, session = open_model(Path(model), task)
+    resolved, session, owner = _opened(Path(model), task)
     shape = np.asarray(session(tuple(values[:1] for values in resolved.synthetic_cohort(NUM_SYNTHETIC, 0).inputs))).shape[1:]
     require_row(resolved, shape)
     source = DataSource.of(None if data is None else Path(data), dict(options or {}))
-    cohort, labels_read, left_out = read_patients(resolved, source, skip_bad_rows=skip_bad_rows)
-    if cohort.num_patients == 0:
+    patients = open_patients(resolved, source, skip_bad_rows=skip_bad_rows)
+    if patients.num_patients == 0:
         raise DataMissingError(f"{data}: expected at least one patient, found none", "check the data with 'wardround data check'")
-    return Predictor(task=resolved, session=session, cohort=cohort, columns=column_names(resolved, shape), labels_read=labels_read, left_out=left_out)
+    return Predictor(
+        task=resolved, session=session, patients=patients, columns=column_names(resolved, shape), labels_read=isinstance(patients, WholeCohort),
+        owner=owner,
+    )  # fmt: skip
 
 
 def open_model(path: Path, task: str | None = None) -> tuple[Task, Session]:
     """The task of a model, and what gives its predictions whole, for inputs as the task's cohorts have them. Errors as of `open_predictor`."""
+    resolved, session, _ = _opened(path, task)
+    return resolved, session
+
+
+def _opened(path: Path, task: str | None) -> tuple[Task, Session, Owner | None]:
+    """As `open_model`, and whose own model it is."""
     if path.suffix == ".pt2":
         raise ConfigurationError(
             f"{path}: expected a run's folder, .safetensors or .onnx, got a .pt2, which torch unpickles and so is never loaded here",
@@ -192,7 +206,7 @@ def open_model(path: Path, task: str | None = None) -> tuple[Task, Session]:
         )
     if path.suffix != ".onnx":
         trained = read_trained(path, task=task)
-        return trained.task, torch_session(trained.task, trained.model)
+        return trained.task, torch_session(trained.task, trained.model), trained.owner
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -210,11 +224,11 @@ def open_model(path: Path, task: str | None = None) -> tuple[Task, Session]:
             f"{path}: expected a model of task {resolved.name} as it is here, got one of {facts.task!r} or of another version of it",
             "give the model's own task with --task, or export the run again",
         )
-    return resolved, onnx_session(data)
+    return resolved, onnx_session(data), facts.owner
 
 
-def read_patients(task: Task, source: DataSource, *, skip_bad_rows: bool = False) -> tuple[Cohort, bool, str]:
-    """The cohort, whether labels were read with it, and what was left out of the data, which is nothing unless `skip_bad_rows`.
+def open_patients(task: Task, source: DataSource, *, skip_bad_rows: bool = False) -> Patients:
+    """Patients whose data fit; nobody is left out unless `skip_bad_rows`.
 
     A CSV file with most of the columns of a table's schema is read by the schema, and its label is not looked at. Everything else is read by the task's
     own loader, which may ask for labels.
@@ -222,147 +236,50 @@ def read_patients(task: Task, source: DataSource, *, skip_bad_rows: bool = False
     Raises:
         DataError: the data are missing, may not be read, or do not fit; of rows that do not, with their numbers where they are known.
     """
-    if source.path is None and not task.bundled:
+    path = source.path
+    if path is None and not task.bundled:
         raise DataMissingError(f"task {task.name} has no data of its own", "give the file or folder with DATA")
-    if source.path is not None and not source.path.exists():
-        raise DataMissingError(f"{source.path}: expected data, found nothing", "check the path")
-    if source.path is not None and not source.path.is_file() and not source.path.is_dir():  # a pipe or a device, which may have no end
-        raise DataMissingError(f"{source.path}: expected a file or a folder, found something else", "save it as a file")
-    if source.path is not None and isinstance(task.schema, TableSchema) and not source.options:
-        frame = schema_frame(task.schema, source.path)
-        if frame is not None:
-            cohort, left_out = cohort_by_schema(frame, task.schema, source=source.path.name, skip_bad_rows=skip_bad_rows)
-            return cohort, False, left_out
+    if path is not None and not path.exists():
+        raise DataMissingError(f"{path}: expected data, found nothing", "check the path")
+    if path is not None and not path.is_file() and not path.is_dir():  # a pipe or a device, which may have no end
+        raise DataMissingError(f"{path}: expected a file or a folder, found something else", "save it as a file")
     try:
+        if path is not None and isinstance(task.schema, TableSchema) and not source.options:
+            table = open_table(path, task.schema, skip_bad_rows=skip_bad_rows)
+            if table is not None:
+                return table
         return _by_loader(task, source, skip_bad_rows=skip_bad_rows)
     except PermissionError:
-        raise DataAccessError(f"{source.path}: this user may not read it", "change its permissions") from None
-
-
-# By the schema alone -----------------------------------------------------------------------------------------------------------------
-
-
-def schema_frame(schema: TableSchema, path: Path) -> "pd.DataFrame | None":
-    """The CSV file `path`, or the only one in the folder, as text, where most columns of the schema stand in its first line; else None.
-
-    Raises:
-        DataMissingError, DataAccessError, SchemaError: it is a file that ends in .csv, and cannot be read as one.
-    """
-    from shared.tasks.tabular import only_csv, read_csv
-
-    try:
-        frame = read_csv(only_csv(path))
-    except DataAccessError:
-        raise
-    except DataError:
-        if path.is_file() and path.suffix.lower() == ".csv":
-            raise
-        return None  # the task's own loader says what is wrong
-    frame.columns = [str(name).strip() for name in frame.columns]
-    needed = [column.name for column in schema.columns]
-    return frame if 2 * len(set(needed) & set(frame.columns)) > len(needed) else None
-
-
-def cohort_by_schema(frame: "pd.DataFrame", schema: TableSchema, *, source: str, skip_bad_rows: bool) -> tuple[Cohort, str]:
-    """The cohort of a table, its labels all the same and of no meaning; and which rows were left out.
-
-    Raises:
-        SchemaError: a column is missing or twice; or a row has a value that its column cannot have, no patient, or nothing in it (unless `skip_bad_rows`,
-            and then if it is every row).
-        DataMissingError: there is no row.
-    """
-    from shared.tasks.tabular import cohort_from_frame, require_once
-
-    frame, label = frame.copy(), schema.label
-    frame[label.name] = str(label.low) if label.type == "number" else label.values[0]
-    if schema.site and schema.site not in frame.columns:
-        schema = schema.model_copy(update={"site": None})
-    require_columns(list(frame.columns), schema, source=source)
-    require_once(list(frame.columns), schema, source=source)
-    if schema.patient is None:  # then a row is known by its place in the file
-        frame[ROW] = [f"row {number + 1}" for number in range(len(frame))]
-        schema = schema.model_copy(update={"patient": ROW})
-    bad = misfits(frame, schema)
-    left_out = told_misfits(bad, len(frame)) if bad else ""
-    if bad and (not skip_bad_rows or len(bad) == len(frame)):
-        raise SchemaError(f"{source}: {left_out}", "correct them, or predict for the others with --skip-bad-rows")
-    kept = np.ones(len(frame), dtype=np.bool_)
-    kept[list(bad)] = False
-    return cohort_from_frame(frame[kept].reset_index(drop=True), schema, source=source), left_out
-
-
-def misfits(frame: "pd.DataFrame", schema: TableSchema) -> dict[int, str]:
-    """Rows that nothing can be predicted for, by place from 0: what ails each, in the order of the file; never a value.
-
-    A number must lie in its column's declared range: of many records a few may be clipped to train on, of one patient a value that cannot be is an error
-    of entry. A row in which no column has a value says nothing of a patient.
-    """
-    found: dict[int, str] = {}
-    empty = np.ones(len(frame), dtype=np.bool_)
-    for column in schema.columns:
-        text = frame[column.name].astype(str).str.strip()
-        missing = text.isin([*MISSING_MARKS, *column.missing_codes]).to_numpy()
-        empty &= missing
-        wrong = ~missing & ~_as_declared(text, missing, column)
-        problem = (
-            f"{column.name!r} is no number from {column.low:g} to {column.high:g}" if column.type == "number" else f"{column.name!r} is another value"
-        )
-        found = {int(place): problem for place in np.flatnonzero(wrong)} | found
-        if column.missing == "drop":
-            found = {int(place): f"{column.name!r} is missing" for place in np.flatnonzero(missing)} | found
-    nameless = np.zeros(len(frame), dtype=np.bool_) if schema.patient is None else frame[schema.patient].astype(str).str.strip().isin(MISSING_MARKS)
-    found |= {int(place): "no patient's identifier" for place in np.flatnonzero(nameless)}
-    found |= {int(place): "nothing in it" for place in np.flatnonzero(empty)}
-    return dict(sorted(found.items()))
-
-
-def _as_declared(text: "pd.Series[str]", missing: NDArray[np.bool_], column: Column) -> NDArray[np.bool_]:
-    import pandas as pd
-
-    if column.type != "number":
-        known = {canonical(value) for value in column.values}
-        return text.map({value: canonical(value) in known for value in set(text)}).to_numpy(dtype=np.bool_)
-    assert column.low is not None and column.high is not None
-    short = ~missing & (text.str.len() <= MOST_NUMBER_LETTERS).to_numpy()
-    numbers = np.array(pd.to_numeric(text.where(short), errors="coerce"), dtype=np.float64)
-    return np.asarray((numbers >= column.low) & (numbers <= column.high))  # False of NaN
-
-
-def told_misfits(bad: Mapping[int, str], num_rows: int) -> str:
-    """How many rows, and of the first ten the number, from 1 below the header, and what ails it.
-
-    >>> told_misfits({2: "'age' is missing"}, 9)
-    "1 of 9 rows cannot be predicted for: row 3 ('age' is missing)"
-    """
-    first = ", ".join(f"row {place + 1} ({problem})" for place, problem in list(bad.items())[:MOST_TOLD])
-    more = f" and {len(bad) - MOST_TOLD} more" if len(bad) > MOST_TOLD else ""
-    return f"{len(bad)} of {num_rows} rows cannot be predicted for: {first}{more}"
+        raise DataAccessError(f"{path}: this user may not read it", "change its permissions") from None
 
 
 # By the task's loader ----------------------------------------------------------------------------------------------------------------
 
 
-def _by_loader(task: Task, source: DataSource, *, skip_bad_rows: bool) -> tuple[Cohort, bool, str]:
+def _by_loader(task: Task, source: DataSource, *, skip_bad_rows: bool) -> WholeCohort:
     """Without tolerance where the loader has one, so that it says what ails which record; then what it left out or clipped is looked at."""
     said = ""
     try:
         cohort = _load(task, source, tolerance=0)
     except SchemaError as error:
-        if not skip_bad_rows:
-            raise SchemaError(error.what, f"{error.remedy}; or predict for the others with --skip-bad-rows") from None
         said = error.what
-        cohort = _load(task, source, tolerance=None)
+        cohort = _load(task, source, tolerance=None)  # where this fails too, it is not of some rows alone
+        if not skip_bad_rows:
+            raise SchemaError(said, f"{error.remedy}; or predict for the others with --skip-bad-rows") from None
     counts = {name.replace("_", " "): number for name, number in cohort.notes.items() if number and name.startswith(LEFT_OUT)}
     clipped = cohort.notes.get("values_clipped", 0)
     if clipped > OUT_OF_RANGE_TOLERANCE * cohort.num_records:  # of training data a share of values; here of patients
         counts["values clipped, for they are out of their declared range"] = clipped
+    named = np.array([not CONTROL.search(name) for name in cohort.patient_ids], dtype=np.bool_)
+    if not named.all():
+        counts[f"patients with {CONTROL_TOLD}"] = int((~named).sum())
     told = "; ".join([*([said] if said else []), *(f"{name}: {number:,}" for name, number in counts.items())])
     if counts and not skip_bad_rows:
         raise SchemaError(
             f"{source.path or task.name}: expected data that can all be predicted for, got {told}",
             "correct them (a label may be any that fits), or predict for the others with --skip-bad-rows",
         )
-    return cohort, True, told
+    return WholeCohort(cohort if named.all() else dataclasses.replace(cohort.select(named), notes=cohort.notes), left_out=told)
 
 
 def _load(task: Task, source: DataSource, *, tolerance: float | None) -> Cohort:
@@ -380,7 +297,7 @@ def _load(task: Task, source: DataSource, *, tolerance: float | None) -> Cohort:
 
 
 def write_rows(predictor: Predictor, file: TextIO) -> int:
-    """Write the header and a line a patient as they come; gives the number of patients."""
+    """Write the header and a line a patient as they come, each one line, for no identifier has a control character; gives the number of patients."""
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([PATIENT, NUM_RECORDS, *predictor.columns])
     count = 0

@@ -30,6 +30,8 @@ class StudySpending:
     planned_steps: int
     epsilon: float
     epsilon_planned: float
+    shares: int | None = None  # of distributed noise: epsilons are of sums that hold the shares of so many sites
+    epsilon_if_all_others_collude: float | None = None  # of what was charged; None as well where so little noise has no epsilon worth naming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,4 +180,12 @@ def _study(plan: Plan, account: AccountName, delta: float) -> StudySpending:
         planned_steps=planned.steps,
         epsilon=compose([charge.event for charge in charges], delta),
         epsilon_planned=compose([planned], delta),
+        shares=plan.entry.shares if account == "training" else None,
+        epsilon_if_all_others_collude=_colluding(plan, [charge.event for charge in charges], delta) if account == "training" else None,
     )
+
+
+def _colluding(plan: Plan, charged: list[PrivacyEvent], delta: float) -> float | None:
+    """Epsilon against the coordinator and all other sites together."""
+    alone = [event for event in map(plan.alone, charged) if event is not None]
+    return epsilon_of(alone, delta) if alone and len(alone) == len(charged) else None

@@ -18,7 +18,7 @@ from client.noise import subkey
 from client.refinement import refined
 from client.strategies.local_rule import Kept, Made
 from shared.models import Parameters, get_parameters, set_parameters
-from shared.study import Apfl as Options
+from shared.strategy_options import Apfl as Options
 
 ALPHA = "alpha"
 

@@ -10,7 +10,7 @@ from client.strategies.fine_tuning import FineTuning
 from client.strategies.local_rule import LocalRule
 from client.strategies.q_fedavg import QFedAvg
 from client.strategies.scaffold import Scaffold
-from shared import study as options
+from shared import strategy_options as options
 from shared.study import Study
 from shared.task import Task
 

@@ -8,7 +8,7 @@ from client.local_update import Learner, difference
 from client.optimizers import ProximalTerm
 from client.strategies.local_rule import Kept, Made
 from shared.models import Parameters
-from shared.study import Ditto as Options
+from shared.strategy_options import Ditto as Options
 
 
 class Ditto:

@@ -7,7 +7,7 @@ from client.local_update import Learner, difference
 from client.optimizers import Correction, ProximalTerm
 from client.strategies.local_rule import Kept, Made
 from shared.models import Parameters
-from shared.study import FedDyn as Options
+from shared.strategy_options import FedDyn as Options
 
 
 class FedDyn:

@@ -8,7 +8,7 @@ from client.local_update import Learner
 from client.strategies.fedper import FedPer
 from client.strategies.local_rule import Kept, Made
 from shared.models import Parameters
-from shared.study import FedRep as Options
+from shared.strategy_options import FedRep as Options
 from shared.study import Study
 from shared.task import Task
 

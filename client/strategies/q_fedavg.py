@@ -18,7 +18,7 @@ from client.sampling import PatientIndex, physical_size, sample_units
 from client.strategies.local_rule import Kept, Made
 from shared.cohort import IntArray
 from shared.models import Parameters, set_parameters
-from shared.study import QFedAvg as Options
+from shared.strategy_options import QFedAvg as Options
 
 ALL_AT_ONCE = 1024  # records, without privacy
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from server.kept_updates import Matrix, Updates, squared_distances
 from server.strategies.krum import scores
-from shared.study import Bulyan as Options
+from shared.strategy_options import Bulyan as Options
 
 
 class Bulyan:

@@ -24,6 +24,16 @@ ChaCha20 with a key from the operating system, drawn anew for every release and 
 was asked, answered or was refused is the same in both runs: participation is public, and no part of the promise, and neither are evaluation
 statistics. No amplification is claimed for sampling sites.
 
+Under secure aggregation the coordinator learns T alone, as the decoded sum over the sites that are in it, and each site clips its own update before it is
+rounded at random to whole steps and masked (`client.secure_updates.clipped_for_sum`): whatever is drawn, what a site has in T is at most S long in
+L2. The theorem holds as it stands: given all roundings, the two sums differ by at most S; the roundings of a site are independent of all else, and a
+mixture of pairs that one pair dominates is dominated by it (hockey-stick divergences are jointly convex); a sum of whole steps does not wrap, and in
+float64 its last bit is off, which the S 2**-12 of room covers many times over. A sum that comes to nothing, below its threshold or begun anew, released
+nothing: the noise is drawn once a round, for the sum that was decoded and checked, and whatever becomes of the model then, for no second one. Every
+round is charged for every site, so it makes no difference that a sum needs more sites than one. Assumes beside the above: every site in a sum runs
+this code. The coordinator cannot see whether one clips; one that does not has no promise of its own, moves the model further than S, and may undo the
+others' promise, for it can bring the sum to where it wraps.
+
 Account first. The plan is solved before the first round (`shared.site_level`), and charged for all rounds and folds. What a round spent is in rounds.jsonl
 and its noised model in the checkpoint, on disk, before it is sent to anybody: that is the next round's task, or the closing evaluation. A round that a
 crash cuts short before its checkpoint is done again, with noise drawn anew (the same in a seeded simulation); its first release never left, so it is
@@ -84,6 +94,11 @@ class NoisedMean(ExactMean):
         self._taken: set[str] = set()
 
     @property
+    def num_asked(self) -> int:
+        """The denominator."""
+        return self._num_asked
+
+    @property
     def total_weight(self) -> int:
         """Of the sites asked, so that nothing which is computed with it tells how many answered; 0 before the first update."""
         return self._num_asked if self._taken else 0
@@ -125,8 +140,13 @@ class NoisedMean(ExactMean):
         return min(1.0, self._site_noise.max_norm / norm) if 0 < norm < math.inf else 1.0  # what is not finite is refused just after
 
     def take_mean(self) -> FloatArrays:
-        """The release of this round, in the memory of the sum, which is gone with it; its noise is drawn here, once."""
-        noise, released = self._site_noise, self.take_sum()
+        """The release of this round, in the memory of the sum, which is gone with it."""
+        return self.release(self.take_sum())
+
+    def release(self, total: FloatArrays) -> FloatArrays:
+        """The release of this round, in the memory of `total`: of the named entries that are summed, of which each site's part is at most S long. Its noise
+        is drawn here, once."""
+        noise, released = self._site_noise, {name: value for name, value in total.items() if name in self._site_noise.released}
         grid = NoiseGrid.of(noise.max_norm, sum(value.size for value in released.values()))
         draws = GaussianNoise(noise.key(*self._release))
         for value in released.values():

@@ -1,7 +1,7 @@
 """FedAdagrad: Reddi et al. 2021, algorithm 2: v <- v + D^2; without momentum."""
 
 from server.strategies.adaptive import Adaptive
-from shared.study import FedAdagrad as Options
+from shared.strategy_options import FedAdagrad as Options
 
 
 def fedadagrad(options: Options) -> Adaptive:

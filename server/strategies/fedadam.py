@@ -1,7 +1,7 @@
 """FedAdam: Reddi et al. 2021, algorithm 2: v <- beta_2 v + (1 - beta_2) D^2."""
 
 from server.strategies.adaptive import Adaptive
-from shared.study import FedAdam as Options
+from shared.strategy_options import FedAdam as Options
 
 
 def fedadam(options: Options) -> Adaptive:

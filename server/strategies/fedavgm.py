@@ -2,7 +2,7 @@
 section 4.3: server momentum, v <- beta v + mean update; w <- w + eta v."""
 
 from server.strategies.server_optimizer import ALL, FloatArrays, State, Taken, zeros_like
-from shared.study import FedAvgM as Options
+from shared.strategy_options import FedAvgM as Options
 
 
 class FedAvgM:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from server.aggregation import ExactMean
 from server.strategies.server_optimizer import ALL, FloatArrays, State, Taken
 from shared.errors import ProtocolError
-from shared.study import FedBuff as Options
+from shared.strategy_options import FedBuff as Options
 
 
 def staleness_weight(staleness: int) -> float:

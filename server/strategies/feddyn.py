@@ -2,7 +2,7 @@
 server's part: h <- h - alpha |P|/m mean(theta_k - theta); theta <- mean theta_k - h / alpha."""
 
 from server.strategies.server_optimizer import ALL, FloatArrays, State, Taken, zeros_like
-from shared.study import FedDyn as Options
+from shared.strategy_options import FedDyn as Options
 
 
 class FedDyn:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from server.strategies.adaptive import Adaptive
-from shared.study import FedYogi as Options
+from shared.strategy_options import FedYogi as Options
 
 
 def fedyogi(options: Options) -> Adaptive:

@@ -7,7 +7,7 @@ An iterate is a weighted mean of the updates, so its distances to them follow fr
 import numpy as np
 
 from server.kept_updates import Matrix, Updates, combined, squared_distances
-from shared.study import GeometricMedian as Options
+from shared.strategy_options import GeometricMedian as Options
 
 ITERATIONS = 200  # at most; the paper takes 3, and here one costs nothing
 CLOSE = 1e-9  # no share moves more: there

@@ -5,8 +5,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.kept_updates import Matrix, Updates, combined, squared_distances
-from shared.study import Krum as KrumOptions
-from shared.study import MultiKrum as MultiKrumOptions
+from shared.strategy_options import Krum as KrumOptions
+from shared.strategy_options import MultiKrum as MultiKrumOptions
 
 
 class Krum:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from server.aggregation import ExactMean
 from shared.errors import ProtocolError
-from shared.study import NormBounding as Options
+from shared.strategy_options import NormBounding as Options
 
 
 class BoundedMean(ExactMean):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from server.aggregation import ExactMean, FloatArrays
 from shared.errors import ProtocolError
 from shared.plan import SitePlan
-from shared.study import QFedAvg as Options
+from shared.strategy_options import QFedAvg as Options
 from shared.study import Study
 
 NONE: Mapping[str, float] = {}

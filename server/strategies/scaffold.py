@@ -5,7 +5,7 @@ c_i+ - c_i is -c - (y_i - x) / (K eta_l), so its mean follows from the mean upda
 """
 
 from server.strategies.server_optimizer import ALL, FloatArrays, State, Taken, zeros_like
-from shared.study import Scaffold as Options
+from shared.strategy_options import Scaffold as Options
 
 CONTROL = "control"
 

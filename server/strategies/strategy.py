@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -18,30 +18,28 @@ from numpy.typing import NDArray
 
 from server.aggregation import Aggregator, ExactMean, blocks
 from server.blocks import Block
-from server.kept_updates import KeptUpdates
 from server.sampler import sample_sites
 from server.secure_sum import SecureSum, SumResult
-from server.strategies.bulyan import Bulyan
-from server.strategies.coordinate_median import coordinate_median
+from server.strategies.answers import (
+    Answer,
+    Member,
+    Question,
+    Round,
+    check_asked,
+    check_privacy,
+    check_released,
+    config_of,
+    failed,
+    failure_reason,
+    norm,
+    norm_in_block,
+)
+from server.strategies.choice import aggregator, server_optimizer
 from server.strategies.dp_fedavg import NoisedMean, SiteNoise
-from server.strategies.fedadagrad import fedadagrad
-from server.strategies.fedadam import fedadam
-from server.strategies.fedavg import FedAvg
-from server.strategies.fedavgm import FedAvgM
-from server.strategies.fedbuff import Buffer, FedBuff
-from server.strategies.feddyn import FedDyn
-from server.strategies.fednova import NormalisedMean
-from server.strategies.fedyogi import fedyogi
-from server.strategies.geometric_median import GeometricMedian
-from server.strategies.krum import Krum
-from server.strategies.norm_bounding import BoundedMean
-from server.strategies.q_fedavg import FairMean
 from server.strategies.scaffold import CONTROL as SERVER_CONTROL
-from server.strategies.scaffold import Scaffold
-from server.strategies.server_optimizer import FloatArrays, ServerOptimizer, State, Taken
-from server.strategies.trimmed_mean import TrimmedMean
-from shared import study as options
-from shared.errors import ProtocolError, SiteFailedError, is_fixed_sentence
+from server.strategies.server_optimizer import FloatArrays, State, Taken
+from shared import strategy_options as options
+from shared.errors import ProtocolError
 from shared.messages import (
     CONTROL,
     JSON,
@@ -50,7 +48,6 @@ from shared.messages import (
     Content,
     Evaluated,
     Refused,
-    Statistics,
     Trained,
     TrainTask,
     decode,
@@ -62,139 +59,13 @@ from shared.messages import (
     plain_text,
     to_array_record,
 )
-from shared.models import Parameters, Template, arrays_digest, check_parameters, template_of
-from shared.results import SitePrivacy, Status
+from shared.models import Parameters, Template, arrays_digest, template_of
 from shared.secure_sum.messages import MaskInputTask, SecureTrained, SecureTrainTask
 from shared.seeding import derive
 
 logger = logging.getLogger(__name__)
 
 MAX_RELATIVE_NORM = 1000.0  # of an update, by the model's own norm or 1: far more than training or its noise moves a model in one round
-MAX_PRIVACY_NUMBER = 1e9  # steps, or an epsilon that promises nothing
-NONE: Mapping[str, int] = {}
-MAX_STATISTIC = 1e12  # of any entry of a statistic: far more than there are patients, and far from overflow
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """An enrolled site: its node, and its weight in the mean."""
-
-    name: str
-    node_id: int
-    weight: int
-    steps: int = 1  # of a round, by its declared size
-    batch: float = 1.0  # expected, by the same
-    noise: float = 0.0  # of q-fedavg, see `noise_energy`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What one site's reply came to. An update is not kept here: it is in the running sum."""
-
-    name: str
-    status: Status
-    reason: str | None = None
-    statistics: Statistics | None = None
-    privacy: SitePrivacy | None = None
-    ledger_head: str | None = None
-    staleness: int | None = None  # of fedbuff: rounds since the model that was asked about was the newest
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """What the sites were asked, as far as an answer is judged by it.
-
-    Attributes:
-        origin: run and study hash of the task, which a reply must name.
-        template: of the parameters that are shared.
-        norm: L2 norm of the model.
-    """
-
-    number: int
-    fold: int
-    origin: tuple[object, object]
-    training: bool
-    template: Template
-    norm: float
-
-
-@dataclass(slots=True, kw_only=True)
-class Round:
-    """What is known of the round under way; made anew by `configure_train` and `configure_evaluate`.
-
-    Attributes:
-        secure: takes the updates, under masks, in place of `mean`.
-    """
-
-    question: Question
-    parameters: Parameters
-    asked: dict[str, Member]
-    mean: Aggregator
-    losses: dict[str, float] = field(default_factory=dict)
-    secure: SecureSum | None = None
-    staleness: dict[str, int] = field(default_factory=dict)
-    answers: dict[str, Answer] = field(default_factory=dict)
-
-
-NOBODY: Mapping[str, Member] = {}
-
-
-def server_optimizer(strategy: options.Strategy, *, local_steps: int | None = None) -> ServerOptimizer:
-    """The server's part of a study's strategy; FedAvg where it is in the sites' training alone, as with FedProx."""
-    match strategy:
-        case options.Scaffold():
-            assert local_steps is not None
-            return Scaffold(strategy, local_steps=local_steps)
-        case options.FedDyn():
-            return FedDyn(strategy)
-        case options.FedAvgM():
-            return FedAvgM(strategy)
-        case options.FedBuff():
-            return FedBuff(strategy)
-        case options.FedAdagrad():
-            return fedadagrad(strategy)
-        case options.FedAdam():
-            return fedadam(strategy)
-        case options.FedYogi():
-            return fedyogi(strategy)
-        case _:
-            return FedAvg()
-
-
-def aggregator(
-    strategy: options.Strategy, *, members: Mapping[str, Member] = NOBODY, losses: Mapping[str, float] = NONE, learning_rate: float = 1.0,
-    staleness: Mapping[str, int] = NONE,
-) -> Aggregator:  # fmt: skip
-    """What takes the updates of a round, and makes one of them.
-
-    Args:
-        members: those asked, by name.
-        losses: by site, where the strategy asks for them; each is there before the update is added.
-        learning_rate: of the sites in this round.
-        staleness: by site, where the strategy takes what comes late; as `losses`.
-    """
-    match strategy:
-        case options.FedBuff():
-            return Buffer(strategy, staleness=staleness)
-        case options.FedNova():
-            return NormalisedMean({name: member.steps for name, member in members.items()})
-        case options.QFedAvg():
-            noise = {name: member.noise for name, member in members.items()}
-            return FairMean(strategy, learning_rate=learning_rate, losses=losses, noise=noise)
-        case options.NormBounding():
-            return BoundedMean(strategy)
-        case options.CoordinateMedian():
-            return KeptUpdates(coordinate_median)
-        case options.TrimmedMean():
-            return KeptUpdates(TrimmedMean(strategy))
-        case options.Krum() | options.MultiKrum():
-            return KeptUpdates(Krum(strategy))
-        case options.Bulyan():
-            return KeptUpdates(Bulyan(strategy))
-        case options.GeometricMedian():
-            return KeptUpdates(GeometricMedian(strategy))
-        case _:
-            return ExactMean()
 
 
 class FederatedStrategy(Strategy):
@@ -259,6 +130,9 @@ class FederatedStrategy(Strategy):
         ]
         current, asked = self._current(), secure.tasks()
         current.secure = secure
+        if self._site_noise is not None:  # who dropped out before, or is left out of a sum that is begun anew, was asked as well
+            num_asked = len({*self.sampled(task.round), *secure.setting.sites})
+            current.mean = self._noised_mean(self._site_noise, task.round, num_asked=num_asked)
         sent, control = (from_array_record(record[key]) if key in record else {} for key in (PARAMETERS, CONTROL))  # type: ignore[arg-type]
         secure.model = arrays_digest({**sent, **{f"{CONTROL} {name}": value for name, value in control.items()}})
         messages = []
@@ -322,7 +196,7 @@ class FederatedStrategy(Strategy):
         if self._site_noise is None:
             mean = aggregator(self._options, members=asked, losses=losses, learning_rate=self._learning_rate(number), staleness=staleness)
         else:
-            mean = NoisedMean(self._site_noise, num_asked=len(asked), fold=self.fold, round_number=number)
+            mean = self._noised_mean(self._site_noise, number, num_asked=len(asked))
         question = Question(
             number=number, fold=self.fold, origin=(told.get("run"), told.get("study_hash")), training=training,
             template=template_of({name: parameters[name] for name in self._shared(parameters)}), norm=norm(parameters),
@@ -334,6 +208,9 @@ class FederatedStrategy(Strategy):
         if training and control:  # in the model's order, which a state read back from a checkpoint does not keep
             record[CONTROL] = to_array_record({name: control[name].astype(value.dtype) for name, value in parameters.items() if name in control})
         return [Message(record, member.node_id, message_type, group_id=str(number)) for member in asked.values()]
+
+    def _noised_mean(self, noise: SiteNoise, number: int, *, num_asked: int) -> NoisedMean:
+        return NoisedMean(noise, num_asked=num_asked, fold=self.fold, round_number=number)
 
     def take_replies(self, replies: Iterable[Message | Block]) -> None:
         """Judge each reply as it comes, add its update to the running sum, and forget it. A second reply of a site is dropped."""
@@ -369,7 +246,7 @@ class FederatedStrategy(Strategy):
         try:
             return self._accept(reply.content, member, current, question)
         except ProtocolError as error:
-            return _failed(member, error)
+            return failed(member, error)
         except Exception:  # the border of the coordinator: bytes that break their reader cost this site its round, and nobody else anything
             logger.warning("site %s: its reply could not be read", member.name, exc_info=logger.isEnabledFor(logging.DEBUG))
             return Answer(name=member.name, status="failed", reason=f"{ProtocolError.code} expected a reply that can be read, got one that cannot")
@@ -383,10 +260,10 @@ class FederatedStrategy(Strategy):
                 judged[row] = Answer(name=member.name, status="refused", reason=f"{reply.code} {reply.reason}")
                 continue
             try:
-                _check_asked(reply, member, current.question)
-                self._check_norm(_row_norm(block, row), current.question.norm)
+                check_asked(reply, member, current.question)
+                self._check_norm(norm_in_block(block, row), current.question.norm)
             except ProtocolError as error:
-                judged[row] = _failed(member, error)
+                judged[row] = failed(member, error)
                 continue
             judged[row] = Answer(
                 name=member.name, status="ok", reason=reply.withheld, statistics=statistics, privacy=reply.privacy, ledger_head=reply.ledger_head
@@ -396,7 +273,7 @@ class FederatedStrategy(Strategy):
         weights, sites = [members[row].weight for row in usable], [members[row].name for row in usable]
         for row, refusal in zip(usable, current.mean.add_rows(block.shapes, rows, weights, sites=sites), strict=True):
             if refusal is not None:
-                judged[row] = _failed(members[row], refusal)
+                judged[row] = failed(members[row], refusal)
         current.answers.update({answer.name: answer for answer in judged.values()})
 
     def _accept(self, record: RecordDict, member: Member, current: Round, question: Question) -> Answer:
@@ -408,12 +285,12 @@ class FederatedStrategy(Strategy):
         if isinstance(content, SecureTrained):
             masked, content = content.masked, content.trained
         assert isinstance(content, Trained | Evaluated)
-        _check_asked(content, member, question)
-        _check_privacy(content.privacy)
+        check_asked(content, member, question)
+        check_privacy(content.privacy)
         statistics = decode_statistics(record, self._statistics, signed=self._noised_statistics)
         if statistics is not None and self._noised_statistics and question.training:
             raise ProtocolError("expected noised statistics with the closing evaluation alone, got some with an update")
-        _check_statistics(statistics or {})
+        check_released(statistics or {})
         if masked is not None:
             assert current.secure is not None
             current.secure.take(member.name, masked, decode_masked(record))
@@ -452,39 +329,33 @@ class FederatedStrategy(Strategy):
         mean, current.mean = current.mean.take_mean(), ExactMean()  # the sum is not needed any more, and larger than the model
         return self._moved_by(mean, weight, current), None
 
-    def aggregate_secure(self, total: SumResult) -> ArrayRecord:
-        """The next model from a secure sum.
+    def check_sum(self, total: SumResult) -> None:
+        """Return where this may be a secure sum over the sites that it names.
 
         Raises:
-            ProtocolError: its weight is not that of the sites in it.
+            ProtocolError: its weight is not theirs.
         """
         current = self._current()
         expected = sum(current.asked[name].weight for name in total.sites)
         if total.weight != expected:
             raise ProtocolError(f"secure sum: expected a weight of {expected} for the sites in it, got {total.weight}")
-        flat, mean, start = total.mean(), {}, 0
-        for name, (shape, _) in current.question.template.items():
-            end = start + math.prod(shape)
-            mean[name], start = flat[start:end].reshape(shape), end
-        return self._moved_by(mean, total.weight, current)
+
+    def aggregate_secure(self, total: SumResult) -> ArrayRecord:
+        """The next model from a secure sum that was checked. Once a round: where the sum is noised, that is the round's one release."""
+        current = self._current()
+        if isinstance(current.mean, NoisedMean):
+            mean, weight = current.mean.release(_named(total.values.copy(), current.question.template)), current.mean.num_asked
+        else:
+            mean, weight = _named(total.mean(), current.question.template), total.weight
+        return self._moved_by(mean, weight, current)
 
     def aggregate_gradients(self, total: SumResult, *, spacing: float) -> ArrayRecord:
-        """The next model from a secure sum of clipped gradients with distributed noise, in grid points: a step against their mean.
-
-        Raises:
-            ProtocolError: its weight is not the number of the sites in it.
-        """
+        """The next model from a secure sum of clipped gradients with distributed noise, in grid points, that was checked: a step against their mean."""
         current = self._current()
-        if total.weight != len(total.sites):
-            raise ProtocolError(f"secure sum: expected a weight of {len(total.sites)} for the sites in it, got {total.weight}")
         batch = math.fsum(current.asked[name].batch for name in total.sites)
         flat = total.values * (-self._learning_rate(current.question.number) * spacing / batch)
-        mean, start = {}, 0
-        for name, (shape, _) in current.question.template.items():
-            if name in self._trainable:
-                end = start + math.prod(shape)
-                mean[name], start = flat[start:end].reshape(shape), end
-        return self._moved_by(mean, total.weight, current)
+        trainable = {name: form for name, form in current.question.template.items() if name in self._trainable}
+        return self._moved_by(_named(flat, trainable), total.weight, current)
 
     def _moved_by(self, mean: FloatArrays, weight: int, current: Round) -> ArrayRecord:
         share = weight / max(1, sum(member.weight for member in self._members.values()))
@@ -515,54 +386,13 @@ class FederatedStrategy(Strategy):
         return self.round
 
 
-def config_of(record: RecordDict) -> ConfigRecord:
-    """The text of a message."""
-    config = record[MESSAGE]
-    assert isinstance(config, ConfigRecord)
-    return config
-
-
-def norm(arrays: Parameters) -> float:
-    """L2 norm over all arrays together, in float64."""
-    flat = [value.reshape(-1) for value in arrays.values()]
-    return math.sqrt(math.fsum(float(np.square(value[block], dtype=np.float64).sum()) for value in flat for block in blocks(value.size)))
-
-
-def row_norm(row: NDArray[np.floating]) -> float:
-    """L2 norm of a flat update, in float64; not by BLAS, whose threads would stand in the way of those that train."""
-    return math.sqrt(float(np.square(row, dtype=np.float64).sum()))
-
-
-def _row_norm(block: Block, row: int) -> float:
-    """`row_norm` of the update in this row.
-
-    Raises:
-        ProtocolError: a value is not finite.
-    """
-    length = row_norm(block.updates[row])
-    if not math.isfinite(length):  # else every value is
-        named, start = {}, 0
-        for name, shape in block.shapes.items():
-            end = start + math.prod(shape)
-            named[name], start = block.updates[row, start:end].reshape(shape), end
-        check_parameters(named, template_of(named))
-    return length
-
-
-def _check_asked(content: Trained | Evaluated, member: Member, question: Question) -> None:
-    """Return where this is the answer to what was asked.
-
-    Raises:
-        ProtocolError: it is another site's, or one to another round, run or study.
-    """
-    if (content.name, content.round, content.fold) != (member.name, question.number, question.fold):
-        raise ProtocolError("expected a reply for this site and round, got one for another")
-    if (content.run, content.study_hash) != question.origin:
-        raise ProtocolError("expected a reply for this run and study, got one for another")
-
-
-def _failed(member: Member, error: ProtocolError) -> Answer:
-    return Answer(name=member.name, status="failed", reason=f"{error.code} {error.what}")
+def _named(flat: NDArray[np.float64], template: Template) -> FloatArrays:
+    """Views of a flat array, by name."""
+    named, start = {}, 0
+    for name, (shape, _) in template.items():
+        end = start + math.prod(shape)
+        named[name], start = flat[start:end].reshape(shape), end
+    return named
 
 
 def _moved(value: NDArray[np.floating], change: NDArray[np.float64]) -> NDArray[np.floating]:
@@ -572,22 +402,3 @@ def _moved(value: NDArray[np.floating], change: NDArray[np.float64]) -> NDArray[
     for block in blocks(flat.size):
         out[block] = flat[block] + added[block]
     return moved
-
-
-def failure_reason(reply: Message) -> str:
-    """Why a reply is an error: a code and sentence of our own grid's where there is one, and never a foreign text."""
-    told = reply.error.reason or ""
-    return told if is_fixed_sentence(told) else f"{SiteFailedError.code} The site's app failed."
-
-
-def _check_privacy(privacy: SitePrivacy | None) -> None:
-    if privacy is not None:
-        numbers = (privacy.epsilon, privacy.delta, privacy.noise_multiplier, privacy.sample_rate, privacy.steps, privacy.epsilon_cross_check or 0.0)
-        if not all(0 <= number <= MAX_PRIVACY_NUMBER for number in numbers):
-            raise ProtocolError(f"privacy: expected numbers from 0 to {MAX_PRIVACY_NUMBER:g}, got others")
-
-
-def _check_statistics(statistics: Statistics) -> None:
-    for name, value in statistics.items():
-        if np.abs(value).max(initial=0.0) > MAX_STATISTIC:
-            raise ProtocolError(f"statistic {name}: expected entries of at most {MAX_STATISTIC:g}, got larger ones")

@@ -4,7 +4,7 @@ Statistical Rates", definition 2. Every site counts alike."""
 import numpy as np
 
 from server.kept_updates import Matrix, Updates
-from shared.study import TrimmedMean as Options
+from shared.strategy_options import TrimmedMean as Options
 
 
 class TrimmedMean:

@@ -9,7 +9,7 @@ ChaCha20-Poly1305 (RFC 8439) under a key for one sender, one receiver and one me
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -65,11 +65,40 @@ def verify_keys(keys: AdvertisedKeys, setting: SumSetting, roster: Mapping[str, 
     """
     statement = keys_statement(setting, keys.name, mask_key=keys.mask_key, share_key=keys.share_key, self_mask=keys.self_mask)
     try:
-        roster[keys.name].verify(bytes.fromhex(keys.signature), statement)
+        _check_signature(roster[keys.name].public_bytes_raw(), keys.signature, statement)
     except KeyError:
         raise SealError(f"secure sum: expected keys of a site on the roster, got {keys.name}'s") from None
     except InvalidSignature:
         raise SealError(f"secure sum: expected the signature of site {keys.name} on its keys for this round, got another") from None
+
+
+def survivors_statement(setting: SumSetting, site: str, survivors: Sequence[str]) -> bytes:
+    """What a site signs of the list of survivors that it was told."""
+    return _statement(setting, "sign survivors", site, hashlib.sha256(json.dumps(list(survivors)).encode()).hexdigest())
+
+
+def verify_survivors(site: str, signature: str, survivors: Sequence[str], *, setting: SumSetting, roster: Mapping[str, Ed25519PublicKey]) -> None:
+    """Return where this site signed this very list for this setting.
+
+    Raises:
+        SealError: it did not, or there is no such site.
+    """
+    try:
+        _check_signature(roster[site].public_bytes_raw(), signature, survivors_statement(setting, site, survivors))
+    except KeyError:
+        raise SealError(f"secure sum: expected the signature of a site on the roster, got {site}'s") from None
+    except InvalidSignature:
+        raise SealError(f"secure sum: expected the signature of site {site} on the same list of survivors, got another") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _check_signature(public: bytes, signature: str, statement: bytes) -> None:
+    """Return where the signature (hex) is this key's. What held once holds: the sites of a simulation, all in one process, look at the same signatures.
+
+    Raises:
+        InvalidSignature: it is not.
+    """
+    Ed25519PublicKey.from_public_bytes(public).verify(bytes.fromhex(signature), statement)
 
 
 class PairKeys:

@@ -1,4 +1,4 @@
-"""What a coordinator asks and a site answers in the four stages of a sum: one request and one reply each.
+"""What a coordinator asks and a site answers in the five stages of a sum: one request and one reply each.
 
 Everything is JSON of bounded length, but for the masked input, `(B (num_values + 2),)` uint8 beside it (`FixedPoint.pack`). Keys, shares and
 signatures are hex. Nothing here is secret but what its receiver alone can open, and the shares of the last stage.
@@ -94,11 +94,25 @@ class MaskedInput(SumReply):
     kind: Literal["masked-input"] = "masked-input"
 
 
+class SignSurvivorsTask(SumMessage):
+    """These sites' inputs, and no others, are in the sum: sign it, for the others to see that you were told the same."""
+
+    kind: Literal["sign-survivors"] = "sign-survivors"
+    survivors: Sites
+
+
+class SignedSurvivors(SumReply):
+    """A site's signature on the one list that it signs in a round (`agreement.survivors_statement`)."""
+
+    kind: Literal["signed-survivors"] = "signed-survivors"
+    signature: Signature
+
+
 class UnmaskTask(SumMessage):
-    """These sites' inputs, and no others, are in the sum."""
+    """So many sites signed the list that you signed: here are their signatures, by name; give your shares for that list."""
 
     kind: Literal["unmask"] = "unmask"
-    survivors: Sites
+    signatures: Annotated[dict[Name, Signature], Field(max_length=MAX_SITES)]
 
 
 class Unmasked(SumReply):
@@ -131,4 +145,4 @@ class SecureTrained(Content):
     masked: MaskedInput
 
 
-SumTask = AdvertiseKeysTask | ShareKeysTask | MaskInputTask | UnmaskTask
+SumTask = AdvertiseKeysTask | ShareKeysTask | MaskInputTask | SignSurvivorsTask | UnmaskTask

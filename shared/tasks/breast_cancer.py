@@ -50,6 +50,8 @@ SCHEMA = TableSchema(
     columns=_columns(),
 )
 
+MODEL = ModelOptions(hidden=(16,))
+
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
 
@@ -67,12 +69,17 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     return cohort_from_frame(frame, SCHEMA, source="wisconsin")
 
 
-def breast_cancer() -> Task:
+def normalised() -> Task:
+    """The task `breast-cancer` with LayerNorm in its hidden layer, for strategies that keep normalisation at a site."""
+    return breast_cancer(ModelOptions(hidden=(16,), normalise=True))
+
+
+def breast_cancer(model: ModelOptions = MODEL) -> Task:
     """The task `breast-cancer`."""
     return table_task(
         SCHEMA,
         load_cohort=load_cohort,
-        model=ModelOptions(hidden=(16,)),
+        model=model,
         source="Wolberg, Street, Mangasarian 1995 (UCI), as bundled with scikit-learn",
         bundled=True,
         default_study="breast-cancer.toml",

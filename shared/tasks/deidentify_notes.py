@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from shared.cohort import Cohort, IntArray
@@ -294,6 +295,22 @@ def predict(outputs: torch.Tensor) -> torch.Tensor:
     """`(N, T, 2)`, as the labels: the likeliest tag, and the likeliest place of a drug among those found."""
     tags = outputs[..., : len(TAGS)].argmax(dim=-1)
     return torch.stack([tags, pointing(outputs, tags).argmax(dim=-1)], dim=-1).to(outputs.dtype)
+
+
+def entity_rows(predictions: NDArray[np.generic], inputs: tuple[NDArray[np.generic], ...]) -> FloatArray:
+    """`(N, 6)`: how many entities of each kind are found in a record, and how many doses with their drug.
+
+    Args:
+        predictions: `(N, T, 2)` as `predict` gives them.
+        inputs: the tokens `(N, T, F)`.
+    """
+    there = inputs[0][..., 0] != PADDING
+    rows = np.zeros((len(predictions), len(KINDS) + 1))
+    for record, (present, given) in enumerate(zip(there, predictions.astype(np.int64), strict=True)):
+        spans = spans_of(given[present, 0].tolist())
+        rows[record, :-1] = np.bincount([span[2] for span in spans], minlength=len(KINDS))
+        rows[record, -1] = len(relations_of(spans, given[:, 1].tolist()))
+    return rows
 
 
 # Metrics ------------------------------------------------------------------------------------------------------------------------
@@ -624,6 +641,8 @@ def deidentify_notes() -> Task:
         model=TokenTagger,
         loss=tagging_loss,
         predict=predict,
+        predicted=(*(f"{kind.lower()}s_found" for kind in KINDS), "doses_with_drug"),
+        row=entity_rows,
         metrics=METRICS,
         primary_metric="entity_f1",
         source="your own notes as a BIO-tagged CSV; synthetic notes",

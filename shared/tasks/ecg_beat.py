@@ -30,12 +30,11 @@ from pydantic import Field
 from torch import nn
 
 from shared.cohort import Cohort, IntArray
-from shared.config import Settings, validate
+from shared.config import Real, Settings, validate
 from shared.errors import DataMissingError, SchemaError
 from shared.metrics import confusion_metrics
 from shared.schema import TensorSchema
 from shared.seeding import generator
-from shared.study import Real
 from shared.subgroups import Subgroup
 from shared.task import Task
 from shared.tasks.images import attribute_of, patients_of, read_listing, refuse_too_many

@@ -22,10 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from shared.config import Settings, nearest, validate
+from shared.config import Real, Settings, nearest, validate
 from shared.errors import DataAccessError, DataError, DataMissingError, SchemaError
 from shared.schema import MOST_NUMBER_LETTERS
-from shared.study import Real
 
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for

@@ -47,6 +47,8 @@ SCHEMA = TableSchema(
     subgroups=(Subgroup(attribute="sex", names={"0": "female", "1": "male"}), Subgroup(attribute="age", edges=(50, 65))),
 )
 
+MODEL = ModelOptions(hidden=())
+
 if TYPE_CHECKING:
     import pandas as pd  # tens of megabytes that a coordinator has no use for
 
@@ -156,12 +158,17 @@ def published_split(labels: NDArray[np.str_]) -> NDArray[np.bool_]:
     return test
 
 
-def heart_disease() -> Task:
+def normalised() -> Task:
+    """The task `heart-disease` with one hidden layer and LayerNorm in it, for strategies that keep normalisation at a site."""
+    return heart_disease(ModelOptions(hidden=(16,), normalise=True))
+
+
+def heart_disease(model: ModelOptions = MODEL) -> Task:
     """The task `heart-disease`."""
     return table_task(
         SCHEMA,
         load_cohort=load_cohort,
-        model=ModelOptions(hidden=()),
+        model=model,
         source="Janosi, Steinbrunn, Pfisterer, Detrano 1988 (UCI); split of FLamby",
         sites=SITES,
         default_study="heart-disease.toml",

@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from shared.config import Settings, nearest, validate
+from shared.config import Real, Settings, nearest, validate
 from shared.errors import DataAccessError, DataError, DataMissingError, SchemaError
 from shared.schema import OUT_OF_RANGE_TOLERANCE
-from shared.study import Real
 from shared.tasks.icu_stays import DESCRIBED, HOURS, INDEX_OF, MOST_MINUTES, NUM_VARIABLES, UNITS, UNKNOWN, VARIABLES, IcuStays, IntArray
 from shared.tasks.tabular import read_csv
 

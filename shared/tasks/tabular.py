@@ -3,10 +3,11 @@
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +16,12 @@ from pydantic import Field
 from torch import nn
 
 from shared.cohort import Cohort
-from shared.config import Settings, read_toml, validate
+from shared.config import Real, Settings, read_toml, validate
 from shared.errors import ConfigurationError, DataAccessError, DataError, DataMissingError, SchemaError
 from shared.metrics import BINARY_METRICS, Metric, confusion_metrics, error_metrics
 from shared.models import mlp
 from shared.schema import MISSING_MARKS, Column, TableSchema, encode_table
 from shared.seeding import generator
-from shared.study import Real
 from shared.task import LoadCohort, Task
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ModelOptions(Settings):
 
     hidden: tuple[int, ...] = Field(default=(32,), strict=False)
     dropout: Real = Field(default=0.0, ge=0, lt=1)
+    normalise: bool = Field(default=False, description="LayerNorm in each hidden layer; what strategy 'fedbn' keeps at a site")
 
 
 class TabularTask(TableSchema):
@@ -102,7 +103,7 @@ def table_task(schema: TableSchema, *, load_cohort: LoadCohort, model: ModelOpti
         schema=schema,
         load_cohort=load_cohort,
         synthetic_cohort=lambda num_patients, seed: synthetic_cohort(schema, num_patients, seed),
-        model=lambda: mlp(num_features, rule.num_outputs, hidden=model.hidden, dropout=model.dropout),
+        model=lambda: mlp(num_features, rule.num_outputs, hidden=model.hidden, dropout=model.dropout, normalise=model.normalise),
         loss=rule.loss,
         predict=rule.predict,
         metrics=rule.metrics,
@@ -150,19 +151,29 @@ def only_csv(path: Path) -> Path:
         DataMissingError: there is none, or more than one.
         DataAccessError: the folder may not be read.
     """
-    if not path.exists():
-        raise DataMissingError(f"{path}: expected data, found nothing", "check the path given with --data")
-    if path.is_file():
-        return path
-    if not path.is_dir():  # a device or a pipe, which may have no end
-        raise DataMissingError(f"{path}: expected a file or a folder, found something else", "save it as a file")
-    try:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".csv")
-    except PermissionError:
-        raise DataAccessError(f"{path}: this user may not read the folder", "change its permissions") from None
+    files = csv_files(path)
     if len(files) != 1:
         raise DataMissingError(f"{path}: expected one CSV file, found {len(files)}", REMEDY_FOLDER)
     return files[0]
+
+
+def csv_files(path: Path) -> list[Path]:
+    """`path`, or the CSV files in the folder `path`.
+
+    Raises:
+        DataMissingError: there is no such file or folder.
+        DataAccessError: the folder may not be read.
+    """
+    if not path.exists():
+        raise DataMissingError(f"{path}: expected data, found nothing", "check the path given with --data")
+    if path.is_file():
+        return [path]
+    if not path.is_dir():  # a device or a pipe, which may have no end
+        raise DataMissingError(f"{path}: expected a file or a folder, found something else", "save it as a file")
+    try:
+        return sorted(file for file in path.iterdir() if file.suffix.lower() == ".csv")
+    except PermissionError:
+        raise DataAccessError(f"{path}: this user may not read the folder", "change its permissions") from None
 
 
 def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
@@ -176,12 +187,46 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
         DataAccessError: it may not be read.
         SchemaError: it is not UTF-8 text or not a regular CSV, or a line is longer than 16 MiB.
     """
+    with _csv_errors(path):
+        return _read_separated(path, names)
+
+
+def csv_columns(path: Path) -> list[str]:
+    """The names in the first line of a CSV file. Errors as of `read_csv`."""
+    import pandas as pd
+
+    with _csv_errors(path):
+        _count_lines(path)
+        return [str(name) for name in pd.read_csv(path, nrows=0, **_as_text(_separator(path))).columns]
+
+
+def csv_parts(path: Path, *, part_bytes: int) -> "Iterator[pd.DataFrame]":
+    """As `read_csv`, in parts of about so many bytes of the file; their index goes on from part to part. Errors as of `read_csv`, as they are come to."""
+    import pandas as pd
+
+    with _csv_errors(path):
+        num_lines = _count_lines(path)
+        num_rows = max(1, part_bytes * num_lines // max(1, path.stat().st_size))
+        separator = _separator(path)
+        reader = pd.read_csv(path, chunksize=num_rows, **_as_text(separator))
+    with reader:
+        while True:
+            with _csv_errors(path):
+                part = next(reader, None)
+            if part is None:
+                return
+            yield _with_points(part, separator)
+
+
+@contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a CSV file, in our own words."""
     import pandas as pd
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return _read_separated(path, names)
+            yield
     except FileNotFoundError:
         raise DataMissingError(f"{path}: expected a CSV file, found none", "check the path given with --data") from None
     except PermissionError:
@@ -199,26 +244,49 @@ def read_csv(path: Path, *, names: list[str] | None = None) -> "pd.DataFrame":
 def _read_separated(path: Path, names: list[str] | None) -> "pd.DataFrame":
     import pandas as pd
 
+    _count_lines(path)
+    separator = _separator(path)
+    frame = pd.read_csv(path, names=names, header=None if names else 0, **_as_text(separator))
+    return _with_points(frame, separator)
+
+
+def _count_lines(path: Path) -> int:
+    """How many lines there are.
+
+    Raises:
+        SchemaError: one is longer than 16 MiB, which would be held whole.
+    """
+    number = 0
     with open(path, "rb") as lines:
         while line := lines.readline(MOST_LINE_BYTES + 1):
+            number += 1
             if len(line) > MOST_LINE_BYTES:
                 raise SchemaError(
                     f"{path}: expected lines of at most {MOST_LINE_BYTES // 2**20} MiB, got a longer one", "check that it is a CSV file"
                 )
+    return number
+
+
+def _separator(path: Path) -> str:
     with open(path, encoding="utf-8-sig") as file:
-        separator = max(",;\t", key=file.readline().count)
-    frame = pd.read_csv(
-        path,
-        dtype=str,
-        keep_default_na=False,
-        names=names,
-        header=None if names else 0,
-        index_col=False,  # else a field too many in every line shifts all columns, in silence
-        sep=separator,
-        skipinitialspace=True,
-        encoding="utf-8-sig",
-        compression=None,  # by its ending a file would be unpacked, however large it becomes
-    )
+        return max(",;\t", key=file.readline().count)
+
+
+def _as_text(separator: str) -> dict[str, Any]:
+    """How pandas is to read: everything as text, and no guesses."""
+    return {
+        "dtype": str,
+        "keep_default_na": False,
+        "index_col": False,  # else a field too many in every line shifts all columns, in silence
+        "sep": separator,
+        "skipinitialspace": True,
+        "encoding": "utf-8-sig",
+        "compression": None,  # by its ending a file would be unpacked, however large it becomes
+    }
+
+
+def _with_points(frame: "pd.DataFrame", separator: str) -> "pd.DataFrame":
+    """Decimal commas as points, in a file with semicolons."""
     return frame.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True) if separator == ";" else frame
 
 

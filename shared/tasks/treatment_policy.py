@@ -29,12 +29,11 @@ from pydantic import Field
 from torch import nn
 
 from shared.cohort import Cohort
-from shared.config import Settings, validate
+from shared.config import Real, Settings, validate
 from shared.errors import ConfigurationError, DataMissingError, SchemaError
 from shared.metrics import Metric, Statistic
 from shared.schema import MISSING_MARKS, TensorSchema
 from shared.seeding import generator
-from shared.study import Real
 from shared.task import ExplainedOutput, Task
 from shared.tasks.eicu import numbers_of
 from shared.tasks.images import told_rows

@@ -10,7 +10,8 @@ from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import ConfigurationError
 from shared.models import Parameters
 from shared.results import FederationClaim, PrivacyClaim
-from shared.study import PERSONAL, Study
+from shared.strategy_options import PERSONAL
+from shared.study import Study
 from shared.task import Task, architecture_hash
 from simulations.federation import VirtualFederation
 from simulations.setting import Setting

@@ -35,7 +35,8 @@ from shared.metrics import finish_metrics
 from shared.models import Parameters, set_parameters
 from shared.schema import TableSchema
 from shared.seeding import generator
-from shared.study import PERSONAL, Faults, Strategy, Study
+from shared.strategy_options import PERSONAL, Strategy
+from shared.study import Faults, Study
 from shared.task import Task
 from simulations.attacks.attacked_study import Victim, tested_part
 from simulations.faults import FaultyGrid

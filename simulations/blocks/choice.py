@@ -12,7 +12,8 @@ from torch import nn
 from shared.errors import ConfigurationError
 from shared.models import initial_parameters, set_parameters
 from shared.plan import shape_site
-from shared.study import PERSONAL, Cyclic, FedBuff, FedDyn, QFedAvg, Scaffold, Study
+from shared.strategy_options import PERSONAL, Cyclic, FedBuff, FedDyn, QFedAvg, Scaffold
+from shared.study import Study
 from shared.task import Task
 from simulations.blocks.layers import NotStackableError
 from simulations.blocks.stacked import StackedModel
@@ -171,13 +172,17 @@ def _num_workers(setting: Setting, processes: int | None, many: int) -> int:
 
 def one_by_one(study: Study) -> bool:
     """Whether each site must answer for itself."""
-    return isinstance(study.strategy, SITE_BY_SITE) or study.secure_aggregation is not None
+    return isinstance(study.strategy, SITE_BY_SITE)
 
 
 def _own_part(study: Study) -> str:
-    if study.secure_aggregation is not None:
-        return "secure aggregation, where each site masks its update"
-    own = "whose sites train at times of their own" if isinstance(study.strategy, FedBuff) else "which has a part of its own at each site"
+    match study.strategy:
+        case FedBuff():
+            own = "whose sites train at times of their own"
+        case Cyclic():
+            own = "whose sites train in turn"
+        case _:
+            own = "which has a part of its own at each site"
     return f"strategy {study.strategy.name}, {own}"
 
 

@@ -1,30 +1,37 @@
 """The in-process engine for many sites: a round's training in blocks of sites, everything else one site after another.
 
 A block is begun (every site agrees and is charged), trained, and ended (charges lowered to the steps taken), and its replies go to the
-coordinator in one piece. Which sites share a block depends on the sites, the study and the block's size alone, not on the number of processes.
+coordinator in one piece. Under secure aggregation every site of a block then masks its own update, and its reply is a message as in a deployment.
+Which sites share a block depends on the sites, the study and the block's size alone, not on the number of processes.
 """
 
 import contextlib
+import functools
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.app import refusal
+from client.local_work import request_with_share
 from client.site import BegunRound, Site
 from server.blocks import Block
+from shared.distributed_noise import POINTS
 from shared.errors import WardroundError, describe_exception
-from shared.messages import MAX_REASON, Refused, Trained, TrainTask, decode, decode_parameters
+from shared.messages import MAX_REASON, Content, Refused, Statistics, Trained, TrainTask, decode, decode_parameters, encode
 from shared.models import Parameters, arrays_digest
+from shared.secure_sum.messages import SecureTrainTask
 from shared.study import Study
 from shared.task import Task
 from simulations.blocks.patients import Patients
-from simulations.blocks.trainer import BlockTrainer, Outcome, make_trainer
-from simulations.blocks.training import steps_of
+from simulations.blocks.trainer import BlockTrainer, Job, Outcome, make_trainer
+from simulations.blocks.training import named, steps_of
 from simulations.blocks.workers import Slot
 from simulations.in_process import FIRST_SITE_NODE_ID, InProcessGrid
 
@@ -44,7 +51,7 @@ class Workers(Protocol):
     def receive(self, received: Parameters) -> None:
         """These are the parameters of the round to come."""
 
-    def submit(self, slot: Slot, round_number: int, fold: int, sites: list[int]) -> None:
+    def submit(self, slot: Slot, job: Job) -> None:
         """Have this block trained."""
 
     def wait(self) -> tuple[Slot, Outcome | None]:
@@ -61,7 +68,48 @@ class MakeWorkers(Protocol):
         """The workers."""
 
 
-Answered = Block | list[str]  # what a block's sites answer; or, where they could not be trained at once, who they are
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What the sites of a round are asked: all the same, but for what is their own in a secure sum, or is told to them alone.
+
+    Attributes:
+        task: of one of them, for what is the same in all.
+        tasks, messages: by site.
+        secure: by site, where updates leave under masks.
+        digest: of what was received, with a share of noise of this standard deviation where there is one.
+    """
+
+    task: TrainTask
+    tasks: Mapping[str, TrainTask]
+    received: Parameters
+    messages: Mapping[str, Message]
+    secure: Mapping[str, SecureTrainTask]
+    digest: Callable[[float | None], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """The sites of a block that agreed, and are charged, those that refused, and the share of noise that each of the first will add."""
+
+    rounds: Mapping[str, BegunRound]
+    refused: Mapping[str, Refused]
+    share_std: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ended:
+    """A block that was trained and paid for; `trained` is in the order of the outcome's rows, which are read before anything else is trained."""
+
+    trained: list[Trained]
+    refused: Mapping[str, Refused]
+    outcome: Outcome
+
+    def statistics(self, row: int) -> Statistics | None:
+        """Of the site in this row."""
+        return {name: value[row] for name, value in self.outcome.sums.items()} or None
+
+
+Answered = _Ended | list[str]  # a block; or, where its sites could not be trained at once, who they are
 
 
 class BlockEngine(InProcessGrid):
@@ -107,18 +155,30 @@ class BlockEngine(InProcessGrid):
             yield from self.send_and_receive(waiting, timeout=timeout)
             return
         deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        task = decode(waiting[0].content, TrainTask)  # all of a round share one record
-        self._make_trainers(task.fold)
-        by_name = {self._names[message.metadata.dst_node_id]: message for message in waiting}
-        names = sorted(by_name, key=lambda name: (-self._steps[name], name))
-        received = decode_parameters(waiting[0].content, self._sites[names[0]].template)
+        asked = self._asked(waiting)
+        self._make_trainers(asked.task.fold)
+        names = sorted(asked.messages, key=lambda name: (-self._steps[name], name))
         blocks = deque(names[start : start + self._block_size] for start in range(0, len(names), self._block_size))
-        for block in itertools.chain(self._here(task, received, blocks, deadline), self._in_workers(task, received, blocks, deadline)):
-            if isinstance(block, Block):
-                yield from [block] if time.monotonic() < deadline else []
+        for block in itertools.chain(self._here(asked, blocks, deadline), self._in_workers(asked, blocks, deadline)):
+            if isinstance(block, _Ended):
+                for reply in self._masked(asked, block) if asked.secure else [self._in_one_piece(asked, block)]:
+                    yield from [reply] if time.monotonic() < deadline else []
                 continue
             logger.warning("a block of %d sites could not be trained at once; they are trained one after another", len(block))
-            yield from self.send_and_receive([by_name[name] for name in block], timeout=None if timeout is None else deadline - time.monotonic())
+            alone = [asked.messages[name] for name in block]
+            yield from self.send_and_receive(alone, timeout=None if timeout is None else deadline - time.monotonic())
+
+    def _asked(self, messages: list[Message]) -> _Asked:
+        """What these messages ask; they share one record of parameters."""
+        by_name = {self._names[message.metadata.dst_node_id]: message for message in messages}
+        contents: dict[str, Content] = {name: decode(message.content, TrainTask, SecureTrainTask) for name, message in by_name.items()}
+        secure = {name: content for name, content in contents.items() if isinstance(content, SecureTrainTask)}
+        told = {name: content.train if isinstance(content, SecureTrainTask) else content for name, content in contents.items()}
+        tasks = {name: content for name, content in told.items() if isinstance(content, TrainTask)}
+        assert len(tasks) == len(messages) and len(secure) in (0, len(messages))
+        received = decode_parameters(messages[0].content, self._sites[next(iter(by_name))].template)
+        digest = functools.cache(lambda share_std: arrays_digest(received if share_std is None else request_with_share(received, share_std)))
+        return _Asked(task=next(iter(tasks.values())), tasks=tasks, received=received, messages=by_name, secure=secure, digest=digest)
 
     def _answer(self, message: Message) -> Message:
         """A site has its patients by itself only while it answers alone: thousands of sites would hold them twice."""
@@ -142,69 +202,100 @@ class BlockEngine(InProcessGrid):
     def _ready(self) -> bool:
         return self._workers is not None and self._workers.ready()
 
-    def _here(self, task: TrainTask, received: Parameters, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
+    def _here(self, asked: _Asked, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
         """Train here where there are no workers, or until all have started: that takes them seconds."""
-        digest = arrays_digest(received)
         while blocks and time.monotonic() < deadline:
             if self._trainer is None or self._ready():
                 self._trainer = None
                 return
             names = blocks.popleft()
-            begun, refused = self._begin(task, digest, names)
+            begun = self._begin(asked, names)
             try:
-                outcome = self._trainer.train(task.round, task.fold, [self._numbers[name] for name in begun], received)
+                outcome = self._trainer.train(self._job(asked, begun), asked.received)
             except Exception as error:  # of one site's patients: alone, only that site fails
                 logger.debug("%s", type(error).__name__, exc_info=True)
                 yield names
             else:
-                yield self._end(begun, refused, outcome, received)
+                yield self._end(begun, outcome)
 
-    def _in_workers(self, task: TrainTask, received: Parameters, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
+    def _in_workers(self, asked: _Asked, blocks: deque[list[str]], deadline: float) -> Iterator[Answered]:
         """Every worker holds up to two blocks, so that it trains one while another is begun or read here."""
         if self._workers is None or self._trainer is not None:
             return
         workers = self._workers
-        digest, free = arrays_digest(received), deque(workers.slots)
-        workers.receive(received)
-        under_way: dict[Slot, tuple[dict[str, BegunRound], dict[str, Refused]]] = {}
+        free = deque(workers.slots)
+        workers.receive(asked.received)
+        under_way: dict[Slot, _Begun] = {}
         while blocks or under_way:
             while blocks and free and time.monotonic() < deadline:
-                slot, (begun, refused) = free.popleft(), self._begin(task, digest, blocks.popleft())
-                under_way[slot] = (begun, refused)
-                workers.submit(slot, task.round, task.fold, [self._numbers[name] for name in begun])
+                slot, begun = free.popleft(), self._begin(asked, blocks.popleft())
+                under_way[slot] = begun
+                workers.submit(slot, self._job(asked, begun))
             if not under_way or time.monotonic() >= deadline:
                 return
             slot, outcome = workers.wait()
-            begun, refused = under_way.pop(slot)
-            yield self._end(begun, refused, outcome, received) if outcome is not None else [*begun, *refused]
+            begun = under_way.pop(slot)
+            yield self._end(begun, outcome) if outcome is not None else [*begun.rounds, *begun.refused]
             free.append(slot)  # only now: its arrays were read
 
-    def _begin(self, task: TrainTask, digest: str, names: list[str]) -> tuple[dict[str, BegunRound], dict[str, Refused]]:
+    def _begin(self, asked: _Asked, names: list[str]) -> _Begun:
         """Who agrees, and is charged, and who refuses."""
         begun: dict[str, BegunRound] = {}
         refused: dict[str, Refused] = {}
+        shares = set[float | None]()
         with self._journal_held():
             for name in names:
+                site = self._sites[name]
                 try:
-                    begun[name] = self._sites[name].begin_round(task, digest)
+                    share_std = site.check_sum(asked.secure[name]) if asked.secure else None
+                    begun[name] = site.begin_round(asked.tasks[name], asked.digest(share_std))
+                    shares.add(share_std)
                 except WardroundError as error:
                     code, reason = describe_exception(error)
                     refused[name] = Refused(name=name, code=code, reason=reason[:MAX_REASON])
-        return begun, refused
+        assert len(shares) <= 1, "the sites of a sum share one setting"
+        return _Begun(rounds=begun, refused=refused, share_std=next(iter(shares), None))
 
-    def _end(self, begun: Mapping[str, BegunRound], refused: Mapping[str, Refused], outcome: Outcome, received: Parameters) -> Block:
-        """What the coordinator is told: the charges are lowered to the steps taken first."""
+    def _job(self, asked: _Asked, begun: _Begun) -> Job:
+        sites = tuple(self._numbers[name] for name in begun.rounds)
+        return Job(round_number=asked.task.round, fold=asked.task.fold, sites=sites, share_std=begun.share_std)
+
+    def _end(self, begun: _Begun, outcome: Outcome) -> _Ended:
+        """The charges are lowered to the steps taken, before anything is told."""
         with self._journal_held():
             trained = [
                 self._sites[name].end_round(round_, steps=steps, update=digest)
-                for (name, round_), steps, digest in zip(begun.items(), outcome.steps.tolist(), outcome.digests, strict=True)
+                for (name, round_), steps, digest in zip(begun.rounds.items(), outcome.steps.tolist(), outcome.digests, strict=True)
             ]
-        sums = [{name: value[row] for name, value in outcome.sums.items()} or None for row in range(len(begun))]
-        replies: list[Trained | Refused] = [*trained, *refused.values()]
+        return _Ended(trained=trained, refused=begun.refused, outcome=outcome)
+
+    def _in_one_piece(self, asked: _Asked, ended: _Ended) -> Block:
+        """What the coordinator is told of updates in the clear."""
+        replies: list[Trained | Refused] = [*ended.trained, *ended.refused.values()]
+        statistics = [ended.statistics(row) for row in range(len(ended.trained))]
         return Block(
-            node_ids=tuple(FIRST_SITE_NODE_ID + self._numbers[name] for name in (*begun, *refused)), replies=tuple(replies),
-            shapes={name: value.shape for name, value in received.items()}, updates=outcome.updates, statistics=(*sums, *(None for _ in refused)),
+            node_ids=tuple(FIRST_SITE_NODE_ID + self._numbers[reply.name] for reply in replies), replies=tuple(replies),
+            shapes={name: value.shape for name, value in asked.received.items()}, updates=ended.outcome.updates,
+            statistics=(*statistics, *(None for _ in ended.refused)),
         )  # fmt: skip
+
+    def _masked(self, asked: _Asked, ended: _Ended) -> Iterator[Message]:
+        """What each site tells of its update, which it masks itself; as `client.app` answers."""
+        for row, trained in enumerate(ended.trained):
+            update, name = ended.outcome.updates[row], trained.name
+            arrays = {POINTS: update} if self._study.distributed_noise else named(update, asked.received)
+            try:
+                secured, payload = self._sites[name].mask(asked.secure[name], trained, arrays, model=asked.digest(None))
+                content = encode(secured, masked=payload, statistics=ended.statistics(row))
+            except Exception as error:  # the border of the site: nothing of an exception may pass it but a code
+                content = refusal(name, error)
+            yield self._reply(asked.messages[name], content)
+        for name, told in ended.refused.items():
+            yield self._reply(asked.messages[name], encode(told))
+
+    def _reply(self, message: Message, content: RecordDict) -> Message:
+        self._post(message)
+        return Message(content, reply_to=message)
 
     def _journal_held(self) -> contextlib.AbstractContextManager[None]:
         """Within it, the charges of many sites are written together."""

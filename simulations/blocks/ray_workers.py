@@ -23,7 +23,7 @@ from shared.models import Parameters, get_parameters
 from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
-from simulations.blocks.trainer import Outcome, make_trainer
+from simulations.blocks.trainer import Job, Outcome, make_trainer
 from simulations.blocks.training import flat, named
 from simulations.blocks.workers import ONE_THREAD, SLOTS, Slot
 
@@ -52,10 +52,10 @@ class Worker:
     def ready(self) -> None:
         """Return once everything is in place."""
 
-    def train(self, received: NDArray[np.floating], round_number: int, fold: int, sites: list[int]) -> Outcome | None:
+    def train(self, received: NDArray[np.floating], job: Job) -> Outcome | None:
         """The block, or None where it could not be trained; then its sites are trained one after another elsewhere."""
         try:
-            return self._trainer.train(round_number, fold, sites, named(np.array(received), self._template))
+            return self._trainer.train(job, named(np.array(received), self._template))
         except Exception as error:  # whose text may hold a patient's value
             logger.warning("a block could not be trained: %s", type(error).__name__)
             return None
@@ -84,7 +84,7 @@ class RayWorkers:
         self._actors: list[Any] = [self._make(*self._arguments) for _ in range(count)]
         self._received: Any = None
         self._under_way: dict[Any, tuple[Slot, Any]] = {}  # by Ray's reference: the slot, and the actor that was asked
-        self._jobs: dict[Slot, tuple[int, int, list[int]]] = {}
+        self._jobs: dict[Slot, Job] = {}
         self._deaths = 0
         try:
             ray.get([actor.ready.remote() for actor in self._actors], timeout=READY_SECONDS)
@@ -110,11 +110,11 @@ class RayWorkers:
             self.wait()
         self._received = ray.put(flat(received))
 
-    def submit(self, slot: Slot, round_number: int, fold: int, sites: list[int]) -> None:
+    def submit(self, slot: Slot, job: Job) -> None:
         """Have an actor train this block."""
-        self._jobs[slot] = (round_number, fold, sites)
+        self._jobs[slot] = job
         actor = self._actors[slot[0]]
-        self._under_way[actor.train.remote(self._received, *self._jobs[slot])] = (slot, actor)
+        self._under_way[actor.train.remote(self._received, job)] = (slot, actor)
 
     def wait(self) -> tuple[Slot, Outcome | None]:
         """A block that is done, or None where it could not be trained. What an actor that died was asked is asked of another.
@@ -129,7 +129,7 @@ class RayWorkers:
                 outcome: Outcome | None = ray.get(done)
             except RayError:
                 self._replace(slot[0], actor)
-                self.submit(slot, *self._jobs[slot])
+                self.submit(slot, self._jobs[slot])
             else:
                 return slot, outcome
 

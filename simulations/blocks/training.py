@@ -22,6 +22,7 @@ from client.noise import KeyedStream, NoiseGrid, SimulatedNoise, standard_normal
 from client.optimizers import LocalOptimizer, ProximalTerm
 from client.sampling import PatientIndex, physical_size, poisson_batches, sample_units
 from shared.cohort import Cohort, IntArray
+from shared.distributed_noise import DistributedNoise
 from shared.models import Parameters
 from shared.plan import SitePlan, shape_site
 from shared.seeding import generator_of
@@ -57,6 +58,14 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedNoise:
+    """Distributed noise of one round: what the study fixes of it, and the standard deviation of every site's share, in grid points."""
+
+    noise: DistributedNoise
+    share_std: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Batches:
     """The batches of all sites: how many records each has in each step, `(steps, S)`, and which."""
 
@@ -80,8 +89,7 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
     """
     private = local.study.private
     flat, gradients = nn.Parameter(stacked.flat[: len(sites)], requires_grad=False), stacked.gradients[: len(sites)]
-    for name, (span, _) in stacked.spans.items():
-        flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
+    _start_from(stacked, received)
     steps = np.array([steps_of(local.study, site.part.num_records, site.plan.declared_size) for site in sites])
     batches = _draw(sites, local, steps)
     optimizer = LocalOptimizer(local.study, [flat], local.round_number)
@@ -108,6 +116,37 @@ def train_block(stacked: StackedModel, received: Parameters, sites: list[SiteWor
         optimizer.step()
         flat[done:] = finished
     return steps
+
+
+def block_points(
+    stacked: StackedModel, received: Parameters, sites: list[SiteWork], records: Records, local: LocalRound, shared: SharedNoise
+) -> NDArray[np.float64]:  # fmt: skip
+    """`client.distributed_sum.noised_points` of every site, `(S, d)`: whole grid points, in the order of `stacked.flat`. One step each.
+
+    The noise is each site's own to the bit; the sum below it is in the model's own type.
+
+    Args:
+        sites: as of `train_block`.
+    """
+    _start_from(stacked, received)
+    batches = _draw(sites, local, np.ones(len(sites), dtype=np.int64))
+    masks = _masks(stacked, sites, records, local)
+    local.still_wanted()
+    stacked.use(len(sites))
+    rows, mask = batches.padded(0, len(sites), stacked.flat.device)
+    if masks is not None:
+        masks.draw(batches.counts[0].tolist(), mask.shape[1])
+    _sum_gradients(stacked, records, rows, mask, local)
+    noise, totals = shared.noise, stacked.gradients[: len(sites)].cpu().to(torch.float64)
+    points = totals.div_(noise.grid.spacing).round_().clamp_(-noise.most_signal, noise.most_signal)
+    for row, site in zip(points, sites, strict=True):
+        row += SimulatedNoise(subkey(site.key, b"noise")).normal(row.shape, shared.share_std).round_()
+    return points.numpy()
+
+
+def _start_from(stacked: StackedModel, received: Parameters) -> None:
+    for name, (span, _) in stacked.spans.items():
+        stacked.flat[:, span] = torch.from_numpy(np.array(received[name], order="C")).reshape(1, -1)
 
 
 def _masks(stacked: StackedModel, sites: list[SiteWork], records: Records, local: LocalRound) -> Masks | None:

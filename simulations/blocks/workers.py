@@ -6,6 +6,7 @@ NUMBER:JOBS:REPLIES ...` is the first: a number and the ends of two pipes for ea
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from shared.models import Parameters, get_parameters
 from shared.study import Study
 from shared.task import Task, resolve_task
 from simulations.blocks.patients import Patients
-from simulations.blocks.trainer import Outcome, Sums, make_trainer
+from simulations.blocks.trainer import Job, Outcome, Sums, make_trainer, no_update
 from simulations.blocks.training import flat, named
 from simulations.memory_files import make_folder, remove_folder
 
@@ -52,7 +53,8 @@ class Pool:
     def __init__(self, task: Task, study: Study, patients: Patients, *, block_size: int, num_workers: int, stacked: bool) -> None:
         self._template = get_parameters(task.model())
         self._shapes = {metric.statistic.name: metric.statistic.shape for metric in task.metrics} if not study.noised_statistics else {}
-        needed = patients.num_bytes + num_workers * SLOTS * sum(array.nbytes for array in _results(self._template, self._shapes, block_size).values())
+        self._row = no_update(task, study)
+        needed = patients.num_bytes + num_workers * SLOTS * sum(array.nbytes for array in _results(self._row, self._shapes, block_size).values())
         self._folder = make_folder(needed)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._jobs: list[int] = []  # by worker, where its jobs are written
@@ -74,7 +76,7 @@ class Pool:
         np.save(self._folder / RECEIVED, flat(self._template))
         for worker in range(num_workers):
             for slot in range(SLOTS):
-                for name, array in _results(self._template, self._shapes, block_size).items():
+                for name, array in _results(self._row, self._shapes, block_size).items():
                     np.save(self._folder / f"{name}-{worker}-{slot}.npy", array)
         (self._folder / SETTING).write_text(json.dumps({"study": study.to_table(), "block_size": block_size, "stacked": stacked}))
         self._received = np.load(self._folder / RECEIVED, mmap_mode="r+")
@@ -126,10 +128,10 @@ class Pool:
             self.wait()
         self._received[:] = flat(received)
 
-    def submit(self, slot: Slot, round_number: int, fold: int, sites: list[int]) -> None:
+    def submit(self, slot: Slot, job: Job) -> None:
         """Have a worker train this block."""
         worker, number = slot
-        line = json.dumps({"slot": number, "round": round_number, "fold": fold, "sites": sites})
+        line = json.dumps({"slot": number, "job": dataclasses.asdict(job)})
         try:
             os.write(self._jobs[worker], line.encode() + b"\n")
         except OSError:
@@ -187,11 +189,10 @@ class Pool:
         remove_folder(self._folder)
 
 
-def _results(template: Parameters, shapes: Mapping[str, tuple[int, ...]], block_size: int) -> dict[str, NDArray[np.generic]]:
-    """The arrays of a slot, empty."""
-    sample = flat(template)
+def _results(row: NDArray[np.floating], shapes: Mapping[str, tuple[int, ...]], block_size: int) -> dict[str, NDArray[np.generic]]:
+    """The arrays of a slot, empty; `row` has the form of an update."""
     return {
-        "updates": np.zeros((block_size, len(sample)), dtype=sample.dtype),
+        "updates": np.zeros((block_size, len(row)), dtype=row.dtype),
         **{name: np.zeros((block_size, *shape)) for name, shape in shapes.items()},
     }
 
@@ -216,11 +217,11 @@ def work(folder: Path, number: int, replies: BinaryIO, jobs: Iterator[bytes]) ->
     replies.write(READY + b"\n")
     replies.flush()
     for line in jobs:
-        job = json.loads(line)
-        reply: dict[str, object] = {"slot": job["slot"], "steps": None}
+        asked = json.loads(line)
+        reply: dict[str, object] = {"slot": asked["slot"], "steps": None}
         try:
-            outcome = trainer.train(job["round"], job["fold"], job["sites"], named(np.array(received), template))
-            into, count = results[job["slot"]], len(outcome.steps)
+            outcome = trainer.train(Job(**asked["job"]), named(np.array(received), template))
+            into, count = results[asked["slot"]], len(outcome.steps)
             into["updates"][:count] = outcome.updates
             for name, value in outcome.sums.items():
                 into[name][:count] = value

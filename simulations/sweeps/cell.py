@@ -11,7 +11,8 @@ from pydantic import Field
 from shared.errors import WardroundError
 from shared.metrics import Metric
 from shared.results import MetricValues, Record, Result, RoundRecord, RunPrivacy
-from shared.study import Study, flatten
+from shared.study import Study
+from shared.study_tables import flatten
 from simulations.sweeps.grid import Cell
 
 Status = Literal["ok", "failed"]

@@ -18,7 +18,9 @@ from shared.config import read_toml, validate
 from shared.errors import ConfigurationError, ModelMismatchError, StorageError
 from shared.files import json_text, storage_errors, write_atomic
 from shared.results import Record, SitePrivacy
-from shared.study import Study, toml_text
+from shared.study import Study
+from shared.study_tables import toml_text
+from shared.task import resolve_task
 from simulations.site_files import site_files
 from simulations.sweeps.cell import CellResult
 from simulations.sweeps.grid import Cell, Sweep, cells_of
@@ -102,9 +104,13 @@ class SweepFolder:
             )
 
     def data_of(self, cell: Cell) -> Path | None:
-        """The patients given are those of the base study's task; a variant with another task has its own, bundled or synthetic."""
+        """The patients given are those of the base study's task, whatever its model; a variant with another task has its own, bundled or synthetic."""
+        return self.data if resolve_task(cell.study.task).name == self._base_task else None
+
+    @functools.cached_property
+    def _base_task(self) -> str:
         assert isinstance(self.sweep.study, dict)
-        return self.data if cell.study.task == self.sweep.study["task"] else None
+        return resolve_task(str(self.sweep.study["task"])).name
 
     @classmethod
     def is_one(cls, path: Path) -> bool:

@@ -10,7 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.config import Settings, TomlTable, nearest, read_toml, validate
 from shared.errors import ConfigurationError
-from shared.study import NAME_PATTERN, Study, merge_tables
+from shared.study import NAME_PATTERN, Study
+from shared.study_tables import merge_tables
 
 Value = bool | int | float | str
 SHORT = {

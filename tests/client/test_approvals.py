@@ -66,6 +66,7 @@ def test_an_approval_holds_after_a_restart(approvals: Approvals, asked: Asked, t
     assert Approvals(tmp_path, KEY).check(asked, now=NOW) == "approved by Dr. A"
 
 
+@pytest.mark.slow
 @given(
     by=st.text(max_size=100), days=st.floats(0.001, 1000), shift=st.integers(-14 * 60, 14 * 60), micro=st.integers(0, 999_999)
 )  # fmt: skip

@@ -115,6 +115,7 @@ def test_a_parameter_written_in_a_forward_pass_ends_the_round(task: Task, make_s
         train_round_private(model, make_patients(20), local, plan=make_plan(), randomness=Randomness.from_key(bytes(32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("physical", [1, 5, 16, 100, 256])
 @pytest.mark.parametrize("records", ["one", "all"])
 @pytest.mark.parametrize("num_patients", [50, 200])

@@ -279,7 +279,7 @@ def test_a_study_with_planted_faults_is_refused_and_nobody_is_asked_to_approve_i
 def test_the_daemon_s_log_says_why_an_update_did_not_count(site: GatedSite, caplog: pytest.LogCaptureFixture) -> None:
     asked = study()
     site.enrol(asked)
-    told = {"north": NotCounted(fold=1, round=1, reason="E102 tensor w: expected finite values"), "south": NotCounted(fold=1, round=1, reason="E801")}
+    told = NotCounted(fold=1, round=1, reason="E102 tensor w: expected finite values")
     task = TrainTask(run="run-1", study_hash=asked.fingerprint(), round=2, fold=1, not_counted=told)
     with caplog.at_level(logging.WARNING, logger="client"):
         assert isinstance(site.ask(task, site.parameters), Trained)

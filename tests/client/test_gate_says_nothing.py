@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import client.gate
-import client.site
+import client.local_work
 from shared.errors import (
     BudgetExhaustedError,
     ConfigurationError,
@@ -76,7 +76,7 @@ def test_an_exception_s_text_stays(site: GatedSite, monkeypatch: pytest.MonkeyPa
         except ValueError as cause:
             raise error from cause
 
-    monkeypatch.setattr(client.site, where, fail)
+    monkeypatch.setattr(client.local_work, where, fail)
     check_refused(site, site.train(study()), getattr(error, "code", "E101"))
 
 
@@ -163,7 +163,7 @@ def test_a_key_of_the_site_file_stays(site: GatedSite, line: str) -> None:
 
 def test_a_statistic_that_nobody_declared_stays(site: GatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
     site.enrol(study())
-    monkeypatch.setattr(client.site, "evaluate_parameters", lambda *arguments, **rest: {TEXT: np.zeros(3)})
+    monkeypatch.setattr(client.local_work, "evaluate_parameters", lambda *arguments, **rest: {TEXT: np.zeros(3)})
     check_refused(site, site.train(study()))
 
 

@@ -62,6 +62,7 @@ def losses(task: Task, cohort: Cohort, study: Study) -> np.ndarray:
     return np.clip(found.double().numpy(), 0, MAX_LOSS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("simulated", [True, False])
 def test_the_loss_is_the_clipped_sum_with_the_noise_of_one_step(task: Task, learn, make_patients: Patients, simulated: bool) -> None:
     """Every unit in every batch (q = 1), so all that varies is noise. 400 draws: the mean is off by 5 standard errors, or the deviation by
@@ -194,13 +195,16 @@ def test_fine_tuning_is_charged_before_it_begins_and_once(make_hospital, make_st
 
 
 def test_damaged_knowledge_of_secure_sums_is_named(make_hospital, make_study: Studies) -> None:
-    """Which sum was unmasked last, and the other sites' keys: without them a site takes part in no sum."""
+    """Which sum was signed last, and the other sites' keys: without them a site takes part in no sum."""
     hospital, study = make_hospital(), make_study(secure_aggregation={})
     hospital.site.enrol(hospital.enrolment(study))
     folder = hospital.site.settings.releases_path
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {"fold": 1, "round": 1, "survivors": [], "input": "", "keys": {"north": "ab" * 32}}
-    for damaged in ("", "{}", json.dumps({**whole, "keys": {"north": "xy"}}), json.dumps({**whole, "keys": 3}), json.dumps({**whole, "round": "x"})):
-        (folder / f"{hashlib.sha256(b'run-1').hexdigest()[:32]}-sum.json").write_text(damaged)
-        with pytest.raises(StorageError, match="expected which sum was unmasked last"):
+    path = folder / f"{hashlib.sha256(b'run-1').hexdigest()[:32]}-sum.json"
+    whole = {"run": "run-1", "masked": [1, 1], "inputs": {}, "signed": [1, 1], "survivors": [], "input": "", "keys": {"north": "ab" * 32}}
+    for damaged in ("", "{}", json.dumps({**whole, "keys": {"north": "xy"}}), json.dumps({**whole, "keys": 3}), json.dumps({**whole, "signed": "x"})):
+        path.write_text(damaged)
+        with pytest.raises(StorageError, match="expected what was masked and signed last in this run"):
             hospital.reopen().enrol(hospital.enrolment(study))
+    path.write_text(json.dumps(whole))
+    hospital.reopen().enrol(hospital.enrolment(study))

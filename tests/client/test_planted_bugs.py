@@ -19,11 +19,12 @@ from scipy import stats
 import client.charging
 import client.private_training
 import client.sampling
+from client.admission import SiteSettings
 from client.ledger import Ledger
 from client.noise import KeyedStream, NoiseGrid
 from client.private_training import NoisedSum
 from client.sampling import PatientIndex
-from client.site import Site, SiteSettings
+from client.site import Site
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort
 from shared.messages import EnrolTask, TrainTask
 from shared.models import Parameters, initial_parameters, mlp

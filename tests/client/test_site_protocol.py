@@ -13,9 +13,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
+from client.admission import SiteSettings
 from client.app import client_app
 from client.ledger import reading
-from client.site import Site, SiteSettings
+from client.site import Site
 from server.witness import Witness
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, patient_hash
 from shared.errors import (
@@ -117,15 +118,14 @@ def test_a_real_site_takes_no_study_with_planted_faults(
 HOSTILE = "E102 \x1b[2Jall is well\u2028" + "x" * 200
 
 
-def test_a_site_reads_its_own_entry_alone_once_and_as_plain_text(
+def test_a_site_says_once_and_as_plain_text_why_its_update_did_not_count(
     make_study: Studies, task: Task, make_patients: Patients, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     study, site = make_study(privacy={"unit": "none"}), virtual_site(task, make_patients(80), tmp_path)
     parameters, first = initial_parameters(task.model(), 0), enrol(site, task, study)
-    told = {name: NotCounted(fold=1, round=1, reason=reason) for name, reason in (("a", HOSTILE), ("b", "E801"))}
+    told = NotCounted(fold=1, round=1, reason=HOSTILE)
     with caplog.at_level(logging.WARNING, logger="client"):
         site.train(first, parameters)
-        site.train(first.model_copy(update={"round": 2, "not_counted": {"b": told["b"]}}), parameters)
         for number in (2, 2, 3):
             site.train(first.model_copy(update={"round": number, "not_counted": told}), parameters)
     [said] = [record.getMessage() for record in caplog.records]
@@ -134,7 +134,7 @@ def test_a_site_reads_its_own_entry_alone_once_and_as_plain_text(
 
 def test_a_reason_is_short() -> None:
     with pytest.raises(ProtocolError, match="not_counted"):
-        long = f'{{"kind":"train","run":"r","study_hash":"h","round":1,"fold":1,"not_counted":{{"a":{{"fold":1,"round":1,"reason":"{"x" * 301}"}}}}}}'
+        long = f'{{"kind":"train","run":"r","study_hash":"h","round":1,"fold":1,"not_counted":{{"fold":1,"round":1,"reason":"{"x" * 301}"}}}}'
         decode(RecordDict({"message": ConfigRecord({"json": long})}), TrainTask)
 
 

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import nn
 
-from client.approvals import SITE_LEVEL_LINE, Approvals, what_is_asked
+from client.approvals import MASKED_SITE_LEVEL_LINE, SITE_LEVEL_LINE, Approvals, what_is_asked
 from client.checks import _loose
 from client.policy import AdvanceApproval, Policy, SiteFile
 from client.private_probe import probe_model
@@ -62,6 +62,8 @@ def test_it_is_never_approved_in_advance_and_says_what_it_is(task: Task, make_st
     beside = what_is_asked(make_study(strategy={"weights": "equal"}, privacy=BESIDE), task, file)
     assert approvals.check(beside) == "approved in advance" and SITE_LEVEL_LINE in beside.leaves
     assert SITE_LEVEL_LINE not in what_is_asked(make_study(), task, file).leaves
+    masked = what_is_asked(make_study(strategy={"weights": "equal"}, privacy=SITE, secure_aggregation={}), task, file)
+    assert MASKED_SITE_LEVEL_LINE in masked.leaves and SITE_LEVEL_LINE not in masked.leaves
 
 
 def test_a_check_of_the_site_warns_of_it() -> None:

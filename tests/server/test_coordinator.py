@@ -13,7 +13,9 @@ import torch
 from flwr.app import Context, Error, Message, RecordDict
 from torch import nn
 
+import server.asking
 import server.coordinator
+import server.enrolment
 import simulations.in_process
 from client.local_training import LocalRound, torch_keyed, train_round
 from client.noise import subkey
@@ -23,7 +25,6 @@ from server.run_folder import RunFolder, read_tensors
 from shared.cohort import SIMULATION_SPLIT_KEY, Cohort, held_out_patients
 from shared.errors import BudgetExhaustedError, DataError, PolicyRefusedError, ProtocolError, QuorumLostError
 from shared.messages import (
-    MAX_NAME,
     MAX_NUMBER,
     MAX_REASON,
     Enrolled,
@@ -41,6 +42,7 @@ from shared.messages import (
 from shared.metrics import finish_metrics
 from shared.models import Parameters, get_parameters, initial_parameters, set_parameters
 from shared.results import RoundRecord
+from shared.seals import packed_message
 from shared.seeding import derive_key, generator_of
 from shared.task import Task
 from simulations.baselines import pool
@@ -340,14 +342,18 @@ def spoiling(name: str, rounds: tuple[str, ...]) -> Callable:
     return tamper
 
 
-def listening(told: list[tuple[str, str, int, dict]]) -> Callable:
-    """Who was asked for what in which round, and whose updates the task says did not count."""
+Told = tuple[str, str, int, tuple[int, int, str] | None]
+
+
+def listening(told: list[Told]) -> Callable:
+    """Who was asked for what in which round, and what it was told of its last update that did not count."""
 
     def tamper(app: Callable, message: Message, context: Context) -> Message:
         kind = message.metadata.message_type
         if kind != "query":
             task = decode(message.content, TrainTask, EvaluateTask)
-            told.append((name_of(context), kind, task.round, {site: (it.fold, it.round, it.reason) for site, it in task.not_counted.items()}))
+            word = task.not_counted
+            told.append((name_of(context), kind, task.round, None if word is None else (word.fold, word.round, word.reason)))
         return app(message, context)
 
     return tamper
@@ -367,14 +373,13 @@ def own_log(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_site_is_told_once_why_its_update_did_not_count(make_rig: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[tuple[str, str, int, dict]] = []
+    told: list[Told] = []
     rig = make_rig(tamper=all_of(listening(told), spoiling("site-2", ("2",))), rounds={"count": 4})
     with caplog.at_level(logging.WARNING, logger="client"):
         rig.run(rig.new_folder())
-    entry = {"site-2": (1, 2, EMPTY)}
-    assert {(kind, number, json.dumps(entries)) for _, kind, number, entries in told} == {
-        ("train", 1, "{}"), ("train", 2, "{}"), ("train", 3, json.dumps(entry)), ("train", 4, "{}"), ("evaluate", 4, "{}"),
-    }  # fmt: skip
+    heard = [(name, kind, number, word) for name, kind, number, word in told if word is not None]
+    assert heard == [("site-2", "train", 3, (1, 2, EMPTY))], "no other hospital is told, and none but once"
+    assert len(told) == 3 * 5
     assert own_log(caplog) == [f"site site-2: its update of round 2 did not count: {EMPTY}"]
 
 
@@ -386,11 +391,11 @@ def test_after_the_last_round_the_closing_evaluation_tells_it(make_rig: MakeRig,
 
 
 def test_its_own_refusal_a_site_knows(make_rig: MakeRig, caplog: pytest.LogCaptureFixture) -> None:
-    told: list[tuple[str, str, int, dict]] = []
+    told: list[Told] = []
     rig = make_rig(tamper=all_of(listening(told), refusing("site-2", "E101", "Broken.")))
     with caplog.at_level(logging.WARNING, logger="client"):
         rig.run(rig.new_folder())
-    assert all(entries == {} for *_, entries in told) and own_log(caplog) == []
+    assert all(word is None for *_, word in told) and own_log(caplog) == []
 
 
 def die_after_round_two(record: RoundRecord) -> None:
@@ -411,18 +416,31 @@ def test_a_resumed_run_asks_what_it_asked_before(make_rig: MakeRig) -> None:
     assert after == [entry for entry in whole if entry[2] > 2]
 
 
-def test_however_many_sites_are_bad_the_task_stays_short(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.coordinator, "MOST_TOLD", 1)
-    told: list[tuple[str, str, int, dict]] = []
-    rig = make_rig(tamper=all_of(listening(told), spoiling("site-3", ("1",)), spoiling("site-2", ("1",))))
+def test_who_is_told_something_alone_is_sent_the_very_same_arrays(make_rig: MakeRig) -> None:
+    """Each of two spoilt sites hears of itself alone; the parameters are one object for all, and packed for the wire they are the same bytes."""
+    sent: list[Message] = []
+
+    def carry(app: Callable, message: Message, context: Context) -> Message:
+        sent.append(message)
+        return app(message, context)
+
+    rig = make_rig(tamper=all_of(carry, spoiling("site-3", ("1",)), spoiling("site-2", ("1",))))
     rig.run(rig.new_folder())
-    assert {tuple(entries) for _, kind, number, entries in told if (kind, number) == ("train", 2)} == {("site-2",)}
+    second = [message for message in sent if message.metadata.message_type == "train" and message.metadata.group_id == "2"]
+    words = [decode(message.content, TrainTask).not_counted for message in second]
+    assert sum(word is None for word in words) == len(words) - 2
+    assert len({id(message.content["parameters"]) for message in second}) == 1
+    packed, last = [], None
+    for message in second:
+        last = message.content, packed_message(message.content, like=last)
+        packed.append(last[1])
+        assert packed[-1] == packed_message(message.content)
+    assert len({id(one.arrays) for one in packed}) == 1 and len({one.content for one in packed}) == 2  # both were spoilt alike
 
 
 def test_the_longest_task_can_be_read() -> None:
     reason = NotCounted(fold=1, round=MAX_NUMBER, reason='"' * MAX_REASON)
-    told = {f"{number:0{MAX_NAME}d}": reason for number in range(server.coordinator.MOST_TOLD)}
-    task = TrainTask(run="r", study_hash="h", round=1, fold=1, not_counted=told)
+    task = TrainTask(run="r", study_hash="h", round=1, fold=1, not_counted=reason)
     assert decode(encode(task), TrainTask) == task
 
 
@@ -431,7 +449,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (server.coordinator, simulations.in_process):
+        for module in (server.coordinator, server.enrolment, server.asking, simulations.in_process):
             monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def slow(self, name: str, *, kind: str = "train", rounds: tuple[str, ...] = ("2",), seconds: float = 700.0) -> Callable:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message
 
-import server.coordinator
+import server.enrolment
 from client.app import client_app
-from server.coordinator import LATE, MAX_PAUSE_SECONDS, NEVER_ASKED, Coordinator, History, is_final
+from server.coordinator import Coordinator, History
+from server.enrolment import MAX_PAUSE_SECONDS, NEVER_ASKED
+from server.quorum import LATE, is_final
 from server.run_folder import RunFolder
 from shared.errors import DeadlineMissedError, NotApprovedError, PolicyRefusedError, QuorumLostError, StorageError, fixed_sentence
 from shared.messages import Enrolled, EnrolTask, Refused, decode, encode
@@ -39,7 +41,7 @@ Enrolment = Callable[[str, int], Enrolled | Refused | None]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator looks again after a hundredth of a second, not after two."""
-    monkeypatch.setattr(server.coordinator, "ENROL_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server.enrolment, "ENROL_PAUSE_SECONDS", 0.01)
 
 
 @dataclass
@@ -262,7 +264,7 @@ def test_which_refusals_are_final() -> None:
 
 
 def test_a_node_that_is_not_ready_is_asked_ever_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.coordinator, "ENROL_PAUSE_SECONDS", 2.0)
+    monkeypatch.setattr(server.enrolment, "ENROL_PAUSE_SECONDS", 2.0)
     asking, pauses = NEVER_ASKED, []
     assert asking.is_due
     for _ in range(8):
@@ -296,9 +298,9 @@ def test_a_site_tests_no_more_patients_than_were_approved_to_train_on(deployment
     """Who declares a billion test patients at enrolment would otherwise be believed a billion counts."""
     deployment.run()
     coordinator = deployment.coordinator
-    true = {name: coordinator._declared_num_test(name) for name in SITES}
+    true = {name: coordinator._enrolment.declared_num_test(name) for name in SITES}
     deployment.members.signed = {"north": 28}
     boast = Enrolled(name="north", declared_size=10**9, declared_num_patients=2 * 10**9, declared_num_test=10**9)
     coordinator.history.enrolled["north"] = boast
-    assert coordinator._declared_num_test("north") == 28
-    assert {name: coordinator._declared_num_test(name) for name in ("south", "west")} == {name: true[name] for name in ("south", "west")}
+    assert coordinator._enrolment.declared_num_test("north") == 28
+    assert {name: coordinator._enrolment.declared_num_test(name) for name in ("south", "west")} == {name: true[name] for name in ("south", "west")}

@@ -162,6 +162,17 @@ def test_every_release_has_noise_of_its_own() -> None:
     assert len({noise.key(fold, number) for fold in (1, 2) for number in (1, 2, 12)} | {noise.key(11, 2)}) == 7
 
 
+def test_a_sum_from_under_masks_is_released_as_one_in_the_clear() -> None:
+    """The same grid, noise and denominator; entries that are not released are dropped."""
+    clear, masked = (mean_of(site_noise(max_norm=0.8, names=["w"]), num_asked=5) for _ in range(2))
+    updates = [update(place, 0.1) for place in range(3)]
+    for place, values in enumerate(updates):
+        clear.add(values, 1, site=f"site-{place}")
+    total = {name: np.sum([np.asarray(values[name], np.float64) for values in updates], axis=0) for name in SHAPES}
+    found, expected = masked.release(total), clear.take_mean()
+    assert set(found) == {"w"} == set(expected) and np.array_equal(found["w"], expected["w"]) and masked.num_asked == 5
+
+
 # Whole studies --------------------------------------------------------------------------------------------------------------------
 
 

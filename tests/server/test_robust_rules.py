@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from server import kept_updates
 from server.aggregation import ExactMean
 from server.kept_updates import KeptUpdates, squared_distances
-from server.strategies.strategy import aggregator
+from server.strategies.choice import aggregator
 from shared.errors import ConfigurationError, ProtocolError
 from shared.study import Study
 from simulations.simulate import prepare

@@ -17,7 +17,7 @@ import server.sealed_grid
 from server.live_roster import LiveRoster
 from server.provisioning import revoke
 from server.sealed_grid import REPLY_BYTES, REPLY_MULTIPLE, SealedGrid
-from server.strategies.strategy import failure_reason
+from server.strategies.answers import failure_reason
 from shared.audit import AuditLog, verify_audit
 from shared.errors import KitError, ProtocolError, SealError, StudyStoppedError, fixed_sentence
 from shared.kit import ROSTER, SIGNING_KEY, load_signing_key

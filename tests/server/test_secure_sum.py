@@ -17,13 +17,25 @@ from hypothesis import strategies as st
 
 import client.secure_sum
 import server.secure_sum
-from client.secure_sum import SumSite
+from client.secure_sum import UNBOUND, Bound, SumSite
 from server.secure_sum import STAGES, SecureSum, Stage
-from shared.errors import ProtocolError, QuorumLostError, SealError, WardroundError
+from shared.clipped_updates import clipped_updates
+from shared.errors import BoundToSumError, PolicyRefusedError, ProtocolError, QuorumLostError, SealError, StorageError, WardroundError
 from shared.messages import Content
-from shared.secure_sum.agreement import keys_statement
+from shared.secure_sum.agreement import keys_statement, survivors_statement
 from shared.secure_sum.graph import GraphPlan
-from shared.secure_sum.messages import AdvertisedKeys, AdvertiseKeysTask, MaskedInput, MaskInputTask, SharedKeys, ShareKeysTask, Unmasked, UnmaskTask
+from shared.secure_sum.messages import (
+    AdvertisedKeys,
+    AdvertiseKeysTask,
+    MaskedInput,
+    MaskInputTask,
+    SharedKeys,
+    ShareKeysTask,
+    SignedSurvivors,
+    SignSurvivorsTask,
+    Unmasked,
+    UnmaskTask,
+)
 from shared.secure_sum.quantisation import EXTRA_WORDS
 from shared.secure_sum.setting import SumForm, SumRound, SumSetting, least_threshold
 from shared.secure_sum.sharing import PRIME, SHARE_BYTES, restore_secret
@@ -87,6 +99,8 @@ class Federation:
         elif isinstance(task, MaskInputTask):
             reply, payload = site.mask_input(task, self.values[name], self.weight(name))
             self.masked[name], self.rounding[name] = payload.copy(), self.draws[name].last
+        elif isinstance(task, SignSurvivorsTask):
+            reply = site.sign_survivors(task)
         else:
             assert isinstance(task, UnmaskTask)
             reply = site.unmask(task)
@@ -155,7 +169,7 @@ def test_a_round_gives_the_exact_sum_of_who_stayed_or_fails_by_name(when: list[i
             _ = federation.server.total
     else:
         federation.until(Stage.DONE, lost)
-        check_sum(federation, tuple(name for name, at in zip(names, when, strict=True) if at >= Stage.UNMASK))
+        check_sum(federation, tuple(name for name, at in zip(names, when, strict=True) if at >= Stage.SIGN_SURVIVORS))
 
 
 @settings(max_examples=40, deadline=None)
@@ -182,10 +196,10 @@ def test_a_sparse_graph_gives_the_same_sum(when: list[int], seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_large_round_on_the_graph_that_its_size_asks_for() -> None:
-    """140 sites, of which a tenth are lost at each of the last two stages."""
+    """140 sites, of which a tenth are lost at each of the last three stages."""
     federation = Federation(140, 71)
-    gone = [frozenset(federation.names[start::10]) for start in (0, 1)]
-    federation.until(Stage.DONE, {Stage.MASK_INPUT: gone[0], Stage.UNMASK: gone[1]})
+    gone = [frozenset(federation.names[start::10]) for start in (0, 1, 2)]
+    federation.until(Stage.DONE, {Stage.MASK_INPUT: gone[0], Stage.SIGN_SURVIVORS: gone[1], Stage.UNMASK: gone[2]})
     assert len(federation.server._neighbours["s000"]) < 139
     check_sum(federation, tuple(name for name in federation.names if name not in gone[0]))
 
@@ -216,7 +230,10 @@ def test_a_site_s_log_tells_how_much_of_its_update_was_clipped(caplog: pytest.Lo
     federation = Federation(3, 3)
     federation.values["s001"] = np.array([-7.0, 0.5, 1.0, 1.5, 0.0])
     federation.until(Stage.DONE)
-    assert [record.getMessage() for record in caplog.records] == ["secure sum: 2 of 5 values were beyond 1, and clipped to it"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("site s001: secure sum of round 1 of fold 1: 2 of 5 values of its update were beyond 1 ")
+    found = clipped_updates([said, "site s001: another line", said])
+    assert found is not None and (found.sites, found.rounds, found.share, found.max_value) == (1, 1, 0.4, 1.0)
     federation.values["s001"] = np.array([-1.0, 0.5, 1.0, 1.0, 0.0])
     check_sum(federation, federation.names)
 
@@ -295,7 +312,7 @@ def test_a_wrong_reply_costs_its_site_the_round_and_nobody_else(stage: Stage, wh
     federation.server.close_stage()
     assert set(federation.server.out) == {"s000"}
     federation.until(Stage.DONE)
-    check_sum(federation, federation.names if stage == Stage.UNMASK else federation.names[1:])
+    check_sum(federation, federation.names if stage >= Stage.SIGN_SURVIVORS else federation.names[1:])
 
 
 @pytest.mark.parametrize("payload", [None, np.zeros(3, np.uint8), np.zeros(28, np.int8), np.zeros((7, 4), np.uint8)])
@@ -481,11 +498,11 @@ def test_a_site_takes_no_key_for_two_sites() -> None:
 
 
 def test_a_site_wants_enough_neighbours_in_a_sparse_graph() -> None:
-    """Degree 4, any 4 of 5 holders, 12 sites of which 7 must stay: with two neighbours missing nothing is masked, and nothing unmasked."""
+    """Degree 4, any 4 of 5 holders, 12 sites of which 7 must stay: with two neighbours missing nothing is masked, and nothing signed."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (client.secure_sum, server.secure_sum):
             patch.setattr(module, "plan_graph", lambda count, threshold, colluding: GraphPlan(degree=4, share_threshold=4))
-        for stage in (Stage.MASK_INPUT, Stage.UNMASK):
+        for stage in (Stage.MASK_INPUT, Stage.SIGN_SURVIVORS):
             federation, _, task = at_stage(stage, num_sites=12, threshold=7)
             near = federation.server._neighbours["s000"]
             for missing in (near[:2], near[1:4]):
@@ -541,59 +558,176 @@ SURVIVORS = ("s000", "s001", "s002", "s003", "s004")
     ("survivors", "match"),
     [(("s000", "s001", "s002"), "4 sites"), (("s001", "s002", "s003", "s004"), "itself"), ((*SURVIVORS, "s005"), "known from"), ((*SURVIVORS, "zz"), "known from")],
 )  # fmt: skip
-def test_a_site_unmasks_for_no_list_that_no_honest_server_has(survivors: tuple[str, ...], match: str) -> None:
+def test_a_site_signs_no_list_that_no_honest_server_has(survivors: tuple[str, ...], match: str) -> None:
     """s005 shared no keys, and is nobody's neighbour."""
     federation = Federation(6, 4)
-    federation.until(Stage.UNMASK, {Stage.SHARE_KEYS: frozenset({"s005"})})
-    refused(lambda: federation.sites["s000"].unmask(UnmaskTask(of=OF, survivors=survivors)), match)
+    federation.until(Stage.SIGN_SURVIVORS, {Stage.SHARE_KEYS: frozenset({"s005"})})
+    refused(lambda: federation.sites["s000"].sign_survivors(SignSurvivorsTask(of=OF, survivors=survivors)), match)
     federation.until(Stage.DONE)
     check_sum(federation, SURVIVORS)
 
 
-def test_a_site_gives_one_share_a_neighbour_and_unmasks_once() -> None:
-    federation, site, task = at_stage(Stage.UNMASK)
-    reply = site.unmask(UnmaskTask(of=OF, survivors=SURVIVORS))
-    assert set(reply.self_masks) == set(SURVIVORS) and set(reply.mask_keys) == {"s005"}
+def signature(federation: Federation, name: str, survivors: tuple[str, ...], setting: SumSetting | None = None) -> str:
+    """What a colluding site, or one that was told so, would sign."""
+    return federation.signers[name].sign(survivors_statement(setting or federation.setting, name, survivors)).hex()
+
+
+def test_a_site_signs_one_list_a_round_and_gives_one_share_a_neighbour_once() -> None:
+    federation, site, _ = at_stage(Stage.SIGN_SURVIVORS)
+    told = site.sign_survivors(SignSurvivorsTask(of=OF, survivors=SURVIVORS))
+    assert told.signature == signature(federation, "s000", SURVIVORS)
     for survivors in (SURVIVORS, federation.names, ("s000", "s001", "s002", "s005")):
-        refused(lambda survivors=survivors: site.unmask(UnmaskTask(of=OF, survivors=survivors)), "under way")
+        refused(lambda survivors=survivors: site.sign_survivors(SignSurvivorsTask(of=OF, survivors=survivors)), "once")
+    unmask = UnmaskTask(of=OF, signatures={name: signature(federation, name, SURVIVORS) for name in SURVIVORS[1:4]})
+    reply = site.unmask(unmask)
+    assert set(reply.self_masks) == set(SURVIVORS) and set(reply.mask_keys) == {"s005"}
+    refused(lambda: site.unmask(unmask), "under way")
     begin = next(iter(SecureSum(federation.setting, roster=federation.roster).tasks().values()))
     earlier = begin.model_copy(update={"of": OF.model_copy(update={"round": 0})})
-    refused(lambda: site.advertise_keys(earlier), "the last round that it unmasked, or a later one")
-    restarted = SumSite(
-        "s000", FORM, run="r", study_hash="h", sign=federation.signers["s000"].sign, roster=federation.roster, unmasked=site.last_unmasked,
-        survivors=SURVIVORS, last_input=site.last_input,
-    )  # fmt: skip
-    refused(lambda: restarted.advertise_keys(earlier), "the last round that it unmasked, or a later one")
-    refused(lambda: restarted.unmask(task), "under way")
+    refused(lambda: site.advertise_keys(earlier), "the last round that it masked an input or signed a list in, or a later one")
+    restarted = again_from(federation, site, "s000")
+    refused(lambda: restarted.advertise_keys(earlier), "the last round that it masked an input or signed a list in, or a later one")
+    refused(lambda: restarted.unmask(unmask), "under way")
     assert restarted.advertise_keys(begin.model_copy(update={"of": OF.model_copy(update={"round": 2})})).name == "s000"
 
 
+def again_from(federation: Federation, site: SumSite, name: str) -> SumSite:
+    """The site after a restart, with what it wrote down."""
+    return SumSite(
+        name, FORM, run="r", study_hash="h", sign=federation.signers[name].sign, roster=federation.roster, bound=site.bound,
+    )  # fmt: skip
+
+
+def test_a_site_gives_no_share_without_the_threshold_of_signatures_on_its_own_list() -> None:
+    """Six sites, threshold 4; each request but the last says that the others were told the same, and proves it not."""
+    federation, site, _ = at_stage(Stage.SIGN_SURVIVORS)
+    site.sign_survivors(SignSurvivorsTask(of=OF, survivors=SURVIVORS))
+    right = {name: signature(federation, name, SURVIVORS) for name in SURVIVORS[1:]}
+    elsewhere = SumSetting(of=OF.model_copy(update={"round": 2}), sites=federation.names, threshold=4, form=FORM)
+    other_list = {"s003": signature(federation, "s003", (*SURVIVORS, "s005"))}
+    first = dict(list(right.items())[:2])
+    for signatures, match, kind in (
+        ({}, "4 signatures or more", ProtocolError),
+        (first, "4 signatures or more", ProtocolError),
+        (first | {"s000": signature(federation, "s000", SURVIVORS)}, "4 signatures or more", ProtocolError),  # its own counts once
+        (first | other_list, "signature of site s003 on the same list", SealError),
+        (right | other_list, "signature of site s003 on the same list", SealError),
+        (first | {"s003": right["s004"]}, "signature of site s003 on the same list", SealError),
+        (first | {"s003": signature(federation, "s003", SURVIVORS, elsewhere)}, "signature of site s003 on the same list", SealError),
+        (first | {"s005": signature(federation, "s005", SURVIVORS)}, "sites in the sum", ProtocolError),  # who is not in it says nothing
+        (first | {"zz": right["s004"]}, "sites in the sum", ProtocolError),
+    ):
+        refused(lambda signatures=signatures: site.unmask(UnmaskTask(of=OF, signatures=signatures)), match, kind)
+    assert set(site.unmask(UnmaskTask(of=OF, signatures=first | {"s004": right["s004"]})).self_masks) == set(SURVIVORS)
+
+
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_round_is_unmasked_again_for_the_same_sites_and_inputs_alone(restart: bool) -> None:
-    """Else the difference of the two sums would be one site's input, or its change."""
+@pytest.mark.parametrize("signed_by", [SURVIVORS, SURVIVORS[:1]])
+def test_a_round_that_was_signed_is_begun_anew_for_the_same_sites_and_inputs_alone(restart: bool, signed_by: tuple[str, ...]) -> None:
+    """Else the difference of the two sums would be one site's input, or its change. A signature binds as much as a share."""
     first, out = Federation(6, 4), {Stage.MASK_INPUT: frozenset({"s005"})}
-    first.until(Stage.DONE, out)
-    of_first = first.server.total
+    first.until(Stage.SIGN_SURVIVORS, out)
+    if signed_by == SURVIVORS:
+        first.until(Stage.DONE)
+    else:
+        refused(lambda: first.stage(lost=frozenset(first.names) - set(signed_by)), "SIGN_SURVIVORS", QuorumLostError)
 
     def again(out: dict[Stage, frozenset[str]], stage: Stage) -> Federation:
         other = Federation(6, 4)
         for name, site in first.sites.items():
-            state = {} if name == "s005" else {"unmasked": site.last_unmasked, "survivors": SURVIVORS, "last_input": site.last_input}
-            restarted = SumSite(name, FORM, run="r", study_hash="h", sign=first.signers[name].sign, roster=first.roster, **state)
-            other.sites[name] = restarted if restart else site
+            other.sites[name] = again_from(first, site, name) if restart else site
         other.until(stage, out)
         return other
 
-    everyone = again({}, Stage.UNMASK)
-    refused(lambda: everyone.sites["s000"].unmask(everyone.server.tasks()["s000"]), "the survivors for whom this round was unmasked before")
-    changed = again(out, Stage.MASK_INPUT)
+    everyone = again({}, Stage.MASK_INPUT)
+    asked = everyone.server.tasks()["s000"]
+    refused(lambda: everyone.sites["s000"].setting_to_mask(asked), "exactly the 5 sites for whose sum of round 1", BoundToSumError)
+    refused(lambda: everyone.answer("s000", asked), "exactly the 5 sites for whose sum of round 1", BoundToSumError)
+    same = {Stage.SHARE_KEYS: frozenset({"s005"})}
+    changed = again(same, Stage.MASK_INPUT)
     task, site, values, weight = changed.server.tasks()["s000"], changed.sites["s000"], first.values["s000"], first.weight("s000")
-    refused(lambda: site.mask_input(task, values * 0.5, weight), "the input of this round")
-    refused(lambda: site.mask_input(task, values, weight + 1), "the input of this round")
-    refused(lambda: site.mask_input(task, values, weight, model="another"), "the input of this round")
-    same = again(out, Stage.DONE)
-    assert same.server.total.sites == of_first.sites
-    np.testing.assert_allclose(same.server.total.values, of_first.values, atol=2 * same.setting.encoding.largest_error(5))
+    refused(lambda: site.mask_input(task, values * 0.5, weight), "its input to the sum")
+    refused(lambda: site.mask_input(task, values, weight + 1), "its input to the sum")
+    refused(lambda: site.mask_input(task, values, weight, model="another"), "its input to the sum")
+    fewer = again(same, Stage.SIGN_SURVIVORS)
+    refused(lambda: fewer.sites["s000"].sign_survivors(SignSurvivorsTask(of=OF, survivors=SURVIVORS[:4])), "exactly the 5", BoundToSumError)
+    found = again(same, Stage.DONE)
+    plain = sum(first.values[name] * first.weight(name) for name in SURVIVORS)
+    assert found.server.total.sites == SURVIVORS
+    np.testing.assert_allclose(found.server.total.values, plain, atol=found.setting.encoding.largest_error(5))
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_who_did_not_sign_masks_no_other_input_on_that_model_either(restart: bool) -> None:
+    """Three of four sign, which is enough; the fourth is in the sum all the same, so a second sum over the same list would tell its input, or its change."""
+    lost = {Stage.SIGN_SURVIVORS: frozenset({"s003"})}
+    first = Federation(4, 3)
+    first.until(Stage.DONE, lost)
+    assert "s003" in first.server.total.sites and first.sites["s003"].bound.signed == UNBOUND.signed
+
+    def again() -> Federation:
+        other = Federation(4, 3)
+        for name, site in first.sites.items():
+            other.sites[name] = again_from(first, site, name) if restart else site
+        other.until(Stage.MASK_INPUT)
+        return other
+
+    second, values = again(), first.values["s003"]
+    task, site, weight = second.server.tasks()["s003"], second.sites["s003"], first.weight("s003")
+    for changed, heavier, model in ((np.zeros_like(values), weight, second.server.model), (values, weight + 1, second.server.model)):
+        refused(
+            lambda changed=changed, heavier=heavier, model=model: site.mask_input(task, changed, heavier, model=model), "on this model in this round"
+        )
+    masked, _ = site.mask_input(task, values * 0.5, weight, model="another")  # whose masks cancel with nobody's on the first model
+    assert masked.name == "s003"
+    third = again()
+    third.until(Stage.DONE, lost)
+    np.testing.assert_allclose(third.server.total.values, first.server.total.values, atol=2 * first.setting.encoding.largest_error(4))
+
+
+def test_a_site_goes_back_to_no_round_before_one_that_it_masked_in() -> None:
+    federation = Federation(4, 3)
+    federation.until(Stage.SIGN_SURVIVORS)
+    begin = next(iter(SecureSum(federation.setting, roster=federation.roster).tasks().values()))
+    earlier = begin.model_copy(update={"of": OF.model_copy(update={"round": 0})})
+    refused(lambda: federation.sites["s003"].advertise_keys(earlier), "masked an input")
+
+
+def test_nothing_leaves_and_nothing_is_bound_where_it_cannot_be_written_down() -> None:
+    federation = Federation(4, 3)
+
+    def full(bound: Bound) -> None:
+        raise StorageError("no room")
+
+    name = "s001"
+    federation.sites[name] = SumSite(
+        name, FORM, run="r", study_hash="h", sign=federation.signers[name].sign, roster=federation.roster, keep=full
+    )  # fmt: skip
+    federation.until(Stage.MASK_INPUT)
+    site, task = federation.sites[name], federation.server.tasks()[name]
+    refused(lambda: site.mask_input(task, federation.values[name], federation.weight(name), model=federation.server.model), "no room", StorageError)
+    assert site.bound == UNBOUND
+    refused(lambda: site.sign_survivors(SignSurvivorsTask(of=OF, survivors=federation.names)), "next stage")
+
+
+def test_who_must_be_in_each_sum_is_missed_at_every_stage() -> None:
+    """A hospital's own list of sites whose keys it has compared: without them it is in no sum, whatever the coordinator says."""
+    for stage in STAGES[:4]:
+        federation = Federation(6, 4)
+        mine = SumSite(
+            "s000", FORM, run="r", study_hash="h", sign=federation.signers["s000"].sign, roster=federation.roster, sum_with=frozenset({"s005"}),
+            random_bytes=federation.draws["s000"],
+        )  # fmt: skip
+        federation.sites["s000"] = mine
+        federation.until(stage)
+        task = federation.server.tasks()["s000"]
+        field_name = "survivors" if stage == Stage.SIGN_SURVIVORS else "sites"
+        without: Content = task.model_copy(update={field_name: SURVIVORS})
+        refused(
+            lambda without=without, federation=federation: federation.answer("s000", without), "policy.sum_with: .* without s005", PolicyRefusedError
+        )
+        federation.until(Stage.DONE)
+        check_sum(federation, federation.names)
 
 
 def test_sites_that_were_sent_different_models_have_no_sum() -> None:
@@ -608,34 +742,95 @@ def test_sites_that_were_sent_different_models_have_no_sum() -> None:
         federation.server.take(name, reply, payload)
     federation.server.model = "a"
     federation.server.close_stage()
+    federation.stage()
     for name, task in federation.server.tasks().items():
         federation.server.take(name, federation.sites[name].unmask(task))
     with pytest.raises(ProtocolError, match="expected a sum over 5 sites, got words that are none"):
         federation.server.close_stage()
 
 
-def test_a_server_that_lies_about_who_stayed_restores_one_secret_of_a_site_at_most() -> None:
-    """It tells some of five sites that s000 stayed, others that it did not, in every way: never t shares of both of its secrets."""
-    others = ("s001", "s002", "s003", "s004")
-    for told in itertools.product((True, False), repeat=4):
-        federation = Federation(5, 3)
-        federation.until(Stage.UNMASK)
-        seeds, keys = {}, {}
-        for name, stayed in zip(("s000", *others), (True, *told), strict=True):
-            reply = federation.sites[name].unmask(UnmaskTask(of=OF, survivors=federation.names if stayed else others))
-            number = federation.setting.number_of(name)
-            if "s000" in reply.self_masks:
-                seeds[number] = bytes.fromhex(reply.self_masks["s000"])
-            if "s000" in reply.mask_keys:
-                keys[number] = bytes.fromhex(reply.mask_keys["s000"])
-        assert len(seeds) + len(keys) == 5
-        known = 0
-        for shares in (seeds, keys):
+@pytest.mark.parametrize(("num_sites", "threshold", "colluding"), [(5, 3, 0), (6, 4, 1), (5, 4, 2), (6, 5, 3)])
+def test_a_server_that_tells_two_lists_gets_shares_for_one_at_most(num_sites: int, threshold: int, colluding: int) -> None:
+    """It tells some honest sites that s000 is in the sum, others that it is not, in every way; c = 2T - n - 1 others collude, and sign both lists.
+
+    The theorem of `shared.secure_sum.setting`: only with one site more that colludes were there signatures for both.
+    """
+    names = Federation(num_sites, threshold).names
+    without, helpers = names[1:], names[num_sites - colluding :]
+    honest = [name for name in names if name not in helpers]
+    for told in itertools.product((True, False), repeat=len(honest) - 1):
+        federation = Federation(num_sites, threshold)
+        federation.until(Stage.SIGN_SURVIVORS)
+        lists = {name: names if stayed else without for name, stayed in zip(honest, (True, *told), strict=True)}
+        given = {which: {name: signature(federation, name, which) for name in helpers} for which in (names, without)}
+        for name, which in lists.items():
+            given[which][name] = federation.sites[name].sign_survivors(SignSurvivorsTask(of=OF, survivors=which)).signature
+        unmasked = set()
+        for name, which in lists.items():
             try:
-                known += len(restore_secret(shares, threshold=3)) == 32
+                reply = federation.sites[name].unmask(UnmaskTask(of=OF, signatures=given[which]))
             except ProtocolError:
                 continue
-        assert known == 1
+            assert ("s000" in reply.self_masks, "s000" in reply.mask_keys) == (which == names, which != names)
+            unmasked.add(which)
+        assert unmasked == {which for which, signatures in given.items() if len(signatures) >= threshold}
+        assert len(unmasked) <= 1
+
+
+def test_with_one_colluding_site_more_both_lists_are_signed() -> None:
+    """The bound of the theorem is sharp: n = 5, T = 3 and c = 1 = 2T - n, and both secrets of s000 are had."""
+    federation = Federation(5, 3)
+    federation.until(Stage.SIGN_SURVIVORS)
+    names, without = federation.names, federation.names[1:]
+    lists = {"s000": names, "s001": names, "s002": without, "s003": without}
+    given = {which: {"s004": signature(federation, "s004", which)} for which in (names, without)}
+    for name, which in lists.items():
+        given[which][name] = federation.sites[name].sign_survivors(SignSurvivorsTask(of=OF, survivors=which)).signature
+    held = federation.sites["s004"]._session.held["s000"]
+    number = federation.setting.number_of
+    seeds, keys = {number("s004"): held[0]}, {number("s004"): held[1]}
+    for name, which in lists.items():
+        reply = federation.sites[name].unmask(UnmaskTask(of=OF, signatures=given[which]))
+        for shares, kept in ((reply.self_masks, seeds), (reply.mask_keys, keys)):
+            if "s000" in shares:
+                kept[number(name)] = bytes.fromhex(shares["s000"])
+    assert all(len(restore_secret(shares, threshold=3)) == 32 for shares in (seeds, keys))
+
+
+def test_a_site_that_was_told_of_few_others_is_not_unmasked_apart_from_those_that_signed() -> None:
+    """Part (iii) of the theorem: s004 is told that only s003 and s001 shared keys beside it, s001 and s003 are then said to have dropped out; nobody
+    signs a list without three signatures, and s004 itself none with sites that it shared no masks with."""
+    federation = Federation(5, 3)
+    federation.until(Stage.MASK_INPUT)
+    tasks = federation.server.tasks()
+    narrow = tasks["s004"]
+    assert isinstance(narrow, MaskInputTask)
+    shares = {name: narrow.shares[name] for name in ("s001", "s003")}
+    narrow = narrow.model_copy(update={"sites": ("s001", "s003", "s004"), "shares": shares})
+    for name in federation.names:
+        federation.answer(name, narrow if name == "s004" else tasks[name])
+    apart = ("s000", "s002", "s004")
+    refused(lambda: federation.sites["s004"].sign_survivors(SignSurvivorsTask(of=OF, survivors=apart)), "known from the stage before")
+    given = {name: federation.sites[name].sign_survivors(SignSurvivorsTask(of=OF, survivors=apart)).signature for name in ("s000", "s002")}
+    for name in given:
+        refused(lambda name=name: federation.sites[name].unmask(UnmaskTask(of=OF, signatures=given)), "3 signatures or more")
+
+
+def test_a_false_signature_costs_its_site_the_rest_of_the_round_and_not_its_input() -> None:
+    federation = Federation(5, 3)
+    federation.until(Stage.SIGN_SURVIVORS)
+    for name, task in federation.server.tasks().items():
+        reply, _ = federation.answer(name, task)
+        assert isinstance(reply, SignedSurvivors)
+        if name == "s002":
+            wrong = reply.model_copy(update={"signature": signature(federation, name, federation.names[:4])})
+            refused(lambda wrong=wrong: federation.server.take("s002", wrong), "signature of site s002", SealError)
+        else:
+            federation.server.take(name, reply)
+    federation.server.close_stage()
+    assert federation.server.asked == ("s000", "s001", "s003", "s004")
+    federation.until(Stage.DONE)
+    check_sum(federation, federation.names)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
@@ -664,7 +859,7 @@ def test_a_restarted_site_has_dropped_out_and_the_round_goes_on() -> None:
         refused(lambda federation=federation: federation.answer("s002", federation.server.tasks()["s002"]), "under way")
         federation.stage(lost=frozenset({"s002"}))
         federation.until(Stage.DONE)
-        check_sum(federation, tuple(name for name in federation.names if name != "s002" or stage == Stage.UNMASK))
+        check_sum(federation, tuple(name for name in federation.names if name != "s002" or stage >= Stage.SIGN_SURVIVORS))
 
 
 def test_a_failed_round_may_begin_anew_with_other_keys() -> None:

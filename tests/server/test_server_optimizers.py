@@ -11,9 +11,9 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import FedAvgM as FlowerFedAvgM
 from flwr.serverapp.strategy import FedYogi as FlowerFedYogi
 
+from server.strategies.choice import server_optimizer
 from server.strategies.server_optimizer import ServerOptimizer, State
-from server.strategies.strategy import server_optimizer
-from shared import study as options
+from shared import strategy_options as options
 from simulations.in_process import InProcessGrid
 
 NUM_ROUNDS = 6

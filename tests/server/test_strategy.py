@@ -14,8 +14,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from server.aggregation import MAX_WEIGHT
 from server.blocks import Block
-from server.strategies.strategy import Answer, FederatedStrategy, Member
-from shared import study as options
+from server.strategies.answers import Answer, Member
+from server.strategies.strategy import FederatedStrategy
+from shared import strategy_options as options
 from shared.errors import ProtocolError
 from shared.messages import MESSAGE, PARAMETERS, STATISTICS, Evaluated, Refused, Trained, encode
 from shared.models import Parameters

@@ -12,7 +12,8 @@ from shared.claim import privacy_claim
 from shared.errors import ConfigurationError
 from shared.results import RunPrivacy, SiteLevelPrivacy, SitePrivacy
 from shared.site_level import check_site_delta, default_site_delta, plan_site_level, resolve_site_delta
-from shared.study import SUMS_ALONE, Strategy, Study
+from shared.strategy_options import SUMS_ALONE, Strategy
+from shared.study import Study
 from shared.whole_promise import whole_promise
 
 BASE = {"name": "s", "task": "t", "training": {"local_steps": 2}, "strategy": {"weights": "equal"}}
@@ -94,11 +95,15 @@ def test_those_that_are_refused_are_the_ones_that_look_at_single_updates() -> No
     assert refused >= {"median", "trimmed-mean", "krum", "multi-krum", "bulyan", "rfa", "norm-bounding", "q-fedavg", "fednova", "cyclic"}
 
 
-def test_sites_count_alike_and_are_clipped_where_they_are_seen() -> None:
+def test_sites_count_alike() -> None:
     with pytest.raises(ConfigurationError, match="strategy.weights: expected 'equal' with a promise to whole sites"):
         study(strategy={})
-    with pytest.raises(ConfigurationError, match="secure_aggregation with a promise to whole sites"):
-        study(secure_aggregation={})
+
+
+def test_under_masks_shares_of_noise_would_be_clipped() -> None:
+    assert study(secure_aggregation={}).site_level and study(BESIDE, secure_aggregation={}).site_level
+    with pytest.raises(ConfigurationError, match=r"'distributed' with a promise to whole sites: expected noise 'local'"):
+        study(BESIDE, training={"local_steps": 1}, secure_aggregation={"noise": "distributed", "sites": 5})
 
 
 def test_another_unit_takes_the_place_of_the_promise() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from shared.config import nearest, read_toml
 from shared.errors import ConfigurationError
-from shared.study import Study, flatten, merge_tables, parse_duration, toml_text
+from shared.study import Study, parse_duration
+from shared.study_tables import flatten, merge_tables, toml_text
 
 BASE = {"name": "s", "task": "t", "privacy": {"epsilon": 3.0, "delta": 1e-4}}
 
@@ -153,7 +154,7 @@ BAD = [
     ({"privacy": {"epsilon": 1, "evaluation_epsilon": 101}}, "privacy.evaluation_epsilon: expected less than or equal to 100, got 101"),
     (
         {"privacy": {"epsilon": 1, "evaluation_epsilon": 1}, "evaluation": {"folds": 2}},
-        "(whole file): privacy.evaluation_epsilon with evaluation.folds = 2: expected folds = 1",
+        ": privacy.evaluation_epsilon with evaluation.folds = 2: expected folds = 1",
     ),
     ({"privacy": {"unit": "ward", "epsilon": 1}}, "privacy.unit: expected 'patient', 'record', 'site' or 'none', got 'ward'"),
     ({"privacy": {"noise_multiplier": 0}}, "privacy.noise_multiplier: expected greater than"),

@@ -111,6 +111,14 @@ class Runner:
         return Finished(folder=RunFolder(max(self.out.glob("[!.]*"), key=lambda path: path.stat().st_mtime_ns)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneByOne(Runner):
+    """As `Runner`, but each site answers its own messages, one after another, unless a test says otherwise."""
+
+    def run(self, study: Study, *, execution: Execution = "sequential", **how: object) -> Finished:
+        return super().run(study, execution=execution, **how)
+
+
 @pytest.fixture
 def runner(tmp_path: Path) -> Runner:
     return Runner(out=tmp_path / "runs")

@@ -106,3 +106,15 @@ def test_a_delta_that_suits_every_site_but_not_the_pool_does_not_end_the_run(run
 def test_a_cross_validation_has_no_baselines(runner) -> None:
     with pytest.raises(ConfigurationError, match=r"--baselines: expected evaluation.folds = 1, got 2"):
         runner.run(runner.study(evaluation={"folds": 2}, privacy={"unit": "none"}, rounds={"count": 1}), baselines=True)
+
+
+@pytest.mark.parametrize("strategy", ["ditto", "fedper", "fine-tuning"])
+def test_beside_models_of_the_sites_own_each_is_compared_on_its_own_patients(runner, strategy: str) -> None:
+    """Without a shared part that learns, as with one site's training repeated, own and lone models would be equal; here both are judged on the same patients."""
+    run = runner.run(runner.study(strategy={"name": strategy}, privacy={"unit": "none"}), baselines=True)
+    own = run.result.per_site_baselines["local_only"]
+    tested = {name: row["num_test"] for name, row in run.result.per_site.items()}
+    mean = sum(own[name]["accuracy"] * number for name, number in tested.items()) / sum(tested.values())
+    assert run.result.metrics["local_only"]["accuracy"] == pytest.approx(mean, abs=1e-9), "pooled over the sites' own test patients"
+    for name, gain in run.result.per_site_gains["local_only"].items():
+        assert gain.difference == pytest.approx(run.result.per_site[name]["auroc"] - own[name]["auroc"], abs=2e-3)

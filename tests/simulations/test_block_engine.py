@@ -17,6 +17,7 @@ from shared.models import arrays_digest
 from shared.results import RoundRecord
 from simulations.blocks import trainer
 from simulations.blocks.choice import Execution, choose
+from simulations.blocks.trainer import Job
 from simulations.blocks.training import named
 from simulations.blocks.workers import Pool
 from simulations.federation import declared_sizes
@@ -73,9 +74,9 @@ def ready_after(patch: pytest.MonkeyPatch, num_blocks: int) -> list[int]:
             pool._read()
         return asked[0] > num_blocks + 1
 
-    def counted(pool: Pool, slot: tuple[int, int], round_number: int, fold: int, sites: list[int]) -> None:
+    def counted(pool: Pool, slot: tuple[int, int], job: Job) -> None:
         given[0] += 1
-        submit(pool, slot, round_number, fold, sites)
+        submit(pool, slot, job)
 
     patch.setattr(Pool, "ready", ready)
     patch.setattr(Pool, "submit", counted)
@@ -98,12 +99,12 @@ def test_a_worker_that_dies_ends_the_run_by_name_and_it_can_be_resumed(runner, u
     ready_after(monkeypatch, 0)
     submit = Pool.submit
 
-    def killed(pool: Pool, slot: tuple[int, int], round_number: int, fold: int, sites: list[int]) -> None:
-        if round_number == 2:
+    def killed(pool: Pool, slot: tuple[int, int], job: Job) -> None:
+        if job.round_number == 2:
             for process in pool._processes:
                 process.kill()
                 process.wait()
-        submit(pool, slot, round_number, fold, sites)
+        submit(pool, slot, job)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "submit", killed)

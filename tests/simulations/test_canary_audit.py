@@ -56,6 +56,7 @@ def setting_of(**changes: object) -> Setting:
 # What it finds -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise_multiplier", "least", "least_fdp", "claimed"), [(None, 4.8, 8.3, None), (1.0, 2.2, 3.0, 10.47), (2.0, 1.0, 1.3, 3.52)]
 )

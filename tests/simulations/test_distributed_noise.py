@@ -2,12 +2,13 @@
 refused."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Error, Message
 
-import client.site
+import client.local_work
 from client.ledger import reading
 from client.secure_updates import SecureUpdates
 from shared.distributed_noise import MORE
@@ -17,7 +18,14 @@ from shared.plan import plan_site
 from shared.secure_sum.messages import AdvertiseKeysTask, ShareKeysTask
 from shared.study import Study
 from shared.task import resolve_task
+from tests.simulations.conftest import OneByOne
 from tests.simulations.test_secure_aggregation import final, intercept, kind, kind_of
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> OneByOne:
+    """Messages as in a deployment, which a test can come between; of blocks is `test_secure_blocks`."""
+    return OneByOne(out=tmp_path / "runs")
 
 
 def study_of(runner, *, missing: int = 1, sites: int = 5, **changes: object) -> Study:
@@ -29,14 +37,14 @@ def study_of(runner, *, missing: int = 1, sites: int = 5, **changes: object) -> 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, float, float]]:
     """Every site's points, with the spacing of the grid and the expected batch."""
-    real, seen = client.site.noised_points, list[tuple[np.ndarray, float, float]]()
+    real, seen = client.local_work.noised_points, list[tuple[np.ndarray, float, float]]()
 
     def watch(learner, received, noise, *, share_std):
         points = real(learner, received, noise, share_std=share_std)
         seen.append((points, noise.grid.spacing, learner.plan.expected_batch_size))
         return points
 
-    monkeypatch.setattr(client.site, "noised_points", watch)
+    monkeypatch.setattr(client.local_work, "noised_points", watch)
     return seen
 
 
@@ -53,6 +61,7 @@ def test_the_model_moves_by_the_noised_mean_gradient_exactly(runner, monkeypatch
             assert [charge.event.steps for charge in ledger.charges()] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [0, 2])
 def test_the_sum_has_the_noise_that_is_promised(runner, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
     """With gradients cut to nothing, all that is in a sum is noise. 481 entries of 6 sums: their deviation is off by 10 % once in 10**13."""
@@ -128,6 +137,7 @@ def test_a_refused_request_takes_nothing_from_a_share(runner, monkeypatch: pytes
     assert all(np.array_equal(honest[name], again[name]) for name in honest)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_interrupted(runner) -> None:
     study = study_of(runner, rounds={"count": 3, "require": 3})
     whole = runner.run(study)

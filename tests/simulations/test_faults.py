@@ -124,6 +124,7 @@ def of_site(run: Finished, name: str) -> list[SiteRound]:
     return [site for record in run.folder.rounds() for site in record.sites if site.name == name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", strategy_names())
 def test_every_bad_site_is_named_with_its_reason_and_the_model_is_that_of_the_others(tried: Callable[[str], Tried], strategy: str) -> None:
     made = tried(strategy)
@@ -167,6 +168,7 @@ def test_each_site_s_own_log_says_why(tried: Callable[[str], Tried]) -> None:
 # The study's own table -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_blocks_and_single_sites_come_to_the_same(runner: Runner) -> None:
     study = runner.study(federation={"sites": 5}, faults={"sites": ["site-2"], "kind": "nan"})
     runs = [runner.run(study, execution=how) for how in ("blocks", "sequential")]

@@ -14,7 +14,8 @@ from server.strategies.fedbuff import Buffer, staleness_weight
 from shared.errors import ConfigurationError, ProtocolError, QuorumLostError
 from shared.plan import plan_site
 from shared.results import RoundRecord
-from shared.study import FedBuff, Study
+from shared.strategy_options import FedBuff
+from shared.study import Study
 from simulations.attacks.poisoning import attack_poisoning
 from simulations.in_process import InProcessGrid
 from simulations.simulate import prepare
@@ -186,6 +187,7 @@ def test_a_run_repeats_itself(runner: Runner, private: Study) -> None:
     assert runs[0].model() == runs[1].model() and runs[0].lines == runs[1].lines and runs[0].comparable == runs[1].comparable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut_at", [3, 6, 9])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(runner: Runner, private: Study, monkeypatch: pytest.MonkeyPatch, cut_at: int) -> None:
     """What was at work at the checkpoint is asked again, with the model it was asked with, and is done when it would have been."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import shared.study
+import shared.strategy_options
 from shared.cohort import Cohort
 from shared.errors import ConfigurationError, QuorumLostError
 from shared.schema import TensorSchema
@@ -110,7 +110,7 @@ def test_robust_strategies_keep_what_bad_sites_take_from_fedavg(study: Study) ->
 def test_a_strategy_that_tolerates_no_so_many_bad_sites_is_refused_by_name(study: Study) -> None:
     with pytest.raises(ConfigurationError, match="strategy bulyan needs at least 7 sites where 1 are turned, got 6"):
         attack_poisoning(study, strategies=["fedavg", "bulyan"])
-    assert poisoning.under(study, "krum", num_turned=2).strategy == shared.study.Krum(name="krum", tolerated=2)
+    assert poisoning.under(study, "krum", num_turned=2).strategy == shared.strategy_options.Krum(name="krum", tolerated=2)
     own = study.replace(strategy={"name": "krum"})
     assert poisoning.under(own, "krum", num_turned=2) is own
 
@@ -121,10 +121,10 @@ def test_strategies_are_those_that_a_study_can_name(monkeypatch: pytest.MonkeyPa
     for name in set(strategy_names()) - {"scaffold"}:
         assert Study.from_table({"name": "s", "task": "t", "privacy": {"unit": "none"}, "strategy": {"name": name}}).strategy.name == name
 
-    class Robust(shared.study.FedAvg):
+    class Robust(shared.strategy_options.FedAvg):
         name: typing.Literal["robust", "sturdy"] = "robust"
 
-    monkeypatch.setattr(poisoning, "Strategy", typing.Annotated[shared.study.FedAvg | Robust, "name"])
+    monkeypatch.setattr(poisoning, "Strategy", typing.Annotated[shared.strategy_options.FedAvg | Robust, "name"])
     assert strategy_names() == ("fedavg", "robust", "sturdy")
     monkeypatch.setattr(poisoning, "Strategy", typing.Annotated[Robust, "name"])
     assert strategy_names() == ("robust", "sturdy")

@@ -20,6 +20,8 @@ from simulations.sweeps.execution import run_sweep
 from simulations.sweeps.folder import TABLE, SweepFolder
 from simulations.sweeps.grid import Sweep
 from tests.simulations.conftest import STUDY
+from tests.simulations.test_secure_blocks import KINDS
+from tests.simulations.test_secure_blocks import study_of as masked
 
 ray = pytest.importorskip("ray", reason="Ray is an extra, and not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::ResourceWarning")]
@@ -95,6 +97,13 @@ def test_a_node_that_is_killed_costs_no_round_and_no_bit(runner, cluster: Cluste
     assert there.model() == here.model()
     assert "a worker on the Ray cluster died" in (there.folder.path / "log.jsonl").read_text()
     assert {site["status"] for line in there.lines for site in line["sites"]} == {"ok"}
+
+
+def test_sites_that_mask_their_updates_are_trained_there_to_the_same_bits(runner, cluster: Cluster) -> None:
+    for kind in ("private", "distributed", "whole sites"):
+        study = masked(runner, **KINDS[kind])
+        here, there = runner.run(study, execution="blocks"), runner.run(study, engine="ray", ray_address=cluster.address, execution="blocks")
+        assert there.result.engine == "ray" and there.model() == here.model() and there.result.privacy == here.result.privacy
 
 
 def test_a_cluster_that_is_not_there_is_named(runner) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +16,22 @@ from server.run_folder import RunFolder
 from shared.errors import ConfigurationError, ProtocolError, QuorumLostError
 from shared.messages import MASKED, MESSAGE, PARAMETERS, decode, encode, to_array_record
 from shared.results import RoundRecord
-from shared.secure_sum.messages import AdvertiseKeysTask, SecureTrainTask, ShareKeysTask, UnmaskTask
+from shared.secure_sum.messages import AdvertiseKeysTask, SecureTrainTask, ShareKeysTask, SignSurvivorsTask, UnmaskTask
 from shared.study import Study
 from shared.task import architecture_hash, resolve_task
 from simulations.attacks.poisoning import attack_poisoning
 from simulations.in_process import InProcessGrid
 from simulations.simulate import prepare, virtual_sites
+from tests.simulations.conftest import OneByOne
 
-STAGES = {"advertise": AdvertiseKeysTask, "share": ShareKeysTask, "mask": SecureTrainTask, "unmask": UnmaskTask}
+STAGES = {"advertise": AdvertiseKeysTask, "share": ShareKeysTask, "mask": SecureTrainTask, "sign": SignSurvivorsTask, "unmask": UnmaskTask}
 Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> OneByOne:
+    """Messages as in a deployment, which a test can come between; of blocks is `test_secure_blocks`."""
+    return OneByOne(out=tmp_path / "runs")
 
 
 def study_of(runner, *, secure: bool = True, **changes: object) -> Study:
@@ -141,7 +149,7 @@ def test_a_site_that_drops_out_at_any_stage_is_left_out_or_not_missed(runner, mo
     found = final(runner.run(study, observe=records.append))
     monkeypatch.undo()
     statuses = {site.name: site.status for site in records[0].sites}
-    if stage == "unmask":
+    if stage in ("sign", "unmask"):
         assert_close(found, everyone)
         assert set(statuses.values()) == {"ok"}
         return
@@ -322,14 +330,14 @@ def test_a_study_that_cannot_be_is_refused(runner, changes: dict, told: str) -> 
         study_of(runner, **changes).replace(**{"secure_aggregation": {}, **changes})
 
 
-def test_too_few_sites_blocks_ray_and_attacks_are_refused_before_anything_is_begun(runner) -> None:
+def test_too_few_sites_and_attacks_are_refused_before_anything_is_begun(runner) -> None:
     with pytest.raises(ConfigurationError, match="at least 3 sites"):
         runner.run(study_of(runner, federation={"sites": 2}, rounds={"require": 1}))
     with pytest.raises(ConfigurationError, match="at least 6 sites"):
         runner.run(study_of(runner).replace(secure_aggregation={"threshold": 6}))
     for machine in ({"execution": "blocks"}, {"engine": "ray"}):
-        with pytest.raises(ConfigurationError, match="secure aggregation"):
-            runner.run(study_of(runner), **machine)
+        with pytest.raises(ConfigurationError, match="strategy ditto, which has a part of its own at each site"):
+            runner.run(study_of(runner, strategy={"name": "ditto"}), **machine)
     with pytest.raises(ConfigurationError, match="in the clear"):
         attack_poisoning(study_of(runner))
 

@@ -14,9 +14,11 @@ import simulations.in_process
 from client.kept_state import KeptState
 from client.ledger import reading
 from client.local_training import LocalRound
+from client.private_probe import probe_model
 from server.run_folder import read_tensors
+from server.strategies.answers import Member
 from server.strategies.q_fedavg import FairMean, noise_energy
-from server.strategies.strategy import FederatedStrategy, Member
+from server.strategies.strategy import FederatedStrategy
 from shared.cohort import SIMULATION_SPLIT_KEY, held_out_patients
 from shared.errors import ConfigurationError, ModelMismatchError, StorageError
 from shared.metrics import finish_metrics
@@ -248,6 +250,7 @@ def test_the_noise_of_an_update_is_what_is_taken_off(runner) -> None:
     assert 0.8 < np.mean(squares) / expected < 1.3
 
 
+@pytest.mark.slow
 def test_q_fedavg_learns_under_privacy(runner) -> None:
     study = runner.study(
         strategy={"name": "q-fedavg"}, training={"local_steps": 5}, rounds={"count": 15}, federation={"sites": 8, "partition": "iid"}
@@ -273,6 +276,7 @@ def test_q_fedavg_is_algorithm_2(runner, q: float) -> None:
         assert_close(final(run), final(runner.run(plain_study(runner, name="fedavg"))))
 
 
+@pytest.mark.slow
 def test_fednova_counts_by_the_step_and_equals_fedavg_for_equal_steps(runner) -> None:
     assert_close(final(runner.run(plain_study(runner, name="fednova"))), final(runner.run(plain_study(runner, name="fedavg"))))
     study = plain_study(runner, name="fednova").replace(training={"local_epochs": 2, "batch_size": 40})
@@ -328,6 +332,7 @@ def loss_of(run) -> float:
     return sum(size * papers.loss(site, at)[0] for site, size in papers.sizes.items()) / sum(papers.sizes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scaffold", "feddyn"])
 def test_corrected_sites_reach_a_lower_loss_than_averaged_ones_under_skew(runner, name: str) -> None:
     """With many local steps on very different patients, sites drift apart; after the same rounds the corrected model is nearer the optimum."""
@@ -424,6 +429,14 @@ def test_fedbn_keeps_normalisation_and_needs_some(runner) -> None:
         personal_names(fedper, torch.nn.Sequential(torch.nn.Linear(3, 1)))
 
 
+@pytest.mark.parametrize("name", ["breast_cancer", "heart_disease"])
+def test_the_tasks_of_the_table_have_a_kind_with_normalisation(runner, name: str) -> None:
+    task, plain = resolve_task(f"shared.tasks.{name}:normalised"), resolve_task(name.replace("_", "-"))
+    assert task.name == plain.name and task.fingerprint() != plain.fingerprint(), "another architecture is another task to a site"
+    assert personal_names(runner.study(strategy={"name": "fedbn"}).strategy, task.model()) == {"1.weight", "1.bias"}
+    probe_model(task, runner.study(strategy={"name": "fedbn"}))  # which raises where it cannot be trained privately
+
+
 @pytest.mark.slow
 def test_fedbn_on_images_trains_under_privacy(runner) -> None:
     study = runner.study(
@@ -439,6 +452,7 @@ def test_fedbn_on_images_trains_under_privacy(runner) -> None:
 # Interrupted -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*STATEFUL, "q-fedavg", "fine-tuning", "cyclic"])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(runner, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Cut off in the middle of the second round: a site that had trained trains again, on the state that it had before."""
@@ -463,6 +477,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(runner, monkeypatch: 
     assert resumed.comparable == whole.comparable and resumed.lines == whole.lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "source"), [("ditto", "seeded"), ("fedper", "seeded"), ("fine-tuning", "os")])
 def test_a_resumed_cross_validation_judges_every_fold_by_its_own_models(runner, name: str, source: str) -> None:
     study = runner.study(strategy={"name": name}, evaluation={"folds": 2}, privacy={"noise_source": source})
@@ -535,7 +550,7 @@ def test_a_study_that_makes_no_sense_is_refused_by_the_key(runner, changes: dict
 @pytest.mark.parametrize("name", ["ditto", "scaffold", "q-fedavg", "cyclic"])
 def test_sites_with_a_part_of_their_own_are_not_trained_in_blocks(runner, name: str) -> None:
     study = runner.study(strategy={"name": name}, training={"local_steps": 2})
-    with pytest.raises(ConfigurationError, match="a part of its own at each site"):
+    with pytest.raises(ConfigurationError, match="whose sites train in turn" if name == "cyclic" else "a part of its own at each site"):
         runner.run(study, execution="blocks")
     with pytest.raises(ConfigurationError, match="--engine ray"):
         runner.run(study, engine="ray")

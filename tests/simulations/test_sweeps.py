@@ -10,7 +10,8 @@ import pytest
 
 from client.ledger import reading
 from shared.errors import AlreadyRunningError, BudgetExhaustedError, ConfigurationError, ModelMismatchError, WorkerFailedError
-from shared.study import Study, toml_text
+from shared.study import Study
+from shared.study_tables import toml_text
 from shared.supervision import single_instance
 from simulations import simulate
 from simulations.sweeps import execution
@@ -38,13 +39,16 @@ def table_of(folder: SweepFolder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-VARIANTS = {"few": {"federation": {"sites": 2}, "training": {"local_steps": 3}}, "hearts": {"task": "heart-disease", "federation": {"sites": 4}}}
+VARIANTS = {
+    "few": {"federation": {"sites": 2}, "training": {"local_steps": 3}, "task": "shared.tasks.breast_cancer:normalised"},
+    "hearts": {"task": "heart-disease", "federation": {"sites": 4}},
+}
 
 
 def test_variants_are_changes_under_one_name(tmp_path: Path) -> None:
     sweep = Sweep(name="v", study="breast-cancer", baselines=False, variants=VARIANTS, grid={"variant": ["few", "hearts"], "alpha": [0.1, 5]})
     cells = cells_of(sweep, BASE)
-    assert [cell.study.task for cell in cells] == ["breast-cancer"] * 2 + ["heart-disease"] * 2
+    assert [cell.study.task for cell in cells] == ["shared.tasks.breast_cancer:normalised"] * 2 + ["heart-disease"] * 2
     assert [(cell.study.federation.sites, cell.study.federation.alpha) for cell in cells] == [(2, 0.1), (2, 5), (4, 0.1), (4, 5)]
     assert cells[0].study.training.local_steps == 3 and cells[2].study.training.local_steps is None
     assert cells[0].settings == {"variant": "few", "federation.alpha": 0.1}

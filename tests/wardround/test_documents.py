@@ -4,13 +4,16 @@ import re
 import shlex
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
 
 from client.policy import SiteFile
 from shared.config import validate
-from shared.study import Study, flatten
+from shared.strategy_options import Strategy
+from shared.study import Faults, Privacy, SecureAggregation, Study
+from shared.study_tables import flatten
 from shared.tasks.tabular import TabularTask
 from simulations.sweeps.grid import Sweep, cells_of
 from tests.wardround.conftest import Command
@@ -107,3 +110,15 @@ def test_every_key_of_a_study_is_documented() -> None:
     study = Study.from_table({"name": "x", "task": "x", "privacy": {"epsilon": 1.0}})
     missing = [key for key in flatten(study.to_table()) if f"`{key}`" not in text and f"`{key.split('.')[-1]}`" not in text]
     assert missing == []
+
+
+def test_every_strategy_and_every_option_is_documented() -> None:
+    text = (ROOT / "docs" / "studies.md").read_text()
+    [union, *_] = typing.get_args(Strategy)
+    members = typing.get_args(union)
+    names = [name for member in members for name in typing.get_args(member.model_fields["name"].annotation)]
+    assert len(names) == 25 and [name for name in names if f'"{name}"' not in text] == []
+    tables = {"strategy": members, "secure_aggregation": (SecureAggregation,), "faults": (Faults,), "privacy": (Privacy,)}
+    keys = [f"{table}.{key}" for table, models in tables.items() for model in models for key in model.model_fields if key != "name"]
+    assert len(set(keys)) > 45
+    assert [key for key in dict.fromkeys(keys) if f"`{key}`" not in text and f"`{key.partition('.')[2]}`" not in text] == []

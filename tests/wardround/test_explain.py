@@ -1,6 +1,8 @@
 """`wardround explain`: attributions against what is known by hand, and a page that stays where it is."""
 
+import dataclasses
 import hashlib
+import re
 import stat
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ from wardround.explaining import (
     schema_parts,
     singles,
 )
-from wardround.report.explanation_page import explanation_page, in_unit, overlay
+from wardround.report.explanation_page import bars, explanation_page, in_unit, overlay
 from wardround.run import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,18 +146,27 @@ def files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_a_page_of_real_patients_must_not_leave_and_says_no_more() -> None:
+    task = resolve_task("heart-disease")
+    cohort = dataclasses.replace(task.synthetic_cohort(12, 4), synthetic=False)
+    page = explanation_page(attribute(untrained(task), cohort), run="a run")
+    assert "This page is of patients. It must not leave the hospital." in page and "SYNTHETIC" not in page
+
+
 def test_the_page_stays_and_nothing_of_it_is_elsewhere(command: Command, run: Path, tmp_path: Path) -> None:
     before = files(run)
     outcome = command("explain", run, "--patients", "25", "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.data == {
-        "page": "explanation.html", "task": "heart-disease", "num_patients": 25, "synthetic": True, "methods": {"features": "integrated gradients"},
+        "page": "explanation.html", "task": "heart-disease", "own_model_of": None, "num_patients": 25, "synthetic": True,
+        "methods": {"features": "integrated gradients"},
     }  # fmt: skip
     assert files(run) == before and [path.name for path in tmp_path.iterdir()] == ["explanation.html"]
     page = tmp_path / "explanation.html"
     text = page.read_text()
     assert stat.S_IMODE(page.stat().st_mode) == 0o600
-    assert "This page is of patients. It must not leave the hospital." in text and "SYNTHETIC patients." in text
+    assert "SYNTHETIC patients." in text
+    assert "must not leave" not in text + outcome.err and "hospital alone" not in text, "there is no patient whom it could give away"
     assert "<script" not in text and "http://" not in text and "https://" not in text and "noindex" in text
     cohort = resolve_task("heart-disease").synthetic_cohort(25, 7)
     assert not any(name in text for name in cohort.patient_ids), "no identifier is on it"
@@ -261,6 +272,22 @@ def test_outputs_that_become_predictions_in_another_way_are_refused_before_patie
     for refuse in (lambda: require_explainable(trained), lambda: attribute(trained, trained.task.synthetic_cohort(2, 1))):
         with pytest.raises(ConfigurationError, match=f"task {name}: expected one output"):
             refuse()
+
+
+def test_what_moved_nothing_is_said_and_not_drawn_as_an_empty_figure() -> None:
+    task = resolve_task("icu-attention")
+    found = attribute(untrained(task), task.synthetic_cohort(4, 6))
+    parts = tuple(dataclasses.replace(part, attributions=np.zeros_like(part.attributions)) for part in found.parts)
+    page = explanation_page(dataclasses.replace(found, parts=parts), run="r")
+    assert page.count("Nothing in it moved the output.") == 3 * len(parts)
+    moved = tuple(dataclasses.replace(part, attributions=np.ones_like(part.attributions)) for part in found.parts)
+    assert "Nothing in it moved" not in explanation_page(dataclasses.replace(found, parts=moved), run="r")
+
+
+def test_labels_of_ticks_do_not_run_into_each_other() -> None:
+    for values, most in (([0.00213, 0.0004], 3), ([0.00213, -0.0004], 4), ([21.0, -4.0], 7)):  # short ones need not be thinned
+        ticks = re.findall(r">(-?[0-9.]+)</text>", str(bars(("a", "b"), np.array(values)).svg))
+        assert 0.0 in map(float, ticks) and 2 <= len(ticks) <= most, values
 
 
 def test_every_other_task_can_be_explained() -> None:

@@ -107,7 +107,10 @@ def test_where_nothing_fits_it_is_said_what_would(command: Command, known: dict[
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (("--epsilon", 1, "--noise-multiplier", 2, "--rounds", 3, "--batch-size", 8, "--delta", 1e-5), "to be left open, got all; omit one"),
+        (
+            ("--epsilon", 1, "--noise-multiplier", 2, "--rounds", 3, "--batch-size", 8, "--delta", 1e-5),
+            "to be left open, got all\n  what to do: omit one",
+        ),
         (("--rounds", 3), "expected either epsilon or noise_multiplier, or both, got neither"),
         (("--epsilon", 101), "less than or equal to 100"),
         (("--noise-multiplier", 0.01), "greater than or equal to 0.2"),

@@ -434,7 +434,7 @@ def test_metrics_with_noise_are_said_to_carry_it(usual: Path) -> None:
     assert "statistics carry noise, from which no curve is drawn" in text and "ROC curve" not in text
     assert "n/a (one class)" not in text and "its noised statistics do not determine it" in text
     assert "Below the test patients, by class" not in text
-    assert "A change holds the noise of the federated model’s metrics." in text
+    assert "A change holds the noise of the federation’s metrics." in text
 
 
 def test_an_interrupted_run_says_so(tmp_path: Path) -> None:

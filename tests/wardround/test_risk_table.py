@@ -35,7 +35,7 @@ def test_a_row_says_what_came_true_and_what_acting_from_there_would_find(monkeyp
     scores = np.repeat([0.02, 0.15, 0.3, 0.9], [50, 3, 40, 20])
     labels = np.concatenate([np.zeros(50), np.ones(3), np.arange(40) < 12, np.arange(20) < 15]).astype(int)
     monkeypatch.setattr(risk, "drawable", lambda run, name: {"federated": histogram_of(scores, labels)})
-    grid = risk_grid(SimpleNamespace())  # type: ignore[arg-type]  # nothing else of a run is looked at
+    grid = risk_grid(SimpleNamespace(study=SimpleNamespace(own_models=False)))  # type: ignore[arg-type]  # nothing else of a run is looked at
     assert grid is not None
     texts = {row.name: [cell.text for cell in row.cells] for row in grid.table.rows}
     assert [row.name for row in grid.table.rows][:2] == ["0 % to 5 %", "5 % to 10 %"]

@@ -78,9 +78,11 @@ def profile(
     file = subject.source.file
     fewest = min_cell if file is None else max(min_cell, file.policy.min_metric_patients)
     name = "the task's own patients" if data is None else data.name
-    page, aggregate = write_profile(profile_of(subject.task, subject.loaded), out, source=name, min_cell=fewest)
+    profile = profile_of(subject.task, subject.loaded)
+    page, aggregate = write_profile(profile, out, source=name, min_cell=fewest)
     terminal = console(as_json=as_json)
-    terminal.print(f"page       {page}: it describes patients and must not leave the hospital", soft_wrap=True, markup=False)
+    stays = " SYNTHETIC patients" if profile.synthetic else " it describes patients and must not leave the hospital"
+    terminal.print(f"page       {page}:{stays}", soft_wrap=True, markup=False)
     terminal.print(
         f"aggregate  {aggregate}: no cell below {fewest} patients, rounded; read it before it is shown to anyone", soft_wrap=True, markup=False
     )

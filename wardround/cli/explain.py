@@ -34,20 +34,22 @@ def explain(
     from wardround.explaining import explain_run
 
     done = explain_run(run, data, patients=patients, out=out, task=task, options=dict(key_and_value(option) for option in options or []), force=force)
+    if done.owner is not None:
+        terminal.print(f"model  {done.owner.sentence}", style="yellow", markup=False, soft_wrap=True)
     for part in done.parts:
         terminal.print(f"{part.name}  {part.method}", markup=False, soft_wrap=True)
     if done.completeness_gap is not None:
         terminal.print(f"completeness  attributions add up to the model's output but for {done.completeness_gap:.2%} ({done.num_steps} steps)")
     if done.synthetic:
         terminal.print("SYNTHETIC patients", style="bold yellow")
-    terminal.print(
-        f"page  {done.page}: {plural(done.num_patients, 'patient')}; it shows patients' data and must not leave the hospital", soft_wrap=True
-    )
+    stays = "" if done.synthetic else "; it shows patients' data and must not leave the hospital"
+    terminal.print(f"page  {done.page}: {plural(done.num_patients, 'patient')}{stays}", soft_wrap=True)
     if as_json:  # counts alone: what the model saw in patients is on the page, and nowhere else
         print_envelope(
             {
                 "page": str(done.page),
                 "task": done.task,
+                "own_model_of": None if done.owner is None else done.owner.site,
                 "num_patients": done.num_patients,
                 "synthetic": done.synthetic,
                 "methods": {part.name: part.method for part in done.parts},

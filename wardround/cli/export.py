@@ -11,7 +11,12 @@ from wardround.cli.options import DebugOption, JsonOption
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a .safetensors file.", show_default=False)],
     format: Annotated[Literal["onnx", "torch-export"], typer.Option("--format", help="ONNX (extra 'onnx'), or PyTorch's .pt2.")] = "onnx",
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Default: beside the model.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Default: beside the model; a site's own is never written into a run's folder.", show_default=False
+        ),
+    ] = None,
     task: Annotated[str | None, typer.Option("--task", metavar="T", help="Where the model's task is, if not where the study says.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace FILE where it is there.")] = False,
     as_json: JsonOption = False,
@@ -38,7 +43,10 @@ def export(
 
     if note := own_models_note(run):
         terminal.print(note, style="yellow", markup=False, soft_wrap=True)
-    if not done.cards:
+    if (owner := done.facts.owner) is not None:
+        terminal.print(f"whose    {owner.sentence}", style="yellow", markup=False, soft_wrap=True)
+        terminal.print("no model card: the run's is of the model that the sites share", style="yellow")
+    elif not done.cards:
         terminal.print("no model card: give the run's folder for one", style="yellow")
     if as_json:
         print_envelope(

@@ -2,12 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
-from wardround.cli.spent import PathArgument
+from wardround.cli.spent import PathArgument, shares_line
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -34,8 +34,11 @@ def verify(
                 check_ledger_key(path, ledger)
             if head is not None:
                 ledger.check_head(head)
-            found.append({"ledger": str(file), "rows": ledger.num_rows, "head": ledger.head, "signed": ledger.signed})
+            shared = list(dict.fromkeys(plan.entry.study for plan in ledger.account.plans.values() if plan.entry.shares is not None))
+            found.append({"ledger": str(file), "rows": ledger.num_rows, "head": ledger.head, "signed": ledger.signed, "distributed_noise": shared})
     for item in found:
+        if item["distributed_noise"]:
+            console(as_json=as_json).print(shares_line(cast("list[str]", item["distributed_noise"])), soft_wrap=True)
         signed = "every one signed by the site" if item["signed"] else "hash-chained, unsigned (a simulation's)"
         console(as_json=as_json).print(f"{item['ledger']}: {item['rows']} rows verify, {signed}; head {item['head']}")
     if as_json:

@@ -1,9 +1,12 @@
 """Options that several commands share, and how they change a study."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import click
 import typer
+from typer.models import ArgumentInfo
 
 from shared.errors import ConfigurationError
 
@@ -21,6 +24,20 @@ TaskOption = Annotated[str | None, typer.Option("--task", metavar="T", help="Run
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="S", help="Seed of everything in a simulation.")]
 
 DEFAULT_STUDY = "breast-cancer"
+
+
+def restore_argument_help(command: click.Command) -> None:
+    """Give every argument of `command` and of what is below it the help that its signature has.
+
+    Typer up to 0.20 sets it before it calls click's constructor, and that of click 8.5 sets it to nothing.
+    """
+    for below in command.commands.values() if isinstance(command, click.Group) else ():
+        restore_argument_help(below)
+    declared = inspect.signature(command.callback).parameters if command.callback is not None else {}
+    for argument in command.params:
+        if isinstance(argument, click.Argument) and argument.name in declared:
+            told = [info.help for info in getattr(declared[argument.name].annotation, "__metadata__", ()) if isinstance(info, ArgumentInfo)]
+            argument.help = next(iter(told), None)
 
 
 def overrides(*, sites: int | None, rounds: int | None, epsilon: str | None, task: str | None, seed: int | None) -> dict[str, object]:

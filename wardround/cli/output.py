@@ -19,7 +19,7 @@ PLAIN_WIDTH = 140  # columns, where the output is no terminal
 def console(*, as_json: bool) -> Console:
     """Where human text goes: stdout, or stderr beside an envelope."""
     is_terminal = (sys.stderr if as_json else sys.stdout).isatty()
-    return Console(stderr=as_json, highlight=False, width=None if is_terminal else PLAIN_WIDTH)
+    return Console(stderr=as_json, highlight=False, emoji=False, width=None if is_terminal else PLAIN_WIDTH)
 
 
 def print_envelope(data: object, *, status: str = "ok", exit_code: int = 0) -> None:
@@ -38,7 +38,7 @@ def report_interruption(verb: str, *, as_json: bool) -> int:
 
 
 def _report(code: str, what: str, remedy: str, exit_code: int, *, as_json: bool) -> int:
-    stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     stderr.print(f"error {code}: {what}", style="bold red", markup=False)
     if remedy:
         stderr.print(f"  what to do: {remedy}", markup=False)

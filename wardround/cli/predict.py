@@ -17,7 +17,12 @@ STDOUT = "-"
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run's folder, a .safetensors or an .onnx file.", show_default=False)],
     data: Annotated[
-        Path | None, typer.Argument(metavar="DATA", help="A file or folder as for simulate --data, or a site.toml.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="DATA",
+            help="A file or folder as for simulate --data, or a site.toml; omitted: the patients that the task brings along.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         str, typer.Option("--out", metavar="FILE", help="The CSV file, its owner's alone to read; - writes to stdout.")
@@ -33,7 +38,7 @@ def predict(
 ) -> None:
     """Predict for your own patients, one row each. Data that do not fit the task's schema are refused; nothing is sent.
 
-    The data are read whole first (a table takes some 20 times its size in memory), then predicted for in batches: divide a file that is too large.
+    A table that fits the schema is checked from end to end, then predicted for in parts, however large it is; other data are read whole first.
     """
     from wardround.cli.data import key_and_value
     from wardround.cli.output import console, print_envelope
@@ -43,7 +48,7 @@ def predict(
         raise typer.BadParameter("- and --json both write to stdout", param_hint="--out")
     terminal = console(as_json=as_json or out == STDOUT)
     terminal.print("loading torch ...", style="dim")
-    from wardround.predicting import open_predictor
+    from wardround.predicting import LEFT_OUT, open_predictor
     from wardround.private_files import refuse_in_run
 
     if out != STDOUT:
@@ -51,32 +56,38 @@ def predict(
     chosen = dict(key_and_value(option) for option in options or [])
     predictor = open_predictor(model, data, task=task, options=chosen, skip_bad_rows=skip_bad_rows)
     count = _write(predictor, out, force)
-    told = f"{plural(count, 'patient')}, {plural(predictor.cohort.num_records, 'record')}"
+    patients = predictor.patients
+    whose = f" of task {predictor.task.name}'s own data, for no DATA was given" if data is None else ""
+    told = f"{plural(count, 'patient')}, {plural(patients.num_records, 'record')}{whose}"
     from wardround.trained import own_models_note
 
     if note := own_models_note(model):
         terminal.print(note, style="yellow", markup=False, soft_wrap=True)
+    if predictor.owner is not None:
+        terminal.print(f"model  {predictor.owner.sentence}", style="yellow", markup=False, soft_wrap=True)
     terminal.print(f"predicted for {told}: {', '.join(predictor.columns)}", soft_wrap=True, markup=False)
-    if predictor.left_out:
-        terminal.print(f"LEFT OUT  {predictor.left_out}", style="bold yellow", markup=False, soft_wrap=True)
-    for note, number in predictor.cohort.notes.items():
-        if number:
+    if patients.left_out:
+        terminal.print(f"LEFT OUT  {patients.left_out}", style="bold yellow", markup=False, soft_wrap=True)
+    for note, number in patients.notes.items():
+        if number and not note.startswith(LEFT_OUT):  # which was said
             terminal.print(f"  {note.replace('_', ' ')}: {number:,}", style="yellow", markup=False)
-    if predictor.cohort.synthetic:
+    if patients.synthetic:
         terminal.print("SYNTHETIC patients", style="bold yellow")
     if out != STDOUT:
-        terminal.print(f"wrote  {out}: it is of patients and must not leave the hospital", soft_wrap=True, markup=False)
+        stays = "" if patients.synthetic else ": it is of patients and must not leave the hospital"
+        terminal.print(f"wrote  {out}{stays}", soft_wrap=True, markup=False)
     if as_json:
         print_envelope(
             {
                 "predictions": out,
                 "task": predictor.task.name,
+                "own_model_of": None if predictor.owner is None else predictor.owner.site,
                 "num_patients": count,
-                "num_records": predictor.cohort.num_records,
+                "num_records": patients.num_records,
                 "columns": list(predictor.columns),
                 "labels_read": predictor.labels_read,
-                "left_out": predictor.left_out,
-                "notes": dict(predictor.cohort.notes),
+                "left_out": patients.left_out,
+                "notes": dict(patients.notes),
             }
         )
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from shared.study import Study
 
 ANNOUNCING_ROOM = "simulations"
+BUFFERED = (
+    "a fedbuff round is judged by those sites that answered its own model, where there are any; the last line is the final model, judged by all"
+)
 
 
 class AnnouncementHandler(logging.Handler):
@@ -53,6 +56,8 @@ class RoundLines:
         self._bar_task = self._bar.add_task("rounds", total=study.rounds.count * study.evaluation.folds, rate="")
 
     def __enter__(self) -> "RoundLines":
+        if self._study.strategy.name == "fedbuff":
+            self._terminal.print(BUFFERED, style="dim", soft_wrap=True)
         logging.getLogger(ANNOUNCING_ROOM).addHandler(self._handler)
         self._bar.start()
         return self

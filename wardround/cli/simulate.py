@@ -1,6 +1,7 @@
 """`wardround simulate`: a study over virtual sites on this machine."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from shared.results import Result
     from shared.study import Study
+    from shared.view import View
 
 SOURCES = {
     "federated": "federated",
@@ -31,6 +33,12 @@ SOURCES = {
     "pooled": "all data pooled",
     "local_only_private": "each site alone, private",
     "pooled_private": "all data pooled, private",
+}
+OWN_SOURCES = {
+    **SOURCES,
+    "federated": "each site's own, federated",
+    "local_only": "each site's own, alone",
+    "local_only_private": "each site's own, alone, private",
 }
 SHOWN_METRICS = 4
 SHOWN_SITES = 30
@@ -109,7 +117,8 @@ def parse_memory(text: str) -> int:
 
 def read_study(name: str | None, task: str | None, changes: dict[str, object]) -> "Study":
     """The study named (or shipped), with the options' changes."""
-    from shared.study import Study, merge_tables
+    from shared.study import Study
+    from shared.study_tables import merge_tables
 
     table, source = study_table(name, task)
     study = Study.from_table(table, source=source)
@@ -137,8 +146,10 @@ def resumed_study(resume: Path, name: str | None, changes: dict[str, object]) ->
 def _run(
     study: "Study", *, data: Path | None, out: Path, baselines: bool | None, resume: Path | None, as_json: bool, how: dict[str, Any]
 ) -> None:  # fmt: skip
+    from shared.view import View
     from wardround.cli.output import console, print_envelope
     from wardround.cli.progress import RoundLines
+    from wardround.report.run_files import read_clipped
 
     terminal = console(as_json=as_json)
     terminal.print("loading torch, Opacus and Flower ...", style="dim")
@@ -149,10 +160,14 @@ def _run(
         run = run_simulation(study, data=data, out=out, baselines=baselines, resume=resume, observe=lines.observe, **how)
         result = run.result
         lines.finish(result)
-    print_result(result, terminal)
+    print_result(result, terminal, view=View.of(run.study), own=run.study.own_models)
+    if (clipped := read_clipped(run.path)) is not None:
+        terminal.print(f"\n{clipped.sentence}", style="yellow", soft_wrap=True)
     if run.study.own_models:
         terminal.print(
-            "\nThe metrics are of each site's own model on its own test patients. They stay at the sites; the shared model is in the run's folder.",
+            f"\nThe metrics are of each site's own model on its own test patients{', federated and alone' if result.per_site_baselines else ''}. These models stay at the "
+            "sites ('wardround site model RUN SITE' makes one a file); the shared one is in the run's folder, and no metric is of it.",
+            markup=False,
             soft_wrap=True,
         )
     terminal.print(f"\nreport  {run.path / 'report.html'}", soft_wrap=True)
@@ -160,13 +175,13 @@ def _run(
         print_envelope({"run_dir": str(run.path), **result.model_dump(mode="json")})
 
 
-def print_result(result: "Result", terminal: "Console") -> None:
-    """The tables at the end of a run."""
+def print_result(result: "Result", terminal: "Console", *, view: "View", own: bool = False) -> None:
+    """The tables at the end of a run. `own`: sites were judged by models of their own."""
     from shared.whole_promise import start_sentence
     from wardround.cli.output import table
 
     terminal.print()
-    columns, rows = metric_rows(result)
+    columns, rows = metric_rows(result, OWN_SOURCES if own else SOURCES)
     if rows:
         terminal.print(table(f"{result.study}: test patients of {evaluated_sites(result)}", columns, rows))
     else:
@@ -177,15 +192,14 @@ def print_result(result: "Result", terminal: "Console") -> None:
     if len(rows) > SHOWN_SITES:
         terminal.print(f"... and {len(rows) - SHOWN_SITES} more sites in the report")
     if result.started_from is not None:
-        terminal.print(f"\n{start_sentence(result.started_from)}", style="yellow", markup=False, soft_wrap=True)
+        terminal.print(f"\n{start_sentence(result.started_from, result.privacy.unit)}", style="yellow", markup=False, soft_wrap=True)
     if result.synthetic:
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")
     if result.evaluation_epsilon is not None:
         terminal.print(
             f"\nThe sites' statistics carry noise for their test patients (epsilon {result.evaluation_epsilon:g}): intervals are of that noise alone."
         )
-    if result.privacy.unit == "none":
-        terminal.print("\nNo privacy: updates were sent without noise.", style="yellow")
+    print_view(view, private=result.privacy.unit in ("patient", "record"), terminal=terminal)
     if (whole := result.privacy.site_level) is not None:
         terminal.print(
             f"\nWhole sites: epsilon {whole.epsilon:.2f} at delta {whole.delta:g}, against everybody but the coordinator"
@@ -197,13 +211,23 @@ def print_result(result: "Result", terminal: "Console") -> None:
         terminal.print("\nSeeded noise: this is a simulation and protects nobody. In a deployment each site draws its own noise.", style="yellow")
 
 
+def print_view(view: "View", *, private: bool, terminal: "Console") -> None:
+    """Who sees what of the updates, where they have no noise or leave under masks."""
+    if not private:
+        terminal.print(f"\nNo privacy for patients: {view.plainly}.", style="yellow", soft_wrap=True)
+    elif view.masked and not view.shared:
+        terminal.print(
+            f"\nSecure aggregation: each update leaves with its own noise, {view.masks}. The promise does not rest on that.", soft_wrap=True
+        )
+
+
 def evaluated_sites(result: "Result") -> str:
     """`all sites`, or the number of sites whose test patients stand behind the metrics."""
     evaluated = sum(any(isinstance(value, float) for value in values.values()) for values in result.per_site.values())
     return "all sites" if evaluated == len(result.sites) else f"{evaluated} of {len(result.sites)} sites"
 
 
-def metric_rows(result: "Result") -> tuple[list[str], list[list[str]]]:
+def metric_rows(result: "Result", titles: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the metrics by source; the primary metric has its interval."""
     from wardround.cli.output import number, with_interval
 
@@ -212,7 +236,7 @@ def metric_rows(result: "Result") -> tuple[list[str], list[list[str]]]:
     rows = []
     for source, values in present.items():
         interval = result.metrics_ci95.get(source, {}).get(result.primary_metric)
-        rows.append([SOURCES.get(source, source), with_interval(values.get(names[0]), interval), *(number(values.get(name)) for name in names[1:])])
+        rows.append([titles.get(source, source), with_interval(values.get(names[0]), interval), *(number(values.get(name)) for name in names[1:])])
     return ["", *names], rows
 
 

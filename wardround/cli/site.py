@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from wardround.cli import checking, site_approve, site_running
+from wardround.cli import checking, site_approve, site_model, site_running
 from wardround.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def _print(taken: "TakenUp", *, units: str, as_json: bool) -> None:
 
 
 app.command("check")(checking.check)
+app.command("model")(site_model.model)
 app.command("start")(site_running.start)
 app.command("status")(site_running.status)
 app.command("stop")(site_running.stop)

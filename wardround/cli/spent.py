@@ -9,7 +9,9 @@ from wardround.cli.options import DebugOption, JsonOption
 from wardround.plural import plural
 
 if TYPE_CHECKING:
-    from wardround.spending import Spending
+    from collections.abc import Sequence
+
+    from wardround.spending import Spending, StudySpending
 
 PathArgument = Annotated[
     Path, typer.Argument(metavar="KIT|SITE.TOML|RUN", help="A hospital's kit or its site file, or a run's folder.", show_default=False)
@@ -28,8 +30,9 @@ def spent(
 
     ledgers = spending_of(site_file_of(path), delta=delta)
     terminal = console(as_json=as_json)
-    columns = ["study", "run", "plan", "rounds", "steps", "epsilon alone", "of the whole plan"]
     for ledger in ledgers:
+        shared = any(study.shares is not None for study in ledger.studies)
+        columns = ["study", "run", "plan", "rounds", "steps", "epsilon alone", "of the whole plan", *(["if all others collude"] if shared else [])]
         rows = [
             [
                 study.study,
@@ -39,6 +42,7 @@ def spent(
                 f"{study.steps}/{study.planned_steps}",
                 number(study.epsilon),
                 number(study.epsilon_planned),
+                *([_if_all_others_collude(study)] if shared else []),
             ]
             for study in ledger.studies
         ]
@@ -48,6 +52,21 @@ def spent(
         terminal.print()
     if as_json:
         print_envelope({"ledgers": [ledger.to_table() for ledger in ledgers]})
+
+
+def _if_all_others_collude(study: "StudySpending") -> str:
+    """Of distributed noise, the second epsilon; of noise in each update, that it is the same."""
+    from wardround.cli.output import number
+
+    return "the same" if study.shares is None else number(study.epsilon_if_all_others_collude)
+
+
+def shares_line(names: "Sequence[str]") -> str:
+    """What kind of release plans of distributed noise are."""
+    return (
+        f"distributed noise: {', '.join(names)}. There the site added a share of the noise, and epsilon is of the sums, as the coordinator sees them; it holds as long as no "
+        "more sites are in league than the study says, and against all others together it is more. A limit is held against the first"
+    )
 
 
 def _total(ledger: "Spending") -> str:
@@ -67,6 +86,9 @@ def _remarks(ledger: "Spending") -> list[str]:
         )
     if ledger.remains is not None:
         lines.append(f"room is left for one more study of about epsilon {ledger.remains:.2f}" if ledger.remains > 0.01 else "no room is left")
+    shared = [study.study for study in ledger.studies if study.shares is not None]
+    if shared:
+        lines.append(shares_line(list(dict.fromkeys(shared))))
     standing = sum(study.standing for study in ledger.studies)
     if standing:
         lines.append(f"charged in full and never finished: {plural(standing, 'round')}")

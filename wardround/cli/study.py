@@ -47,20 +47,26 @@ def show(
     task: TaskOption = None,
     seed: SeedOption = None,
     coordinator: Annotated[Path | None, typer.Option("--coordinator", metavar="KIT", help="Show a run of this coordinator.")] = None,
+    as_toml: Annotated[bool, typer.Option("--toml", help="Print the study as a TOML file instead, to begin one of your own with.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Print the merged study, and where every value came from; with --coordinator KIT a submitted run: state, sites, last metrics, epsilon."""
-    from shared.study import flatten
+    from shared.study_tables import flatten
     from wardround.cli.output import console, print_envelope, table
     from wardround.cli.simulate import read_study
 
     changes = overrides(sites=sites, rounds=rounds, epsilon=epsilon, task=task, seed=seed)
+    if as_toml and (coordinator is not None or as_json):
+        raise typer.BadParameter("expected neither --coordinator nor --json beside it", param_hint="--toml")
     if coordinator is not None:
         _show_run(coordinator, study, changes, as_json=as_json)
         return
     table_in_file, source = study_table(study, task)
     resolved = read_study(study, task, changes)
+    if as_toml:
+        typer.echo(resolved.to_toml(), nl=False)
+        return
     values = flatten(resolved.to_table())
     in_file, asked = flatten(table_in_file), flatten(changes)
     origins = {key: "command line" if key in asked else Path(source).name if key in in_file else "default" for key in values}

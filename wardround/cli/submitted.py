@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from server.status import LATE, NOT_THERE
 from shared.study import SHORT_HASH
+from shared.view import View
 from wardround.cli.output import number, report_error, table
 from wardround.plural import plural
 
@@ -24,11 +25,12 @@ def print_plan(plan: "DeploymentPlan", terminal: "Console") -> None:
     study, num_sites = plan.deployed.study, len(plan.sites)
     privacy = study.privacy
     budget = f"epsilon {privacy.epsilon:g}" if privacy.epsilon is not None else f"noise multiplier {privacy.noise_multiplier}"
-    promise = (
-        f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if privacy.unit != "none" else "NO PRIVACY: every update is sent as it is"
-    )
+    view = View.of(study)
+    promise = f"{budget} for each {privacy.unit} at delta {privacy.delta:g}" if privacy.unit != "none" else f"NO PRIVACY: {view.plainly}"
+    if view.shared:
+        promise += f", {view.against}"
     if privacy.unit == "site":
-        promise += ", against everybody but the coordinator: NO PRIVACY FOR PATIENTS there, every update is sent as it is"
+        promise += f", against everybody but the coordinator: NO PRIVACY FOR PATIENTS there, {view.plainly}"
     if privacy.site_epsilon is not None:
         promise += (
             f"; and epsilon {privacy.site_epsilon:g} for each whole site at delta {privacy.site_delta:g}, against everybody but the coordinator"

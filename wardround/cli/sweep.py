@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from wardround.cli.options import DebugOption, JsonOption
+from wardround.cli.simulate import SOURCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +90,7 @@ def cell_line(result: "CellResult", num_cells: int) -> str:
 def print_summary(results: "list[CellResult]", terminal: "Console") -> None:
     """A table: the primary metric at every setting but the seed, as mean and standard deviation over the seeds."""
     from wardround.cli.output import table
+    from wardround.report.judged import beside_own_models
     from wardround.report.wording import metric_title
     from wardround.sweeping import summarise
 
@@ -100,6 +102,14 @@ def print_summary(results: "list[CellResult]", terminal: "Console") -> None:
     sources = list(dict.fromkeys(source for row in rows for source in row.values))
     shown = [[*(str(row.settings[name]) for name in settings), *(row.text(source) for source in sources), str(row.num_runs)] for row in rows]
     terminal.print()
-    terminal.print(table(f"{metric_title(found[0].primary_metric)}: mean ± standard deviation over seeds", [*settings, *sources, "runs"], shown))
+    terminal.print(
+        table(
+            f"{metric_title(found[0].primary_metric)}: mean ± standard deviation over seeds",
+            [*settings, *(SOURCES.get(source, source) for source in sources), "runs"],
+            shown,
+        )
+    )
+    if own := beside_own_models(str(result.study["strategy.name"]) for result in found):
+        terminal.print(f"\n{own}", markup=False, soft_wrap=True)
     if any(result.synthetic for result in found):
         terminal.print("\nSYNTHETIC patients: nothing here says anything about real ones.", style="bold yellow")

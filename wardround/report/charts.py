@@ -15,6 +15,7 @@ from wardround.report.svg import Axis, dot, element, join, nice_axis, path, perc
 from wardround.report.wording import higher_is_better, interval_text, metric_title, number, source_title, upper_bound
 
 NUM_COLOURS = 6  # more lines than that are grey, and the best and the worst are named
+LEAST_POINTS = 2  # of a curve; one value is in the summary
 MOST_POINTS = 60  # above, the pooled line has no points of its own
 
 Point = tuple[float, float] | None
@@ -40,10 +41,10 @@ class Figure:
 
 
 def learning_chart(run: RunFiles) -> Figure | None:
-    """The primary metric by model round: all sites together in bold, each site thin; None where no round has a value."""
+    """The primary metric by model round: all sites together in bold, each site thin; None where fewer than two rounds have a value."""
     metric = run.result.primary_metric
     pooled, sites = fold_curves(run), site_curves(run)
-    if not any(curve.values() for curve in pooled):
+    if all(len(curve.values()) < LEAST_POINTS for curve in pooled):
         return None
     spread = [value for curve in (*pooled, *sites) for value in curve.values()]
     spread += [end for curve in pooled for _, _, interval in curve.points if interval for end in interval]
@@ -85,14 +86,14 @@ def epsilon_chart(run: RunFiles) -> Figure | None:
     return Figure(svg=plot(x, y, layers, label=label), keys=keys)
 
 
-def roc_chart(histograms: dict[str, NDArray[np.float64]]) -> Figure | None:
-    """ROC curves by source, the first one in bold; None where no source has both classes."""
+def roc_chart(histograms: dict[str, NDArray[np.float64]], title: Callable[[str], str] = source_title) -> Figure | None:
+    """ROC curves by source, called by `title`, the first one in bold; None where no source has both classes."""
     x, y = share_axis("False positive rate (1 − specificity)"), share_axis("True positive rate (sensitivity)")
     paths, keys = [], []
     for source, histogram in histograms.items():
         curve = roc_curve(histogram)
         if curve is not None:
-            text = f"{source_title(source)} {number(auroc(histogram))}"
+            text = f"{title(source)} {number(auroc(histogram))}"
             paths.append(path(list(zip(*curve, strict=True)), css=f"line {source_css(source)}", title=f"{text} (AUROC)"))
             keys.append(Key(css=source_css(source), text=text))
     if not paths:
@@ -102,7 +103,7 @@ def roc_chart(histograms: dict[str, NDArray[np.float64]]) -> Figure | None:
     return Figure(svg=plot(x, y, [stretched([chance, *reversed(paths)])], label=label, css="square"), keys=tuple(keys))
 
 
-def calibration_chart(histograms: dict[str, NDArray[np.float64]]) -> Figure | None:
+def calibration_chart(histograms: dict[str, NDArray[np.float64]], title: Callable[[str], str] = source_title) -> Figure | None:
     """Observed rate by mean score in ten groups of score, points by number of patients; groups of a few are left out, and None without any."""
     x, y = share_axis("Predicted probability, mean of the group"), share_axis("Observed rate")
     paths, dots, keys = [], [], []
@@ -110,7 +111,7 @@ def calibration_chart(histograms: dict[str, NDArray[np.float64]]) -> Figure | No
         points = [point for point in calibration_curve(histogram) if point[2] >= MIN_GROUP_PATIENTS]
         if not points:
             continue
-        text = f"{source_title(source)} {number(calibration_error(histogram))}"
+        text = f"{title(source)} {number(calibration_error(histogram))}"
         keys.append(Key(css=source_css(source), text=text))
         paths.append(path([(score, rate) for score, rate, _ in points], css=f"line {source_css(source)}", title=f"{text} (calibration error)"))
         if source == "federated":

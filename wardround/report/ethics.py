@@ -4,13 +4,15 @@ import math
 
 from shared.privacy import attack_power
 from shared.results import SitePrivacy
+from shared.view import View
 from wardround.claim_in_words import claim_sections
 from wardround.plural import plural
 from wardround.report.attacks import LIMITS, attack_sentences
 from wardround.report.document import Block, Bullets, Document, Facts, Grid, Heading, Prose, Section
+from wardround.report.judged import judged
 from wardround.report.model_file import read_final_model
 from wardround.report.run_files import RunFiles
-from wardround.report.summary import SIMULATION_ENGINES, banners, lead, trained_sites
+from wardround.report.summary import SIMULATION_ENGINES, banners, colluding, lead, trained_sites
 from wardround.report.tables import DESCRIPTIVE_NOTE, Cell, Row, Table, descriptive
 from wardround.report.wording import DASH, compact, count, finite, metric_title, number, upper_bound
 
@@ -45,7 +47,10 @@ WORDS = (
         "the size of that bound: 0 tells nothing at all, and smaller protects more. At 1 a coin that decided about a patient is guessed rightly at most 73.2 times in 100, at 3 at most 95.3",
     ),
     ("Delta", "a small allowance on top of that bound: of so large a share of cases nothing is promised; smaller protects more"),
-    ("Noise, noise multiplier", "random numbers added to every update; the multiplier compares their size with the most that one patient can change"),
+    (
+        "Noise, noise multiplier",
+        "random numbers added before anything is seen; the multiplier compares their size with the most that one patient can change",
+    ),
     ("Clipping, L2 norm", "the norm is the size of a change; clipping cuts what one patient can change down to a maximum"),
     ("DP-SGD", "training in small steps, each with clipping and noise"),
     ("Gradient", "how one patient’s data would change the model in one step"),
@@ -75,7 +80,7 @@ def ethics_document(run: RunFiles) -> Document:
         Section(id="risk", title="What risk remains", blocks=_risk(run)),
         Section(id="not-covered", title="What is not covered", blocks=_not_covered(run)),
         Section(id="decided", title="Who decided", blocks=_decided(run)),
-        Section(id="words", title="Words used here", blocks=(Facts(pairs=(*_metric_pairs(run), *WORDS)),)),
+        Section(id="words", title="Words used here", blocks=(Facts(pairs=(*_metric_pairs(run), *WORDS, *_of_sums(run))),)),
     )
     return Document(
         reader="ethics",
@@ -90,6 +95,21 @@ def ethics_document(run: RunFiles) -> Document:
     )
 
 
+def _of_sums(run: RunFiles) -> tuple[tuple[str, str], ...]:
+    """Words of a study with secure aggregation."""
+    view = View.of(run.study)
+    if not view.masked:
+        return ()
+    shared = "here the hospitals add shares of one noise, and their sum, not a single update, has all of it; the multiplier is that of the sum"
+    return (
+        (
+            "Masks, secure aggregation",
+            "random numbers that hide each hospital’s update and cancel in the sum of all: the coordinator can read the sum alone",
+        ),
+        *((("Distributed noise, share", shared),) if view.shared else ()),
+    )
+
+
 def _simulated(run: RunFiles) -> bool:
     return run.result.engine in SIMULATION_ENGINES
 
@@ -99,13 +119,16 @@ def _lead(run: RunFiles) -> str:
     size = "" if _simulated(run) else "about "
     patients = sum(site.num_patients for site in run.result.sites)
     who = (
-        f"{plural(num_sites, 'hospital')} with {size}{patients:,} patients trained one model together" if num_sites else "No hospital trained a model"
+        f"{plural(num_sites, 'hospital')} with {size}{patients:,} patients trained {judged(run.study).made}"
+        if num_sites
+        else "No hospital trained a model"
     )
     if run.result.privacy.unit == "none":
-        promise = "No patient was promised anything: the updates were sent without noise."
+        promise = f"No patient was promised anything: {View.of(run.study).plainly}."
     elif run.result.privacy.unit == "site":
         promise = (
-            "What can be learned about a whole hospital from the model is bounded, as said below; the coordinator got every update without noise."
+            f"What can be learned about a whole hospital from the model is bounded, as said below. Patients are promised nothing against the coordinator: "
+            f"{View.of(run.study).plainly}."
         )
     elif not run.result.privacy.sites:
         promise = "No update was sent, so nothing was spent of any promise."
@@ -190,7 +213,6 @@ def _leaving(run: RunFiles) -> tuple[str, ...]:
     study = run.study
     model = read_final_model(run.folder)
     numbers = f", {model.num_parameters:,} numbers" if model else ""
-    noise = "with noise added at the hospital, before they leave" if study.private else "without noise"
     if study.noised_statistics:
         statistics = (
             "once, with the final model: how well it does on the hospital’s test patients, as sums over all of them, "
@@ -207,7 +229,7 @@ def _leaving(run: RunFiles) -> tuple[str, ...]:
     return (
         "once: the hospital’s name in the study, and its numbers of patients for training and testing"
         + (" (rounded, as the hospital declared them)" if not _simulated(run) else ""),
-        f"in each of up to {plural(study.rounds.count * study.evaluation.folds, 'round')}: one update{numbers}, {noise}",
+        f"in each of up to {plural(study.rounds.count * study.evaluation.folds, 'round')}: {View.of(study).leaving(numbers)}",
         statistics,
         *spent,
         "where it takes no part: a code and a fixed sentence that says why",
@@ -241,14 +263,23 @@ def _in_guesses(run: RunFiles) -> list[Block]:
     worst = sorted(privacy.sites, key=lambda name: -_bound(run, privacy.sites[name])[0])
     named = worst[:1] if len(worst) > MOST_SENTENCES else list(privacy.sites)
     condition = "This simulation’s noise protects nobody; with fresh noise the same study would promise:" if privacy.seeded_noise else "The promise:"
-    rows = tuple(Row(name=name, cells=(Cell(text=_size(run, name)), *_bound_cells(*_bound(run, site)))) for name, site in privacy.sites.items())
+    rows = tuple(
+        Row(name=name, cells=(Cell(text=_size(run, name)), *_bound_cells(*_bound(run, site)), *_colluding_cells(run, name, site.delta)))
+        for name, site in privacy.sites.items()
+    )
     heads = (f"Training {privacy.unit}s", "Epsilon", "Delta", "A coin guessed rightly, at most", "Recognised at one false alarm in 100, at most")
+    others = () if colluding(run) is None else ("Epsilon against all others together", "A coin guessed by all others together, at most")
     caption = f"The promise to any one {privacy.unit}, hospital by hospital"
     note = "A patient may be known to several hospitals, so what all of them spent counts for each." if run.study.privacy.patients_overlap else ""
+    view = View.of(run.study)
+    if view.shared:
+        note = f"The first epsilon is {view.against}. “All others together”: the coordinator and every other hospital, who can take their own shares of the noise away."
+        if run.result.outcome != "completed":
+            note = f"{note} That is of what was spent; of the whole plan it would be more."
     return [
         Prose(text=condition),
         Bullets(items=tuple(_guess_sentence(run, name, privacy.sites[name]) for name in named)),
-        Grid(table=Table(heads=heads, rows=rows, note=note), caption=caption, corner="Hospital"),
+        Grid(table=Table(heads=(*heads, *others), rows=rows, note=note), caption=caption, corner="Hospital"),
     ]
 
 
@@ -259,6 +290,14 @@ def _bound_cells(epsilon: float, delta: float) -> tuple[Cell, ...]:
         Cell(text=f"{coin_guessed(epsilon, delta)} in 100"),
         Cell(text=f"{recognised(epsilon, delta)} in 100"),
     )
+
+
+def _colluding_cells(run: RunFiles, name: str, delta: float) -> tuple[Cell, ...]:
+    """Against the coordinator and all other hospitals together, where noise was added in shares."""
+    together = colluding(run)
+    if together is None:
+        return ()
+    return Cell(text=upper_bound(together[name])), Cell(text=f"{coin_guessed(together[name], delta)} in 100")
 
 
 def _bound(run: RunFiles, site: SitePrivacy) -> tuple[float, float]:
@@ -281,11 +320,18 @@ def _size(run: RunFiles, site: str) -> str:
 
 
 def _guess_sentence(run: RunFiles, name: str, site: SitePrivacy) -> str:
-    unit, (epsilon, delta) = run.result.privacy.unit, _bound(run, site)
+    unit, (epsilon, delta), view = run.result.privacy.unit, _bound(run, site), View.of(run.study)
+    together = colluding(run)
+    others = (
+        ""
+        if together is None
+        else f" The coordinator and all other hospitals together guess it rightly at most {coin_guessed(together[name], delta)} times in 100."
+    )
+    league = f", as long as {view.condition}" if view.shared else ""
     return (
-        f"For any one {unit} of {name} (n = {_size(run, name)}): had a coin decided whether this {unit} is trained on, then whoever sees the model, or every update that led to it, "
-        f"whatever else they know and however they compute, guesses the coin rightly at most {coin_guessed(epsilon, delta)} times in 100; without looking it is 50. And who wrongly "
-        f"names one in 100 of those who were not trained on names at most {recognised(epsilon, delta)} in 100 of those who were."
+        f"For any one {unit} of {name} (n = {_size(run, name)}): had a coin decided whether this {unit} is trained on, then whoever sees the model, or {view.evidence} that led to it, "
+        f"whatever else they know and however they compute{league}, guesses the coin rightly at most {coin_guessed(epsilon, delta)} times in 100; without looking it is 50. And who wrongly "
+        f"names one in 100 of those who were not trained on names at most {recognised(epsilon, delta)} in 100 of those who were.{others}"
     )
 
 

@@ -3,6 +3,7 @@
 Legend: N patients, F features, T steps, V variables.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,12 @@ FloatArray = NDArray[np.float64]
 MOST_ROWS = 15  # of a drawing
 MOST_STEPS = 96  # cells along time; longer series are put together
 MOST_LETTERS = 30
+MOST_TICK_LETTERS = 5
 NUM_SHADES = 5
 CHANGE, SIZE = "Change of the model's output", "Mean size of the change of the model's output"
 DIMENSIONS = ("of the first axis", "of the second axis", "of the third axis")
 STAYS = "It shows patients' data, one by one. It was made from files of this hospital, on this machine, and nothing of it was sent."
+SYNTHETIC = Banner(title="SYNTHETIC patients.", text="Nothing here says anything about real ones.")
 NO_CAUSE = (
     "What moved the model is not what made a patient ill. An attribution says what the model did with an input, beside a patient of whom nothing is "
     "known; it says nothing of what would happen if the input were changed."
@@ -45,13 +48,12 @@ def explanation_page(found: "Attributions", *, run: str) -> str:
 def explanation_document(found: "Attributions", *, run: str) -> Document:
     """What the page says."""
     task, count = found.task, len(found.predictions)
-    banners = [Banner(title="This page is of patients. It must not leave the hospital.", text=STAYS)]
-    if found.cohort.synthetic:
-        banners.append(Banner(title="SYNTHETIC patients.", text="Nothing here says anything about real ones."))
+    synthetic = found.cohort.synthetic
+    banners = [SYNTHETIC if synthetic else Banner(title="This page is of patients. It must not leave the hospital.", text=STAYS)]
     if found.completeness_gap is not None and found.completeness_gap > 0.05:
         banners.append(Banner(title="The attributions do not add up.", text=_gap_sentence(found)))
     return Document(
-        reader="researcher", eyebrow="what the model looks at, for the hospital alone", title="Explanation", subtitle=task.title, run=run,
+        reader="researcher", eyebrow=f"what the model looks at{'' if synthetic else ', for the hospital alone'}", title="Explanation", subtitle=task.title, run=run,
         lead=f"What moves the model's output in {plural(count, 'patient')}, over all of them and in the one with the highest, the median and the lowest prediction.",
         banners=tuple(banners), sections=(_whole(found), *_singles(found), _method(found)), tags=(f"task {task.name}", plural(count, "patient")),
     )  # fmt: skip
@@ -173,6 +175,8 @@ def _predicted(found: "Attributions", place: int) -> list[tuple[str, str]]:
 
 def _single_part(found: "Attributions", part: "Part", place: int) -> list[Block]:
     attributions = part.attributions[place]
+    if part.kind in ("table", "tokens") and not attributions.any():
+        return [Prose(text="Nothing in it moved the output.")]
     if part.kind == "table":
         names = [f"{name}: {_value(found, part, place, index)}" for index, name in enumerate(part.names)]
         return [Drawing(figure=bars(names, attributions), title="What moved the output, and how far", note="The largest first.")]
@@ -223,7 +227,11 @@ def _short(name: str) -> str:
 def _around_zero(values: FloatArray, *, title: str) -> Axis:
     """An axis that covers the values and 0."""
     low, high = min(0.0, float(values.min(initial=0.0))), max(0.0, float(values.max(initial=0.0)))
-    return nice_axis(title, low, high if high > low else low + 1e-6)
+    axis = nice_axis(title, low, high if high > low else low + 1e-6)
+    if max(len(text) for _, text in axis.ticks) <= MOST_TICK_LETTERS:
+        return axis
+    first = next(place for place, (value, _) in enumerate(axis.ticks) if abs(value) < 1e-12) % 2  # every other one, 0 among them
+    return dataclasses.replace(axis, ticks=axis.ticks[first::2])
 
 
 def bars(names: Sequence[str], values: FloatArray, *, signed: bool = True) -> Figure:

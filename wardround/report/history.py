@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shared.results import Interval, RoundRecord
+from shared.strategy_options import FedBuff
 from wardround.report.run_files import RunFiles
 from wardround.report.wording import finite, finite_interval
 
@@ -34,11 +35,15 @@ class Curve:
 def fold_curves(run: RunFiles) -> list[Curve]:
     """The primary metric over all sites by model round: one curve, or one a fold of a cross-validation.
 
-    A round's record speaks of the model before it, so the last point is the final model's and comes from result.json.
+    A round's record speaks of the model before it, so the last point is the final model's and comes from result.json. Of fedbuff a round that nobody
+    judged, for all were at work on older models, is left out; with others it is a gap.
     """
     by_fold: dict[int, list[RoundRecord]] = {1: []}
+    buffered, metric = isinstance(run.study.strategy, FedBuff), run.result.primary_metric
     for record in run.rounds:
         of_fold = by_fold.setdefault(record.fold, [])
+        if buffered and finite(record.metrics.get(metric)) is None:
+            continue
         if record.evaluated_round > 0:  # before the first round the model is random, and its value would only stretch the axis
             of_fold.append(record)
     several = len(by_fold) > 1 or run.study.evaluation.folds > 1
@@ -62,14 +67,19 @@ def _fold_points(run: RunFiles, fold: int, records: list[RoundRecord], *, severa
 
 
 def site_curves(run: RunFiles) -> list[Curve]:
-    """The primary metric of each site by model round, on its own test patients; empty for a cross-validation."""
+    """The primary metric of each site by the round of the model that it judged, on its own test patients; empty for a cross-validation.
+
+    A round in which a site was not asked, or was still at work, is left out; one that it missed is a gap.
+    """
     if run.study.evaluation.folds > 1:
         return []
     metric = run.result.primary_metric
     points: dict[str, list[Sample]] = {site.name: [] for site in run.result.sites}
     for record in run.rounds:
-        for site in record.sites if record.evaluated_round > 0 else ():
-            points.setdefault(site.name, []).append((record.evaluated_round, finite((site.metrics or {}).get(metric)), None))
+        for site in record.sites:
+            at = record.evaluated_round - (site.staleness or 0)
+            if at > 0 and site.status not in ("not asked", "at work"):
+                points.setdefault(site.name, []).append((at, finite((site.metrics or {}).get(metric)), None))
     for name, values in run.result.per_site.items():
         points.setdefault(name, []).append((run.result.rounds_completed, finite(values.get(metric)), None))
     curves = [Curve(name=name, points=_in_order(samples)) for name, samples in points.items()]

@@ -20,6 +20,7 @@ from shared.certificates import fingerprint_of, read_certificate
 from shared.errors import AuditError, DataMissingError, StorageError
 from shared.files import storage_errors
 from shared.kit import CA_CERTIFICATE, FEDERATION, MANIFEST, ROSTER, RUNS, SERVER_CERTIFICATE, STATE, KitManifest, Roster, read_manifest
+from shared.view import View
 from wardround.quiet import SILENCED
 from wardround.report.document import NAMES, Block, Bullets, Document, Facts, Grid, Heading, Prose, Section
 from wardround.report.model_file import read_final_model
@@ -137,7 +138,8 @@ def _noise(run: RunFiles) -> str:
         return "seeded: it can be drawn again, and protects nobody"
     if run.result.privacy.unit == "site":
         return "the coordinator’s alone, from its operating system, and forgotten"
-    return "from each site’s operating system, and forgotten" + ("; the coordinator’s likewise" if run.result.privacy.site_level else "")
+    whose = "each site’s share from its own operating system, and forgotten; a sum has the whole noise" if View.of(run.study).shared else ""
+    return (whose or "from each site’s operating system, and forgotten") + ("; the coordinator’s likewise" if run.result.privacy.site_level else "")
 
 
 # Network and keys ---------------------------------------------------------------------------------------------------------------

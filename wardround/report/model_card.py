@@ -2,11 +2,12 @@
 
 import json
 
-from shared.whole_promise import WholePromise, whole_promise
+from shared.whole_promise import WholePromise, in_words, whole_promise
 from wardround.plural import plural
 from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart
 from wardround.report.document import Block, Bullets, Document, Drawing, Facts, Grid, Prose, Section
+from wardround.report.judged import judged
 from wardround.report.model_file import read_final_model
 from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles
@@ -83,6 +84,8 @@ def _model(run: RunFiles, task: TaskFacts) -> tuple[Block, ...]:
     ]
     if model is not None:
         pairs += [("Parameters", f"{model.num_parameters:,}"), ("File", "model/final.safetensors"), ("SHA-256", model.sha256)]
+        if owner := model.header.get("own_model_of"):  # the run's model was replaced by it: whoever reads the card must know
+            pairs.append(("Whose", f"the own model of site {owner}, made of that hospital’s patients, and not the model that the sites share"))
     else:
         pairs.append(("File", "the run has no final model"))
     return (Facts(pairs=tuple(pairs)), _gap("Developers, contact, licence"))
@@ -131,9 +134,7 @@ def _performance(run: RunFiles) -> tuple[Block, ...]:
         ),
     )
     overall = Table(heads=tuple(metric_title(name) for name in metric_names(run)), rows=(row,))
-    blocks: list[Block] = [
-        Grid(table=overall, caption=f"The final model on all {num_tested(run):,} test patients, with 95 % intervals", corner="Test patients")
-    ]
+    blocks: list[Block] = [Grid(table=overall, caption=judged(run.study).overall.format(tested=f"{num_tested(run):,}"), corner="Test patients")]
     blocks.append(Grid(table=site_table(run), caption="The same by site, each on its own test patients", css="sites"))
     if gap := worst_site(run):
         blocks.append(Prose(text=gap))
@@ -252,7 +253,14 @@ def _privacy_comment(run: RunFiles, promised: WholePromise) -> str:
         assert start is not None
         return f"none; it started with a model of study {_text(start.study)}, {'which promised nothing' if start.unit == 'none' else 'whose promise is not known'}"
     noise = "real noise" if promised.protects else "seeded noise, protects nobody"
-    return f"epsilon {upper_bound(promised.epsilon)} per {promised.unit}{'' if start is None else ', with that of the run it started with'}, {noise}"
+    needs = "" if not promised.conditions else f", as long as {in_words(promised.conditions)}"
+    together = (
+        ""
+        if not needs or promised.colluding is None
+        else f" (epsilon {upper_bound(promised.colluding)} against the coordinator and all other sites together)"
+    )
+    needs = ", against everybody but the coordinator" if promised.unit == "site" else f"{needs}{together}"
+    return f"epsilon {upper_bound(promised.epsilon)} per {promised.unit}{'' if start is None else ', with that of the run it started with'}{needs}, {noise}"
 
 
 def _text(value: str) -> str:

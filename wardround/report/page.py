@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from shared.files import write_atomic
+from shared.view import View
 from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
 from wardround.report.document import NAMES, Document, Reader, content
+from wardround.report.judged import judged, learning_note
 from wardround.report.markdown import markdown
 from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles, read_run
@@ -24,7 +26,7 @@ from wardround.report.tables import (
     site_table,
 )
 from wardround.report.templates import fill_in
-from wardround.report.wording import metric_title, source_title
+from wardround.report.wording import metric_title
 
 
 def write_report(run_folder: Path, reader: Reader = "researcher") -> Path:
@@ -88,6 +90,7 @@ def render_document(document: Document) -> str:
 
 
 def _context(run: RunFiles) -> dict[str, object]:
+    words = judged(run.study)
     histograms, confusions = drawable(run, "score_histogram"), drawable(run, "confusion")
     return {
         "run": run,
@@ -99,12 +102,14 @@ def _context(run: RunFiles) -> dict[str, object]:
         "lead": lead(run),
         "numbers": key_numbers(run),
         "learning": learning_chart(run),
+        "learning_note": learning_note(run.study),
+        "words": words,
         "epsilon": epsilon_chart(run),
-        "roc": roc_chart(histograms),
-        "calibration": calibration_chart(histograms),
+        "roc": roc_chart(histograms, words.title),
+        "calibration": calibration_chart(histograms, words.title),
         "risk": risk_grid(run),
         "class_names": dict(enumerate(next(iter(run.result.per_site_support.values()), {}))),
-        "confusions": [(source_title(source), shares_by_row(matrix)) for source, matrix in confusions.items()],
+        "confusions": [(words.title(source), shares_by_row(matrix)) for source, matrix in confusions.items()],
         "sites": site_table(run),
         "worst_site": worst_site_sentence(run),
         "subgroups": subgroup_blocks(run),
@@ -114,6 +119,7 @@ def _context(run: RunFiles) -> dict[str, object]:
         "folds": fold_table(run),
         "spent": privacy_table(run),
         "meaning": meaning_sentence(run),
+        "view": View.of(run.study),
         "federation": federation_sentence(run),
         "whole_hospitals": site_level_sentence(run),
         "absences": absence_table(run),

@@ -24,6 +24,7 @@ STAYS = (
     "Every number here is exact, also where it counts one patient. Show it to nobody outside; what may be discussed is the file "
     f"{AGGREGATE} beside it."
 )
+SYNTHETIC = Banner(title="SYNTHETIC patients.", text="Nothing here says anything about real ones.")
 
 
 def write_profile(profile: Profile, folder: Path, *, source: str, min_cell: int) -> tuple[Path, Path]:
@@ -50,12 +51,11 @@ def render_profile(document: Document) -> str:
 
 def profile_document(profile: Profile, *, source: str, min_cell: int) -> Document:
     """What the page says."""
-    banners = [Banner(title="This page describes patients. It must not leave the hospital.", text=STAYS)]
-    if profile.synthetic:
-        banners.append(Banner(title="SYNTHETIC patients.", text="Nothing here says anything about real ones."))
+    synthetic = profile.synthetic
+    banners = [SYNTHETIC if synthetic else Banner(title="This page describes patients. It must not leave the hospital.", text=STAYS)]
     sections = [_sizes(profile), *_missing(profile), _distributions(profile), _told(profile, min_cell)]
     return Document(
-        reader="researcher", eyebrow="data profile, for the hospital alone", title="Data profile", subtitle=f"Task {profile.task}", run=source,
+        reader="researcher", eyebrow=f"data profile{'' if synthetic else ', for the hospital alone'}", title="Data profile", subtitle=f"Task {profile.task}", run=source,
         lead=_lead(profile), banners=tuple(banners), sections=tuple(sections),
         tags=(plural(profile.num_patients, "patient"), plural(profile.num_records, "record"), *([plural(len(profile.site.cells), "site")] if profile.site else [])),
     )  # fmt: skip

@@ -4,13 +4,14 @@ from wardround.report.attacks import attack_blocks
 from wardround.report.charts import calibration_chart, epsilon_chart, learning_chart, roc_chart
 from wardround.report.document import Block, Bullets, Document, Drawing, Facts, Grid, Prose, Section
 from wardround.report.history import Curve, epsilon_by_round, fold_curves, site_curves
+from wardround.report.judged import judged, learning_note
 from wardround.report.risk import risk_grid
 from wardround.report.run_files import RunFiles
 from wardround.report.statistics import calibration_series, drawable, roc_series
 from wardround.report.subgroups import subgroup_blocks, worst_site_sentence
 from wardround.report.summary import banners, key_numbers, lead, meaning_sentence, site_level_sentence
 from wardround.report.tables import absence_table, baseline_table, fold_table, gain_table, notes_table, partition_table, privacy_table, site_table
-from wardround.report.wording import metric_title, source_title
+from wardround.report.wording import metric_title
 
 
 def researcher_document(run: RunFiles) -> Document:
@@ -27,7 +28,7 @@ def researcher_document(run: RunFiles) -> Document:
             id="sites",
             title="Sites",
             blocks=(
-                Grid(table=site_table(run), caption="The final model on each site’s own test patients, with 95 % intervals"),
+                Grid(table=site_table(run), caption=judged(run.study).sites),
                 Prose(text=worst_site_sentence(run), css="note"),
                 *subgroup_blocks(run),
             ),
@@ -54,7 +55,9 @@ def _training(run: RunFiles) -> tuple[Block, ...]:
     blocks: list[Block] = []
     if figure := learning_chart(run):
         series = _series([*fold_curves(run), *site_curves(run)])
-        blocks.append(Drawing(figure=figure, title=f"{metric_title(run.result.primary_metric)} by round", series=series))
+        blocks.append(
+            Drawing(figure=figure, title=f"{metric_title(run.result.primary_metric)} by round", note=learning_note(run.study), series=series)
+        )
     if absences := absence_table(run):
         blocks.append(Grid(table=absences, caption="Sites without an update, by round"))
     if folds := fold_table(run):
@@ -68,12 +71,13 @@ def _series(curves: list[Curve]) -> dict[str, list[tuple[float, float | None]]]:
 
 def _comparison(run: RunFiles) -> tuple[Block, ...]:
     blocks: list[Block] = []
+    words = judged(run.study)
     if baselines := baseline_table(run):
-        blocks.append(Grid(table=baselines, caption="The federated model and its baselines, with 95 % intervals", corner="Model"))
+        blocks.append(Grid(table=baselines, caption=f"{words.chief} and baselines, with 95 % intervals", corner="Model"))
     if gains := gain_table(run):
         blocks += [
-            Prose(text=f"At {gains.better} of {gains.compared} sites the federated model does better than the site’s own."),
-            Grid(table=gains.table, caption=f"{metric_title(run.result.primary_metric)} of each site’s own model and of the federated one"),
+            Prose(text=f"At {gains.better} of {gains.compared} sites {words.gained}."),
+            Grid(table=gains.table, caption=f"{metric_title(run.result.primary_metric)} {words.gains}"),
             Prose(text=gains.test, css="note"),
         ]
     return tuple(blocks)
@@ -82,12 +86,13 @@ def _comparison(run: RunFiles) -> tuple[Block, ...]:
 def _final_model(run: RunFiles) -> tuple[Block, ...]:
     histograms = drawable(run, "score_histogram")
     blocks: list[Block] = []
-    if roc := roc_chart(histograms):
-        curves = {source_title(source): roc_series(histogram) for source, histogram in histograms.items()}
+    title = judged(run.study).title
+    if roc := roc_chart(histograms, title):
+        curves = {title(source): roc_series(histogram) for source, histogram in histograms.items()}
         blocks.append(Drawing(figure=roc, title="ROC curve", series=curves))
-    if calibration := calibration_chart(histograms):
+    if calibration := calibration_chart(histograms, title):
         points: dict[str, list[tuple[float, float | None]]] = {
-            source_title(source): [(score, rate) for score, rate, _ in calibration_series(histogram)] for source, histogram in histograms.items()
+            title(source): [(score, rate) for score, rate, _ in calibration_series(histogram)] for source, histogram in histograms.items()
         }
         blocks.append(Drawing(figure=calibration, title="Calibration", series=points))
     if risk := risk_grid(run):

@@ -5,13 +5,14 @@ import math
 from shared.metrics import RiskBand, risk_bands
 from wardround.report.charts import MIN_GROUP_PATIENTS
 from wardround.report.document import Grid
+from wardround.report.judged import judged
 from wardround.report.run_files import RunFiles
 from wardround.report.statistics import drawable
 from wardround.report.tables import Cell, Row, Table
 from wardround.report.wording import DASH, count, number
 
 NOTE = (
-    "The federated model on the test patients of all sites. Below the observed share stands its 95 % interval (Wilson 1927). Acting from a band on: the share of "
+    "{whose}. Below the observed share stands its 95 % interval (Wilson 1927). Acting from a band on: the share of "
     "all positives that are in this band or a higher one, and the share of positives among all patients there. Bands of fewer than four patients show no share."
 )
 
@@ -23,7 +24,11 @@ def risk_grid(run: RunFiles) -> Grid | None:
         return None
     bands = risk_bands(histogram)
     rows = tuple(_row(band, bands[place:], float(histogram[1].sum())) for place, band in enumerate(bands))
-    table = Table(heads=("Patients", "Predicted, mean", "Observed", "Positives found from here on", "Positive of those"), rows=rows, note=NOTE)
+    table = Table(
+        heads=("Patients", "Predicted, mean", "Observed", "Positives found from here on", "Positive of those"),
+        rows=rows,
+        note=NOTE.format(whose=judged(run.study).at_risk),
+    )
     return Grid(table=table, caption="Risk table", corner="Predicted risk")
 
 

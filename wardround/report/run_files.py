@@ -1,6 +1,9 @@
 """The files of a run's folder as models, read without the coordinator's code (no torch, no safetensors)."""
 
+import contextlib
+import json
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -8,6 +11,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from shared.attacks import Attack, read_attacks
+from shared.clipped_updates import ClippedUpdates, clipped_updates
 from shared.errors import StorageError
 from shared.files import storage_errors
 from shared.results import PrivacyClaim, Record, Result, RoundRecord, StoredStatistics
@@ -29,6 +33,7 @@ class RunFiles:
     claim: PrivacyClaim | None
     statistics: StoredStatistics | None
     attacks: tuple[Attack, ...]
+    clipped: ClippedUpdates | None = None  # of a simulation whose sites cut values of their updates off before they were masked
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -58,7 +63,21 @@ def read_run(folder: Path) -> RunFiles:
         claim=_read_model(folder / "privacy.json", PrivacyClaim),
         statistics=_read_model(folder / "evaluation.json", StoredStatistics),
         attacks=tuple(read_attacks(folder)),
+        clipped=None if study.secure_aggregation is None else read_clipped(folder),
     )
+
+
+def read_clipped(folder: Path) -> ClippedUpdates | None:
+    """What the log of a run's folder says of clipped updates; a line that is none of ours says nothing."""
+    return clipped_updates(_messages((_read(folder / "log.jsonl") or b"").split(b"\n")))
+
+
+def _messages(lines: list[bytes]) -> Iterator[str]:
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("message"), str):
+                yield entry["message"]
 
 
 def _read(path: Path) -> bytes | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from shared.results import SubgroupResult
 from wardround.report.charts import interval_strip, strip_axis, strip_scale
 from wardround.report.document import Block, Grid, Prose
+from wardround.report.judged import judged
 from wardround.report.run_files import RunFiles
 from wardround.report.tables import DESCRIPTIVE, DESCRIPTIVE_NOTE, FEWEST, Cell, Row, Table, descriptive
 from wardround.report.wording import count, finite, finite_interval, humanise, interval_text, metric_title, number
@@ -20,7 +21,7 @@ def subgroup_blocks(run: RunFiles) -> list[Block]:
         blocks.append(
             Grid(
                 table=_table(run, groups),
-                caption=f"{humanise(attribute)}: the final model on test patients of all sites, with 95 % intervals",
+                caption=f"{humanise(attribute)}: {judged(run.study).subgroups}, with 95 % intervals",
                 corner="Group",
             )
         )

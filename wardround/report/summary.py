@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from shared.privacy import attack_power
 from shared.results import Interval
+from shared.view import View
 from shared.whole_promise import start_sentence
 from wardround.plural import plural
 from wardround.report.history import fold_curves
+from wardround.report.judged import judged
 from wardround.report.run_files import RunFiles
 from wardround.report.wording import (
     DASH,
@@ -60,21 +62,27 @@ def banners(run: RunFiles) -> list[Banner]:
         text = f"This simulation spoiled answers of {whose} on their way (“{run.study.faults.kind}”), to see what that costs."
         found.append(Banner(title="Faults were planted.", text=text))
     if result.started_from is not None:
-        found.append(Banner(title="This run started with another run’s model.", text=start_sentence(result.started_from)))
+        found.append(Banner(title="This run started with another run’s model.", text=start_sentence(result.started_from, result.privacy.unit)))
     if result.synthetic:
         found.append(
             Banner(title="SYNTHETIC patients.", text="No real patient is behind any number on this page; the numbers say nothing about medicine.")
         )
     if result.privacy.unit == "site":
-        text = "The study asked for unit “site”: what is promised is promised to whole hospitals; the coordinator got every update without noise."
+        text = f"The study asked for unit “site”: what is promised is promised to whole hospitals. To the coordinator, {View.of(run.study).plainly}."
         found.append(Banner(title="No promise to patients against the coordinator.", text=text, css="remark"))
     if result.privacy.seeded_noise:
         text = "The noise can be computed again from the study’s seed. Budgets below are what the same study would spend with fresh noise."
         found.append(Banner(title="Seeded noise: this run protects nobody; it is a simulation.", text=text))
     elif result.privacy.unit == "none":
         found.append(
-            Banner(title="No privacy promise.", text="The study asked for unit “none”: training was not differentially private.", css="remark")
+            Banner(
+                title="No privacy promise.",
+                text=f"The study asked for unit “none”: training was not differentially private; {View.of(run.study).plainly}.",
+                css="remark",
+            )
         )
+    if run.clipped is not None:
+        found.append(Banner(title="Updates were clipped before they were summed.", text=run.clipped.sentence))
     return found
 
 
@@ -103,17 +111,15 @@ def lead(run: RunFiles) -> str:
     sentences = [f"{model} reached {metric} {number(value)}{_interval_words(interval)} on {plural(num_tested(run), 'test patient')}."]
     if run.study.own_models:
         sentences.append("They stay at the sites: no number here is of the shared model in this folder, and none of another hospital’s patients.")
-    compared = [part for source, words in _COMPARISONS if (part := _comparison(run, source, words))]
-    if compared and final and not run.study.own_models:
+    comparisons = (("local_only", judged(run.study).alone), ("pooled", "one model on all data in one place"))
+    compared = [part for source, words in comparisons if (part := _comparison(run, source, words))]
+    if compared and final:
         sentences.append(f"For comparison: {'; '.join(compared)}.")
     if result.evaluation_epsilon is not None:
         sentences.append(noise_sentence(result.evaluation_epsilon))
     if not higher_is_better(result, result.primary_metric):
         sentences.append(f"Lower {metric} is better.")
     return " ".join(sentences)
-
-
-_COMPARISONS = (("local_only", "a single site’s own model, on average over the sites,"), ("pooled", "one model on all data in one place"))
 
 
 def trained_sites(run: RunFiles) -> set[str]:
@@ -171,7 +177,14 @@ def _answered(run: RunFiles) -> str:
     never = len(run.result.sites) - len(trained_sites(run))
     if never:
         return f"of {len(run.result.sites)}; {never} never took part"
-    return f"{len(absent)} missed rounds" if absent else "all in every round"
+    if absent:
+        return f"{len(absent)} missed rounds"
+    answered = [sum(site.status == "ok" for site in record.sites) for record in run.rounds]
+    return "all in every round" if min(answered) == len(run.result.sites) else f"{_span(answered)} in a round"
+
+
+def _span(counts: list[int]) -> str:
+    return f"{min(counts)}{DASH}{max(counts)}" if min(counts) < max(counts) else str(counts[0])
 
 
 def _epsilon_number(run: RunFiles) -> KeyNumber:
@@ -184,7 +197,15 @@ def _epsilon_number(run: RunFiles) -> KeyNumber:
     if not sites:
         return KeyNumber(name="Epsilon", value=DASH, below="nothing was charged")
     below = f"of {upper_bound(budget)}; highest site" if budget is not None else "highest site; noise was given, no budget"
+    if (together := colluding(run)) is not None:
+        below = f"{below}; {upper_bound(max(together.values()))} if all others collude"
     return KeyNumber(name="Epsilon", value=upper_bound(max(site.epsilon for site in sites.values())), below=below)
+
+
+def colluding(run: RunFiles) -> dict[str, float] | None:
+    """By site, epsilon against the coordinator and all other sites together; None where no noise was added in shares, and it is the site's own."""
+    shared = run.result.privacy.distributed_noise
+    return None if shared is None else {name: site.epsilon_if_all_others_collude for name, site in shared.sites.items()}
 
 
 FALSE_ALARMS = 0.01  # of the attacker in the sentence below
@@ -193,7 +214,11 @@ FALSE_ALARMS = 0.01  # of the attacker in the sentence below
 def federation_sentence(run: RunFiles) -> str | None:
     """What is promised to a patient whichever hospitals know this patient; None without a claim about it."""
     claim = run.claim.federation if run.claim else None
-    return None if claim is None else f"epsilon {upper_bound(claim.epsilon)} at delta {compact(claim.delta)}: {claim.basis}"
+    if claim is None:
+        return None
+    together = colluding(run)
+    others = "" if together is None else f"; {upper_bound(max(together.values()))} against the coordinator and all other sites together"
+    return f"epsilon {upper_bound(claim.epsilon)} at delta {compact(claim.delta)}: {claim.basis}{others}"
 
 
 def site_level_sentence(run: RunFiles) -> str | None:
@@ -211,17 +236,22 @@ def meaning_sentence(run: RunFiles) -> str:
     A test of "was this patient in or out" with false positive rate a has a true positive rate of at most
     min(e^epsilon a + delta, 1 - e^-epsilon (1 - delta - a)): Kairouz, Oh, Viswanath 2015, theorem 2.1.
     """
-    privacy = run.result.privacy
+    privacy, view = run.result.privacy, View.of(run.study)
     if privacy.unit == "none" or not privacy.sites:
         return ""
     name, worst = max(privacy.sites.items(), key=lambda item: item[1].epsilon)
     power = attack_power(worst.epsilon, worst.delta, FALSE_ALARMS)
     condition = "With fresh noise, even" if privacy.seeded_noise else "Even"
-    return (
-        f"{condition} at the site where most was spent ({name}, epsilon {upper_bound(worst.epsilon)}), an attacker who sees every update, "
+    sentence = (
+        f"{condition} at the site where most was spent ({name}, epsilon {upper_bound(worst.epsilon)}), {view.attacker}, "
         f"knows all other {privacy.unit}s and wrongly names only 1 in 100 {privacy.unit}s that were not trained on "
         f"would recognise at most {_per_cent_up(power)} of those that were."
     )
+    if not (together := colluding(run)):
+        return sentence
+    whose, most = max(together.items(), key=lambda item: item[1])
+    power = attack_power(most, privacy.sites[whose].delta, FALSE_ALARMS)
+    return f"{sentence} The coordinator and all other sites together (epsilon {upper_bound(most)} at {whose}) would recognise at most {_per_cent_up(power)}."
 
 
 def _per_cent_up(share: float) -> str:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from simulations.sweeps.cell import CellResult
 from wardround.report.charts import NUM_COLOURS, Figure, Key, source_css
 from wardround.report.svg import Axis, dot, element, join, nice_axis, path, percent, plot, stretched
-from wardround.report.wording import compact, interval_text, number, source_title, upper_bound
+from wardround.report.wording import compact, interval_text, number, short_setting, source_title, upper_bound
 from wardround.sweeping import Row
 
 LOGARITHMIC = ("privacy.epsilon", "privacy.noise_multiplier", "federation.alpha", "federation.sites", "training.learning_rate", "training.batch_size")
@@ -69,7 +69,7 @@ def utility_lines(rows: Sequence[Row], setting: str) -> list[Line]:
 def _of_combinations(rows: Sequence[Row], setting: str, others: Sequence[str]) -> list[Line]:
     grouped: dict[str, list[Row]] = {}
     for row in rows:
-        grouped.setdefault(", ".join(f"{name.rpartition('.')[2]} {_text(row.settings[name])}" for name in others), []).append(row)
+        grouped.setdefault(", ".join(f"{short_setting(name)} {_text(row.settings[name])}" for name in others), []).append(row)
     styles = [f"c{index + 1}" if len(grouped) <= NUM_COLOURS else "muted" for index in range(len(grouped))]
     return [_by_setting(found, setting, "federated", name=name, css=css) for (name, found), css in zip(grouped.items(), styles, strict=True)]
 

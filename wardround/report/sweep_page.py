@@ -8,12 +8,24 @@ from simulations.sweeps.cell import CellResult
 from simulations.sweeps.folder import SweepFolder
 from wardround.plural import plural
 from wardround.report.document import Block, Document, Drawing, Grid, Prose, Section, Series
+from wardround.report.judged import beside_own_models
 from wardround.report.summary import Banner
 from wardround.report.sweep_charts import burn_down_chart, noise_chart, utility_chart, utility_lines
 from wardround.report.tables import Cell, Table
 from wardround.report.tables import Row as TableRow
 from wardround.report.templates import fill_in
-from wardround.report.wording import DASH, compact, humanise, interval_text, metric_title, number, ordered_sources, source_title, upper_bound
+from wardround.report.wording import (
+    DASH,
+    compact,
+    humanise,
+    interval_text,
+    metric_title,
+    number,
+    ordered_sources,
+    short_setting,
+    source_title,
+    upper_bound,
+)
 from wardround.sweeping import SEED, Row, summarise
 
 TITLES = {
@@ -74,8 +86,10 @@ def _lead(folder: SweepFolder, done: Sequence[CellResult], rows: Sequence[Row]) 
     interval = best.interval("federated")
     others = [row for _, row in means if row is not best]
     if interval is None or any(_overlap(interval, row.interval("federated")) for row in others):
-        return f"{runs}. The federated model's {metric} is between {number(min(mean for mean, _ in means))} and {number(max(mean for mean, _ in means))} in the mean over seeds."
-    return f"{runs}. The federated model's {metric} is best, {number(best_mean)} in the mean over {plural(best.num_runs, 'seed')}, with {_settings(best)}."
+        return f"{runs}. {metric} of the federation is between {number(min(mean for mean, _ in means))} and {number(max(mean for mean, _ in means))} in the mean over seeds."
+    return (
+        f"{runs}. {metric} of the federation is best, {number(best_mean)} in the mean over {plural(best.num_runs, 'seed')}, with {_settings(best)}."
+    )
 
 
 def _overlap(one: tuple[float, float], other: tuple[float, float] | None) -> bool:
@@ -96,6 +110,8 @@ def _banners(folder: SweepFolder, results: Sequence[CellResult]) -> tuple[Banner
         )
     if len(results) < len(folder.cells):
         found.append(Banner(title="Not finished.", text=f"{plural(len(folder.cells) - len(results), 'cell')} are still to be run.", css="remark"))
+    if own := beside_own_models(str(result.study["strategy.name"]) for result in results):
+        found.append(Banner(title="Models of the sites’ own.", text=own, css="remark"))
     if any(result.privacy is not None and result.privacy.sites for result in results):
         found.append(Banner(title="One promise a run.", text=SEVERAL, css="remark"))
     return tuple(found)
@@ -199,7 +215,7 @@ def _settings(row: Row) -> str:
 
 
 def _pairs(settings: Mapping[str, object]) -> str:
-    return ", ".join(f"{name.rpartition('.')[2]} {_text(value)}" for name, value in settings.items())
+    return ", ".join(f"{short_setting(name)} {_text(value)}" for name, value in settings.items())
 
 
 def _text(value: object) -> str:

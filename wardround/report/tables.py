@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from shared.results import RoundRecord, SiteRound, SiteSummary
+from shared.view import View
 from wardround.report.charts import change_strip, interval_strip, share_bar, source_css, status_strip, strip_axis, strip_scale
+from wardround.report.judged import judged
 from wardround.report.run_files import RunFiles
+from wardround.report.summary import colluding
 from wardround.report.wording import (
     DASH,
     ONE_CLASS,
@@ -25,7 +28,6 @@ from wardround.report.wording import (
     ordered_sources,
     ranges,
     signed,
-    source_title,
     upper_bound,
 )
 
@@ -161,7 +163,7 @@ def baseline_table(run: RunFiles) -> Table | None:
     axis = strip_axis([*(v for v in values.values() if v is not None), *(end for pair in intervals.values() if pair for end in pair)])
     rows = tuple(
         Row(
-            name=source_title(source),
+            name=judged(run.study).title(source),
             cells=tuple(_baseline_cell(run, source, metric) for metric in metrics),
             strip=interval_strip(axis, values[source], intervals[source], css=source_css(source)) if axis else None,
             css="chief" if source == "federated" else "",
@@ -180,7 +182,7 @@ def _baseline_cell(run: RunFiles, source: str, metric: str) -> Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gains:
-    """Federated against each site's own model, site by site; `better` of `compared` sites gained. `test` says how, or that it was not."""
+    """What a site has of the federation against a model that it trained alone, site by site; `better` of `compared` sites gained. `test` says how, or that it was not."""
 
     table: Table
     better: int
@@ -208,9 +210,9 @@ def gain_table(run: RunFiles) -> Gains | None:
         chance = (Cell(text=p_value(chances.get(site))),) if chances else ()
         rows.append(Row(name=site, cells=(*cells, *chance), strip=change_strip(axis, before, after) if axis else None))
     few = DESCRIPTIVE_NOTE if any(descriptive(run, site) for site in alone) else ""
-    noise = "" if result.evaluation_epsilon is None else "A change holds the noise of the federated model’s metrics. "
+    noise = "" if result.evaluation_epsilon is None else "A change holds the noise of the federation’s metrics. "
     table = Table(
-        heads=("Alone, no privacy" if run.study.private else "Alone", "Federated", "Change", *(("p (Holm)",) if chances else ())),
+        heads=("Alone, no privacy" if run.study.private else "Alone", judged(run.study).together, "Change", *(("p (Holm)",) if chances else ())),
         rows=tuple(rows),
         strip_head=metric_title(primary) if axis else "",
         scale=strip_scale(axis) if axis else None,
@@ -269,11 +271,13 @@ def privacy_table(run: RunFiles) -> Table | None:
     if run.result.privacy.unit == "none" or not spent:
         return None
     claims = run.claim.sites if run.claim else {}
+    together = colluding(run)
     rows = tuple(
         Row(
             name=name,
             cells=(
                 Cell(text=upper_bound(site.epsilon)),
+                *(() if together is None else (Cell(text=upper_bound(together[name])),)),
                 Cell(text=upper_bound(site.epsilon_cross_check)),
                 Cell(text=upper_bound(site.epsilon_planned)),
                 Cell(text=compact(site.delta)),
@@ -285,8 +289,16 @@ def privacy_table(run: RunFiles) -> Table | None:
         )
         for name, site in spent.items()
     )
-    heads = ("Epsilon", "Cross-check", "Whole plan", "Delta", "Noise multiplier", "Sample rate", "Steps", "Declared size")
-    return Table(heads=heads, rows=rows)
+    more = () if together is None else ("All others together",)
+    heads = ("Epsilon", *more, "Cross-check", "Whole plan", "Delta", "Noise multiplier", "Sample rate", "Steps", "Declared size")
+    view = View.of(run.study)
+    note = (
+        f"Epsilon is {view.against}; beside it, against the coordinator and all other sites together. The noise multiplier is that of a sum: a site’s own share is "
+        f"{view.share:.3g} times it."
+        if view.shared
+        else ""
+    )
+    return Table(heads=heads, rows=rows, note=note)
 
 
 def absence_table(run: RunFiles) -> Table | None:

@@ -7,6 +7,8 @@ task do not say.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shared.view import View
+from wardround.report.judged import judged
 from wardround.report.run_files import RunFiles
 from wardround.report.summary import SIMULATION_ENGINES, banners, lead, num_tested
 from wardround.report.tables import Cell, Row, Table, gain_table, metric_names
@@ -157,6 +159,11 @@ def _building(run: RunFiles, task: TaskFacts) -> str:
     privacy = "without differential privacy for patients" if study.site_level else "without differential privacy"
     if study.private:
         privacy = f"DP-SGD with gradients clipped to {study.privacy.max_grad_norm:g}"
+    view = View.of(study)
+    if view.shared:
+        privacy += f", and noise that {view.sites} sites add shares of, so that sums of updates are private"
+    if view.masked:
+        privacy += "; updates under masks (SecAgg+)"
     if study.site_level:
         privacy += f"; updates clipped to {study.privacy.max_site_norm:g}, and the coordinator’s noise on their sum"
     kind = f"{' '.join(task.model.split())}. " if task.model else ""
@@ -167,20 +174,24 @@ def _building(run: RunFiles, task: TaskFacts) -> str:
 
 
 def _heterogeneity_method(run: RunFiles, task: TaskFacts) -> str:
-    compared = "; with each site’s own model beside it" if run.result.per_site_baselines else ""
-    return f"The model is judged at each site on the site’s own test patients, with intervals{compared}."
+    compared = "; with a model that the site trained alone beside it" if run.result.per_site_baselines else ""
+    return f"{judged(run.study).by_site}{compared}."
 
 
 def _measures(run: RunFiles, task: TaskFacts) -> str:
     names = ", ".join(metric_title(name) for name in metric_names(run))
-    sources = [SOURCE_TITLES[name].lower() for name, values in run.result.metrics.items() if values and name != "federated" and name in SOURCE_TITLES]
+    sources = [
+        judged(run.study).title(name).lower()
+        for name, values in run.result.metrics.items()
+        if values and name != "federated" and name in SOURCE_TITLES
+    ]
     return f"{names}; from sums over all sites’ patients, not means of the sites’ values." + (
         f" Compared with: {', '.join(sources)}." if sources else ""
     )
 
 
 def _predictions(run: RunFiles, task: TaskFacts) -> str:
-    return "By the final model at each site; sums alone were collected, the same for each site."
+    return f"By {'its own' if run.study.own_models else 'the'} final model at each site; sums alone were collected, the same for each site."
 
 
 def _output(run: RunFiles, task: TaskFacts) -> str:
@@ -225,7 +236,7 @@ def _performance(run: RunFiles, task: TaskFacts) -> str:
 
 def _heterogeneity(run: RunFiles, task: TaskFacts) -> str:
     gains = gain_table(run)
-    gained = f" The federated model does better than the site’s own at {gains.better} of {gains.compared} sites." if gains and gains.compared else ""
+    gained = f" At {gains.better} of {gains.compared} sites {judged(run.study).gained}." if gains and gains.compared else ""
     return f"See the table of performance by site.{gained}" if run.result.per_site else ""
 
 

@@ -56,6 +56,12 @@ def ordered_sources(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (SOURCE_ORDER.index(name) if name in SOURCE_ORDER else len(SOURCE_ORDER), name))
 
 
+def short_setting(key: str) -> str:
+    """A setting as in a sweep's file: "training.batch_size" is batch_size, and "strategy.name" strategy."""
+    table, _, last = key.rpartition(".")
+    return table if table and last == "name" else last
+
+
 def humanise(name: str) -> str:
     """A key as words: "values_imputed" is "Values imputed". A path or module keeps its spelling."""
     if any(mark in name for mark in "/:.\\"):
@@ -139,7 +145,7 @@ def noise_sentence(evaluation_epsilon: float) -> str:
     """What noise in the evaluation statistics means for the metrics."""
     return (
         f"The sites’ statistics carry noise that protects their test patients (epsilon {upper_bound(evaluation_epsilon)}): "
-        "the federated model’s metrics can be far from the true ones where test patients are few. Their intervals are of that noise alone."
+        "the federation’s metrics can be far from the true ones where test patients are few. Their intervals are of that noise alone."
     )
 
 
