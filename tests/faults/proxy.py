@@ -16,7 +16,8 @@ class Proxy:
 
     Attributes:
         down: refuses everything, and cuts what there is.
-        idle_seconds: cuts a connection on which nothing passed for so long.
+        idle_seconds: cuts a connection on which nothing passed for so long, and on which the coordinator spoke last: a question that waits for
+            its answer on a busy machine is not idle.
         reset_after: resets a connection after so many bytes from the site.
     """
 
@@ -66,11 +67,12 @@ class Proxy:
                 self._pass(site, coordinator)
 
     def _pass(self, site: socket.socket, coordinator: socket.socket) -> None:
-        passed, quiet = 0, 0.0
+        passed, quiet, answered = 0, 0.0, False
         while not self._ended.is_set():
             readable, _, _ = select.select([site, coordinator], [], [], 0.05)
             quiet = 0.0 if readable else quiet + 0.05
-            if self.down or quiet >= self.idle_seconds or (self.reset_after is not None and passed >= self.reset_after):
+            idle = answered and quiet >= self.idle_seconds
+            if self.down or idle or (self.reset_after is not None and passed >= self.reset_after):
                 self.num_cut += 1
                 for end in (site, coordinator):
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NONE)
@@ -81,3 +83,4 @@ class Proxy:
                     return
                 (coordinator if end is site else site).sendall(data)
                 passed += len(data) if end is site else 0
+                answered = end is coordinator
