@@ -104,10 +104,11 @@ class _Worker:
             os.write(self.jobs, f"{cell.number}\n".encode())
 
     def close(self) -> None:
-        os.close(self.jobs)
-        os.close(self.replies)
+        """End the process, and only then its pipes: one that finds its pipe of jobs hung up takes the sweep for dead, and the others' files with it."""
         self.process.kill()
         self.process.wait()
+        os.close(self.jobs)
+        os.close(self.replies)
 
 
 def _in_processes(folder: SweepFolder, cells: list[Cell], num_workers: int) -> Iterator[CellResult]:
