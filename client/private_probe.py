@@ -23,18 +23,17 @@ from shared.errors import ConfigurationError, ModelRefusedError
 from shared.models import get_parameters
 from shared.plan import SitePlan
 from shared.study import Study
-from shared.task import Task
+from shared.task import NUM_TRIAL_PATIENTS, Task
 
-NUM_PROBE_PATIENTS = 8
 RELATIVE_TOLERANCE = 1e-3
 NUM_POINTS = 3  # of parameters at which the model is looked at
 MOVE = 0.5
 PROBE_PLAN = SitePlan(
     unit="patient",
-    declared_size=NUM_PROBE_PATIENTS,
+    declared_size=NUM_TRIAL_PATIENTS,
     sample_rate=1.0,
     steps_per_round=1,
-    expected_batch_size=float(NUM_PROBE_PATIENTS),
+    expected_batch_size=float(NUM_TRIAL_PATIENTS),
     rounds=1,
     noise_multiplier=1.0,
     max_grad_norm=1.0,
@@ -59,13 +58,13 @@ def probe_model(task: Task, study: Study) -> None:
         ModelRefusedError: a layer mixes records, changes buffers, or gives no per-record gradient; it names the layer and what to do.
         ConfigurationError: the model, loss or prediction fails or has the wrong shape on synthetic patients.
     """
-    with torch_keyed(bytes(32)):  # the same answer every time
-        _probe(task, study)
+    with torch_keyed(bytes(32)):
+        cohort = task.trial_patients()
+    with torch_keyed(bytes(32)):  # the same answer every time, also where the patients were there already
+        _probe(task, study, cohort)
 
 
-def _probe(task: Task, study: Study) -> None:
-    cohort = task.synthetic_cohort(NUM_PROBE_PATIENTS, 0)
-    cohort = cohort.select(np.arange(cohort.num_patients) < NUM_PROBE_PATIENTS)  # a task may make whole sites at a time
+def _probe(task: Task, study: Study, cohort: Cohort) -> None:
     model = task.model()
     local = LocalRound(study=study, task=task, round_number=1)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -1,5 +1,6 @@
 """The task: the clinical problem as one frozen object, and how a name becomes one."""
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -20,6 +21,7 @@ from shared.schema import Schema, schema_fingerprint
 from shared.subgroups import Subgroup
 
 ENTRY_POINT_GROUP = "wardround.tasks"
+NUM_TRIAL_PATIENTS = 8
 BUILT_IN = {
     "biomarker-panel": "shared.tasks.biomarker_panel:biomarker_panel",
     "breast-cancer": "shared.tasks.breast_cancer:breast_cancer",
@@ -108,6 +110,7 @@ class Task:
     row: Callable[[Array, tuple[Array, ...]], Array] | None = field(default=None, repr=False)
     explained: ExplainedOutput | None = None
     _fingerprints: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: hundreds of sites ask
+    _trial: list[Cohort] = field(default_factory=list, init=False, repr=False, compare=False)  # made once: every run asks
 
     def __post_init__(self) -> None:
         names = [metric.name for metric in self.metrics]
@@ -125,6 +128,13 @@ class Task:
             parts = [self.name, schema_fingerprint(self.schema), ",".join(m.name for m in self.metrics), architecture_hash(self.model())]
             self._fingerprints.append(hashlib.sha256("\n".join(parts).encode()).hexdigest())
         return self._fingerprints[0]
+
+    def trial_patients(self) -> Cohort:
+        """`NUM_TRIAL_PATIENTS` synthetic patients, the same every time, on which a model is tried before it trains. Nobody writes to them."""
+        if not self._trial:
+            cohort = self.synthetic_cohort(NUM_TRIAL_PATIENTS, 0)
+            self._trial.append(cohort.select(np.arange(cohort.num_patients) < NUM_TRIAL_PATIENTS))  # a task may make whole sites at a time
+        return self._trial[0]
 
 
 def architecture_hash(model: nn.Module) -> str:
@@ -144,11 +154,19 @@ def resolve_task(name: str) -> Task:
         tabular = importlib.import_module("shared.tasks.tabular")
         task: Task = tabular.load_tabular_task(Path(name))
         return task
-    target = BUILT_IN.get(name) or _entry_points().get(name) or name
+    if name in BUILT_IN:
+        return _built_in(name)
+    target = _entry_points().get(name) or name
     if ":" not in target:
         known = task_names()
         raise UnknownTaskError(f"no task {name!r}{nearest(name, known)}", f"known: {', '.join(known)}, 'package.module:factory', or a schema .toml")
     return _call_factory(target)
+
+
+@functools.cache
+def _built_in(name: str) -> Task:
+    """Made once: a sweep asks for its task again and again."""
+    return _call_factory(BUILT_IN[name])
 
 
 def task_names() -> list[str]:

@@ -3,6 +3,8 @@
 Data: Wolberg, Street, Mangasarian 1995, UCI ML Repository, as bundled with scikit-learn: 569 real patients, one record each.
 """
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,9 +62,15 @@ def load_cohort(path: Path | None, options: Mapping[str, object]) -> Cohort:
     """The bundled 569 patients where `path` is None, else a CSV file of the same columns."""
     if path is not None:
         return load_table(path, SCHEMA, options)
+    reject_options(options, SCHEMA.name)
+    return copy.deepcopy(_bundled())
+
+
+@functools.cache
+def _bundled() -> Cohort:
+    """Read once in a process: a sweep has many runs."""
     from sklearn.datasets import load_breast_cancer  # a second to import: only here
 
-    reject_options(options, SCHEMA.name)
     bundle = load_breast_cancer(as_frame=True)
     frame: pd.DataFrame = bundle.data.astype(str)
     frame["diagnosis"] = bundle.target.map({0: "malignant", 1: "benign"})

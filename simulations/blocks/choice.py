@@ -28,7 +28,6 @@ MOST_SITES = 256
 LEAST_BLOCKS = 2  # a round, so that two processes have something to do
 MANY_SITE_ROUNDS, MANY_SLOW_SITE_ROUNDS = 10_000, 500  # from there on several processes are worth their start: in blocks, and one after another
 SITES_A_JOB = 4  # that a process trains one after another before it is asked again
-NUM_PROBE_PATIENTS = 6
 TOLERANCE = 1e-4
 SITE_BY_SITE = (*PERSONAL, Scaffold, FedDyn, QFedAvg, Cyclic, FedBuff)  # strategies with a part at each site that is not FedAvg's, or an order
 COPIES = 12  # of a site's parameters while it trains: itself, gradient, noise, optimizer, temporaries
@@ -206,8 +205,7 @@ def check_alike(task: Task) -> Footprint:
     Raises:
         NotStackableError: it cannot be stacked, or does not.
     """
-    cohort = task.synthetic_cohort(NUM_PROBE_PATIENTS, 0)
-    cohort = cohort.select(np.arange(cohort.num_patients) < NUM_PROBE_PATIENTS)
+    cohort = task.trial_patients()
     inputs = tuple(torch.from_numpy(values) for values in cohort.inputs)
     model, stacked = task.model(), StackedModel(task.model(), 2)
     expected = []
