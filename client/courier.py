@@ -30,8 +30,9 @@ from shared.certificates import load_node_key
 from shared.errors import BundleError, ConfinementError, SealError, WardroundError
 from shared.files import storage_errors
 from shared.kit import CA_CERTIFICATE, KEYS, NODE_KEY, SITE_FILE, verify_kit
+from shared.pausing import next_pause
 
-POLL_SECONDS, IDLE_POLL_SECONDS, IDLE_AFTER_SECONDS = 0.3, 3.0, 120.0
+POLL_SECONDS, IDLE_POLL_SECONDS = 0.3, 3.0
 MAX_AT_ONCE = 16  # questions under way: twice as many as the daemon lets wait at once (`client.bench`), so that a stop finds a free worker
 RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -65,7 +66,7 @@ class Carrier:
                     last = time.monotonic()
                     workers.submit(self._answer, received)
                     continue
-                stop.wait(POLL_SECONDS if time.monotonic() - last < IDLE_AFTER_SECONDS else IDLE_POLL_SECONDS)
+                stop.wait(next_pause(time.monotonic() - last, shortest=POLL_SECONDS, longest=IDLE_POLL_SECONDS))
 
     def _answer(self, received: Received) -> None:
         started = time.monotonic()

@@ -22,9 +22,10 @@ from server.mailbox import Mailbox
 from shared.audit import AuditLog, Value
 from shared.errors import ConnectionFailedError, NodeRefusedError, ProtocolError, SiteFailedError, StudyStoppedError, WardroundError, fixed_sentence
 from shared.messages import JSON, MESSAGE
+from shared.pausing import next_pause
 from shared.seals import SealedTask, open_reply, packed_message, seal_task
 
-POLL_SECONDS = 0.1
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 1.0
 FIRST_PAUSE_SECONDS = 10.0  # before a task is asked again; doubled each time
 FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 ASTRAY = (3, 4, 5)  # flwr's ErrorCode: question or reply is gone, or the node is offline; none of them says anything of the site's work
@@ -137,6 +138,7 @@ class SealedGrid(Grid):
         Raises:
             StudyStoppedError: somebody stopped the study.
         """
+        last = time.monotonic()
         while self._askings:
             idle = True
             for asking in list(self._askings):
@@ -146,8 +148,9 @@ class SealedGrid(Grid):
                 idle = idle and step == [None]
                 if step and step[0] is not None:
                     yield step.pop()  # type: ignore[misc]  # no None: as in the mailbox, nothing of a reply is kept here
+            last = last if idle else time.monotonic()
             if idle:
-                time.sleep(POLL_SECONDS)
+                _pause(last)
 
     def at_work(self) -> dict[int, AtWork]:
         """The open questions, by node."""
@@ -164,12 +167,12 @@ class SealedGrid(Grid):
 
     def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
         """The replies, with a pause wherever there is none."""
-        steps = self._steps({message.metadata.dst_node_id: message for message in messages}, seconds, check)
+        steps, last = self._steps({message.metadata.dst_node_id: message for message in messages}, seconds, check), time.monotonic()
         for step in steps:
             if step is None:
-                time.sleep(POLL_SECONDS)
+                _pause(last)
                 continue
-            found = [step]
+            last, found = time.monotonic(), [step]
             del step
             yield found.pop()  # as in the mailbox: nothing of a reply is kept here
 
@@ -295,6 +298,10 @@ class SealedGrid(Grid):
     def _check_stopped(self) -> None:
         if self._stopped():
             raise StudyStoppedError("the study was stopped", "go on with 'wardround study resume RUN'")
+
+
+def _pause(since: float) -> None:
+    time.sleep(next_pause(time.monotonic() - since, shortest=POLL_SECONDS, longest=LONGEST_POLL_SECONDS))
 
 
 def _went_astray(reply: object) -> bool:
