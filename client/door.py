@@ -117,7 +117,8 @@ class _Question(socketserver.BaseRequestHandler):
 
 def _send(connection: socket.socket, payload: bytes) -> None:
     connection.sendall(len(payload).to_bytes(LENGTH_BYTES, "big"))
-    connection.sendall(payload)
+    if payload:  # whoever knows that nothing follows may have answered and hung up by now
+        connection.sendall(payload)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -22,6 +22,7 @@ from shared.errors import ProtocolError, QuorumLostError, WardroundError
 from shared.kit import installed_version
 from shared.messages import Content, Enrolled, EnrolTask, Refused, WitnessedHead, decode, encode, plain_text
 from shared.models import get_parameters
+from shared.pausing import next_pause
 from shared.plan import plan_site, shape_site
 from shared.strategy_options import QFedAvg
 from shared.study import Study
@@ -30,6 +31,7 @@ from shared.task import Task
 logger = logging.getLogger(__name__)
 
 ENROL_PAUSE_SECONDS, MAX_PAUSE_SECONDS, ENROL_SECONDS, WELCOME_SECONDS = 2.0, 60.0, 60.0, 15.0
+WAITING_PAUSE_SECONDS = 5.0  # at most, where everybody waits: so late may a stop be noticed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,14 +112,15 @@ class Enrolment:
         Raises:
             the error of the sites' own refusals where all refused alike, else QuorumLostError: too few can or will take part.
         """
-        deadline = time.monotonic() + self._study.rounds.deadline_seconds
+        began = time.monotonic()
+        deadline = began + self._study.rounds.deadline_seconds
         self._ask_to_enrol(
             grid, timeout=min(ENROL_SECONDS, self._study.rounds.deadline_seconds) if self._membership else self._study.rounds.deadline_seconds
         )
         while self._membership is not None and not self._enough() and time.monotonic() < deadline:
             self._note_absent()
             self._tell_waiting()
-            time.sleep(ENROL_PAUSE_SECONDS)
+            time.sleep(next_pause(time.monotonic() - began, shortest=ENROL_PAUSE_SECONDS, longest=WAITING_PAUSE_SECONDS))
             self._asking = {node_id: asking.hurried() for node_id, asking in self._asking.items()}
             self._ask_to_enrol(grid, timeout=max(1.0, min(ENROL_SECONDS, deadline - time.monotonic())))
         self._note_absent()

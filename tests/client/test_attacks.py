@@ -94,6 +94,7 @@ class Gated(nn.Module):
         return self.head(x + self.gate * (x - x.mean(0, keepdim=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -164,6 +165,7 @@ def test_the_shape_of_a_batch_follows_from_public_numbers(expected: float, most:
     assert physical_size(expected, most) == size
 
 
+@pytest.mark.slow
 def test_two_sites_of_one_state_folder_answer_for_themselves(make_hospital: Hospitals, make_study: Studies, tmp_path: Path) -> None:
     north, study = make_hospital(), make_study()
     (north.folder / "south.csv").write_text((north.folder / "patients.csv").read_text().replace("patient-", "other-").replace(",1\n", ",0\n", 3))

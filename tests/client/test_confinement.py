@@ -373,6 +373,7 @@ def test_what_python_needs_is_there_and_holds_no_private_key() -> None:
         assert not any(Path(private).is_relative_to(path) for path in paths), private
 
 
+@pytest.mark.slow
 @needs_root
 def test_another_user_is_denied_as_well(hospital: Path, daemon: Daemon) -> None:
     attempts = [f"cat {hospital}/{name}" for name in ("cohort.csv", "ledger.sqlite", "site.key")]

@@ -199,6 +199,7 @@ def test_a_permission_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "this user may not read it" in failed.what and failed.fix == "change its permissions"
 
 
+@pytest.mark.slow
 @example(values=["18", "abc", ""], label="1")
 @example(values=["17"] * 2 + ["30"] * 19, label="1")
 @example(values=["17"] * 2 + ["30"] * 18, label="1")

@@ -102,6 +102,7 @@ def joints(draw: st.DrawFn) -> np.ndarray:
     return np.array(draw(st.lists(COUNTS, min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))).reshape(shape)
 
 
+@pytest.mark.slow
 @example(joint=np.array([[1, 2], [10, 10], [9, 100], [100, 9]])[:, None, :], min_cell=10)  # a row that one table hides for another's sake
 @settings(max_examples=60)
 @given(joint=joints(), min_cell=MIN_CELLS)

@@ -59,6 +59,7 @@ def chi_square(draws: list[int], log_weight: Callable[[int], float], reach: int)
     return float(stats.chi2.sf(statistic, len(due) - 1)) if len(due) > 1 else 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_law_is_the_discrete_gaussian(variance: Fraction) -> None:
     """20,000 draws against exp(-x^2 / 2 sigma^2); chi-square, false-alarm rate 1e-5 each."""
@@ -102,6 +103,7 @@ def test_large_integers_use_all_of_their_range() -> None:
     assert all(sample_bernoulli(below, below, random_bytes) for _ in range(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [3, 10**6, 10**12])
 def test_symmetry_and_standard_deviation(sigma: int) -> None:
     """20,000 draws: standard deviation within 3 % (6 standard errors), signs and mean within 5 (1 in 2 million each)."""

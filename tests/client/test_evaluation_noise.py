@@ -145,6 +145,7 @@ def test_merged_entries_are_shared_out_and_merged_again_exactly() -> None:
 # How much noise there is ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_noise_has_the_standard_deviation_of_its_event() -> None:
     """Each of k statistics sqrt(k) times its sensitivity times the noise multiplier; 4 % is 5 standard errors or more."""
     declared = {statistic.name: statistic for statistic in STATISTICS.values()}
@@ -272,6 +273,7 @@ def test_a_class_that_noise_has_wiped_out_determines_no_auroc() -> None:
     assert values["auroc"] is None and values["auprc"] is None and values["accuracy"] == 1.0  # (30 + 2) / 29.5, at the end of its range
 
 
+@pytest.mark.slow
 def test_many_patients_drown_the_noise() -> None:
     """20,000 patients at epsilon 1: metrics within 0.01 of those of the merged histogram, which are within 0.01 of the exact ones."""
     rng = np.random.default_rng(3)

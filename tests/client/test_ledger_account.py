@@ -172,6 +172,7 @@ def test_an_admitted_study_is_admitted_once_and_its_name_is_its_own(ledger: Ledg
 noises = st.sampled_from([1.5, 2.0, 4.0, 8.0])
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.lists(st.tuples(noises, st.integers(1, 60), st.integers(0, 3), st.booleans(), st.booleans()), min_size=3, max_size=10))
 def test_no_sequence_of_plans_passes_the_limit(tmp_path_factory: pytest.TempPathFactory, plans: list[tuple[float, int, int, bool, bool]]) -> None:

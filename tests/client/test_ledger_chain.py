@@ -223,6 +223,7 @@ def test_rows_hold_no_patient_and_no_unsigned_byte(path: Path) -> None:
     assert all((b"a" * 32).hex() not in json.dumps(body) for body in bodies)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_change_of_the_file_is_refused_or_changes_nothing(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -246,6 +247,7 @@ def test_any_change_of_the_file_is_refused_or_changes_nothing(tmp_path_factory: 
     assert seen >= spent and seen_rows == rows
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
 def test_any_change_of_a_cell_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

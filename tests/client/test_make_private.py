@@ -75,6 +75,7 @@ def plain(name: str) -> nn.Module:
     return MODELS[name]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_model_trains_privately(
     name: str,

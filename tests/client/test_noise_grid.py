@@ -92,6 +92,7 @@ def epsilon_at_least(release: Release, bit: int) -> float:
     return math.log(max(*gains, 1.0))
 
 
+@pytest.mark.slow
 def test_one_bit_tells_patients_apart_in_naive_noise_and_not_in_ours() -> None:
     """The claim at noise multiplier 1, every patient in every step, is 4.38; false-alarm rate below 2e-4 over all bits."""
     claim = epsilon_of([PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=1)], DELTA)

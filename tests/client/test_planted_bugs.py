@@ -317,6 +317,7 @@ def test_honest_code_passes(check: str, world: World) -> None:
     CHECKS[check](world)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_each_bug_is_found(bug: str, world: World, monkeypatch: Patch) -> None:
     BUGS[bug](monkeypatch)

@@ -20,6 +20,7 @@ def test_prv_and_pld_agree_within_two_per_cent(events: list[PrivacyEvent], delta
     assert other is not None and other == pytest.approx(epsilon_of(events, delta), rel=0.02, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 3.0, 8.0])
 def test_solved_noise_keeps_the_budget_by_both(epsilon: float) -> None:
     noise = solve_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=0.16, steps=210)

@@ -168,6 +168,7 @@ def test_a_study_that_fits_alone_but_not_on_top_is_refused(make_hospital: Hospit
     assert 3 <= runs <= 8 and 2.0 < spent <= 4.0  # composition is less than addition, and more than the largest
 
 
+@pytest.mark.slow
 def test_an_old_runs_name_does_not_carry_another_study(make_hospital: Hospitals, make_study: Studies) -> None:
     hospital, study = make_hospital(), make_study()
     hospital.site.enrol(hospital.enrolment(study))
@@ -242,6 +243,7 @@ def test_unknown_studies_rounds_and_folds_are_protocol_errors(make_hospital: Hos
     assert hospital.charges() == []
 
 
+@pytest.mark.slow
 def test_a_round_is_charged_and_reported_as_charged(make_hospital: Hospitals, make_study: Studies) -> None:
     hospital, study = make_hospital(), make_study()
     hospital.site.enrol(hospital.enrolment(study))

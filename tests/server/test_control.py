@@ -146,6 +146,7 @@ TABLES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floa
     st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["name", "count", "epsilon", "unit", "x"]), inner, max_size=3)), max_leaves=6)  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(study=st.dictionaries(st.sampled_from([*STUDY.to_table(), "x"]), TABLES, max_size=4))
 def test_whatever_table_comes_the_answer_is_a_refusal_or_a_run(page: httpx.Client, study: dict[str, Any]) -> None:

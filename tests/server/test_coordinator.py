@@ -723,6 +723,7 @@ def test_a_kill_between_two_folds_loses_neither(make_rig: MakeRig, monkeypatch: 
         assert [final(folder, f"fold-{fold}") for fold in (1, 2)] == [final(whole_folder, f"fold-{fold}") for fold in (1, 2)]
 
 
+@pytest.mark.slow
 def test_a_resumed_round_is_charged_once(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make_rig(privacy=PRIVATE)
     folder = rig.new_folder()
@@ -825,6 +826,7 @@ def test_a_claim_of_more_patients_than_declared_is_left_out_of_the_metrics_and_n
     assert final_metrics[0] == final_metrics[1]
 
 
+@pytest.mark.slow
 def test_a_claim_is_held_to_each_fold_s_share(make_rig: MakeRig) -> None:
     """With five folds a fifth of the patients is tested at a time: all of them at once are too many."""
     assert not reasons(make_rig_record(make_rig, 1.0))

@@ -142,6 +142,7 @@ def test_a_study_that_requires_all_begins_when_the_last_has_come(deployment: Dep
     assert deployment.asked == dict.fromkeys(SITES, 1)  # who has enrolled is not asked again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on_missing", "goes_on"), [("proceed", True), ("abort", False)])
 def test_who_never_comes_is_named_after_a_bounded_wait(deployment: Deployment, on_missing: str, goes_on: bool) -> None:
     deployment.since = {"west": 10**9}

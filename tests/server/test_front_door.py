@@ -546,6 +546,7 @@ def test_it_says_503_while_the_superlink_is_down_and_recovers(authority: Authori
             assert [asked.body for asked in app.asked] == [b"a", b"c"]
 
 
+@pytest.mark.slow
 def test_a_superlink_with_another_authoritys_certificate_is_never_spoken_to(authority: Authority, tmp_path: Path) -> None:
     other = _authority(tmp_path / "other")
     app = Upstream()
@@ -577,6 +578,7 @@ def test_a_slow_client_holds_up_nobody_and_is_let_go(upstream: Upstream, authori
     assert {asked.body for asked in upstream.asked} == {b"y"}
 
 
+@pytest.mark.slow
 def test_a_client_that_trickles_for_ever_is_let_go(upstream: Upstream, authority: Authority, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.front_door.BODY_SECONDS", 0.5)
     with _connected(authority, port) as slow:
@@ -591,6 +593,7 @@ def test_a_client_that_trickles_for_ever_is_let_go(upstream: Upstream, authority
     assert answer.startswith(b"HTTP/1.1 408 ") and upstream.asked == []
 
 
+@pytest.mark.slow
 def test_more_requests_than_allowed_at_once_are_put_off(authority: Authority) -> None:
     app = Upstream(gate=threading.Event())
     assert app.gate is not None
@@ -608,6 +611,7 @@ def test_more_requests_than_allowed_at_once_are_put_off(authority: Authority) ->
     assert len(app.asked) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/fleet/pull-mess"])
 def test_who_brings_no_whole_head_in_time_is_hung_up_on(authority: Authority, monkeypatch: pytest.MonkeyPatch, begun: bytes) -> None:
     monkeypatch.setattr("server.front_door.REQUEST_HEAD_SECONDS", 0.3)
@@ -617,6 +621,7 @@ def test_who_brings_no_whole_head_in_time_is_hung_up_on(authority: Authority, mo
         assert _raw(authority, port, _request("POST", PULL, body=b"x")).endswith(b"x")
 
 
+@pytest.mark.slow
 def test_idle_connections_do_not_hold_up_the_end(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     with (
         _upstream_serving(Upstream(), authority) as upstream_port,

@@ -148,6 +148,7 @@ def lost_by_stage(names: tuple[str, ...], when: list[int]) -> dict[Stage, frozen
 # --- the sum
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     when=st.lists(st.sampled_from([*STAGES, Stage.DONE, Stage.DONE, Stage.DONE, Stage.DONE]), min_size=3, max_size=9),
@@ -172,6 +173,7 @@ def test_a_round_gives_the_exact_sum_of_who_stayed_or_fails_by_name(when: list[i
         check_sum(federation, tuple(name for name, at in zip(names, when, strict=True) if at >= Stage.SIGN_SURVIVORS))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(when=st.lists(st.sampled_from([*STAGES, *[Stage.DONE] * 12]), min_size=9, max_size=14), seed=st.integers(0, 10**6))
 @example(when=[Stage.DONE] * 10, seed=0)

@@ -73,6 +73,7 @@ def test_patients_are_counted_where_the_statistic_counts_them(task: Task) -> Non
     assert count_tested(numbers, {"errors": np.ones(5)}) is None
 
 
+@pytest.mark.slow
 def test_the_noises_interval_covers_the_exact_metric_and_grows_with_the_noise() -> None:
     """Over 60 noised sums of 4,000 patients, about 95 % are promised; fewer than 80 % has a false-alarm rate below 1e-5."""
     metric = Metric(name="auroc", statistic=SCORE_HISTOGRAM, finish=auroc, low=0.0, high=1.0)

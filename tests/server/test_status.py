@@ -216,6 +216,7 @@ def test_what_is_not_declared_is_refused(changes: dict[str, object]) -> None:
         whole(**changes)
 
 
+@pytest.mark.slow
 def test_it_imports_nothing_heavy() -> None:
     code = "import sys, server.page, server.status; assert not {'torch', 'flwr', 'numpy', 'dp_accounting', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)

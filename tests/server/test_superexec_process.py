@@ -28,6 +28,7 @@ Path(__file__).with_name("told.part").rename(Path(__file__).with_name("told.json
 """
 
 
+@pytest.mark.slow
 def test_flower_s_own_program_gets_the_token_and_nobody_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's executor, as it is, starts a program in the place of `flwr-serverapp`, which reads its options with Flower's own code."""
     program = tmp_path / TASK_TYPE_TO_COMMAND[TaskType.SERVER_APP]

@@ -104,6 +104,7 @@ def test_enormous_noise_does_not_break_the_numerics(noise: float, steps: int) ->
     assert epsilon_of([event(noise, 1.0, steps)], 1e-4) <= renyi_upper_bound([event(noise, 1.0, steps)], 1e-4) + 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(EVENTS, st.integers(2, 25), st.randoms(use_true_random=False))
 def test_rounds_are_the_study_exactly_in_any_order(base: PrivacyEvent, rounds: int, random: object) -> None:
@@ -155,6 +156,7 @@ def test_nobody_uses_the_accountant_that_counts_too_little() -> None:
 # Choosing the best ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_choosing_the_best_costs_more_the_more_there_are_to_choose_from() -> None:
     run = event(solve_noise_multiplier(epsilon=1.0, delta=DELTA, sample_rate=0.05, steps=500), 0.05, 500)
     costs = [epsilon_of_best([run], DELTA, mean_runs=mean) for mean in (1, 1.5, 3, 10, 100)]
@@ -221,6 +223,7 @@ def test_a_looser_limit_has_an_order_no_higher(one: tuple[float, float], other: 
     assert filter_order(*loose) <= filter_order(*tight)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(LIMITS, LIMITS, RATES, st.integers(1, 100_000))
 def test_a_plan_that_passes_the_filter_of_a_tighter_limit_passes_a_looser_ones(

@@ -165,6 +165,7 @@ def test_hashes_and_signatures_are_those_of_an_independent_computation(path: Pat
 # Tampering ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_changed_byte_of_any_line_is_found_in_that_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("edit") / "audit.jsonl"
@@ -178,6 +179,7 @@ def test_any_changed_byte_of_any_line_is_found_in_that_line(tmp_path_factory: py
     assert f"line {number}: " in found(path)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_field_changed_is_found_in_that_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Canonical lines with another value; with and without a hash that fits, signed by a stranger."""
@@ -198,6 +200,7 @@ def test_any_field_changed_is_found_in_that_line(tmp_path_factory: pytest.TempPa
     assert f"line {number}: " in found(path)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_any_deletion_swap_copy_or_cut_is_found(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("order") / "audit.jsonl"
@@ -425,6 +428,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(details=st.dictionaries(st.text(max_size=8), values, max_size=4))
 def test_whatever_may_be_written_is_read_as_it_was(tmp_path_factory: pytest.TempPathFactory, details: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("details") / "audit.jsonl"
@@ -437,6 +441,7 @@ def test_whatever_may_be_written_is_read_as_it_was(tmp_path_factory: pytest.Temp
 # Crashes, full disks, several writers -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(cut=st.integers(1, 400), marked=st.booleans())
 def test_an_unfinished_line_is_cut_off_and_the_cut_recorded(tmp_path_factory: pytest.TempPathFactory, cut: int, marked: bool) -> None:
     """A process was killed while it wrote line n + 1; perhaps, before that, between line n and its mark."""
@@ -481,6 +486,7 @@ def test_a_log_that_was_hardly_begun_is_begun_again(path: Path, size: int) -> No
     assert mark_path(path).exists()
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_holds_every_row_that_was_answered(path: Path) -> None:
     """A real SIGKILL, at moments set by how much the process has said: it dies somewhere in the row after."""
     answered = []
@@ -580,6 +586,7 @@ def test_what_a_process_killed_while_it_marked_left_behind_is_removed(path: Path
     assert not scrap.exists() and verify_audit(path).num_rows == NUM_ROWS
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_chain(path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", TWO_HUNDRED, str(path), name], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -167,6 +167,7 @@ EPSILONS = [0.0, 0.001, 0.01, 0.1, 0.3, 0.7, 1.0, 2.0, 3.0, 5.0]
 CASES = [(1.0, 400, 1, 2), (1.0, 700, 1, 3), (0.6, 900, 1, 3), (3.0, 250, 1, 5), (1.0, 240, 2, 2)]  # z, grid points, entries, honest shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("z", "points", "entries", "honest"), CASES)
 def test_no_divergence_of_a_step_passes_that_of_what_is_charged(
     monkeypatch: pytest.MonkeyPatch, z: float, points: int, entries: int, honest: int
@@ -196,6 +197,7 @@ def test_a_share_too_small_is_seen_by_the_same_measure(monkeypatch: pytest.Monke
     assert step.renyi(2.0) > renyi_divergence(PrivacyEvent(noise_multiplier=1.0, sample_rate=1.0, steps=1), 2.0)
 
 
+@pytest.mark.slow
 def test_steps_composed_law_by_law_stay_below_their_charge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of one entry each are one of two: what is said of a step holds of several, without any accountant between."""
     noise, shift = on_grid(monkeypatch, points=200, sites=2)

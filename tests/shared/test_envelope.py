@@ -47,6 +47,7 @@ def refused(packed: Packed) -> None:
         unpack(packed)
 
 
+@pytest.mark.slow
 @given(groups=st.dictionaries(st.text(max_size=20), ARRAYS, max_size=3), text=st.text(max_size=200))
 @example(groups={"parameters": {"scalar": np.array(1.5), "empty": np.zeros((0, 3)), "odd": np.array([np.nan, -0.0, np.inf], np.float32)}}, text="{}")
 def test_every_array_comes_back_bit_for_bit(groups: dict, text: str) -> None:
@@ -117,6 +118,7 @@ def test_whatever_json_the_head_is_nothing_but_a_protocol_error_comes(head: obje
 ROW = ["parameters", "w", "float32", [1], "numpy.ndarray", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "packed",
     [

@@ -95,6 +95,7 @@ def test_the_logs_own_rows_are_events_too(tmp_path: Path) -> None:
     assert kinds == [("Application Activity", "C"), ("Security Alert", "U"), ("Import", "C")]
 
 
+@pytest.mark.slow
 @given(
     details=st.dictionaries(st.text(max_size=8), values, max_size=4),
     known=st.fixed_dictionaries({}, optional=dict.fromkeys(["outcome", "reason", "study", "study_hash", "coordinator"], values)),

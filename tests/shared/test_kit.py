@@ -27,6 +27,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sites/north", "sites/south", "coordinator"])
 def test_any_altered_byte_of_a_kit_is_found(kits: Path, name: str) -> None:
     folder = kits / name

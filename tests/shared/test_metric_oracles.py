@@ -195,6 +195,7 @@ def test_nobody_determines_nothing() -> None:
     assert finished(error_metrics(0, 1), np.array([3.0, 0.3, 0.1, 1.5, 0.75]))["r2"] is None  # three equal labels
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth() -> None:
     """AUROC of two Gaussians one apart is Phi(1 / sqrt 2). Of 100 intervals at 95 % nominal, fewer than 85 covering would happen once in
     20,000 if they cover 95 %, once in 200 at 92 %; seeds are fixed."""

@@ -84,6 +84,7 @@ def test_studies_compose_across_noise_levels() -> None:
     assert epsilon_of([sweep[0]] * 5, DELTA) == pytest.approx(2.42, rel=0.01)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(st.lists(EVENTS, min_size=2, max_size=4), st.randoms(use_true_random=False))
 def test_order_and_splitting_do_not_matter(events: list[PrivacyEvent], random: object) -> None:
@@ -94,6 +95,7 @@ def test_order_and_splitting_do_not_matter(events: list[PrivacyEvent], random: o
     assert epsilon_of(split, DELTA) == epsilon_of(events, DELTA)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(EVENTS, st.floats(1.05, 2.0))
 def test_more_steps_rate_or_less_noise_costs_more(base: PrivacyEvent, factor: float) -> None:
@@ -109,6 +111,7 @@ def test_more_steps_rate_or_less_noise_costs_more(base: PrivacyEvent, factor: fl
     assert epsilon_of([base, base], DELTA) > now
 
 
+@pytest.mark.slow
 @settings(max_examples=4)
 @given(st.sampled_from([0.1, 0.5, 1.0, 3.0, 8.0, 30.0]), st.sampled_from([0.01, 0.16, 1.0]), st.integers(1, 1500), st.sampled_from([1e-4, 1e-6]))
 def test_solved_noise_keeps_the_budget_and_wastes_little(epsilon: float, rate: float, steps: int, delta: float) -> None:
@@ -138,6 +141,7 @@ def test_the_search_for_noise_ends_where_halving_does_and_asks_less(root: float,
     assert shape != "straight" or num_asked <= len(asked) - num_asked
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(st.lists(EVENTS, min_size=1, max_size=2))
 def test_never_above_renyi_accounting(events: list[PrivacyEvent]) -> None:

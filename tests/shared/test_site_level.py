@@ -122,6 +122,7 @@ def test_another_unit_takes_the_place_of_the_promise() -> None:
 # The noise ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(noise=st.floats(0.5, 20.0), rounds=st.integers(1, 200), delta=st.sampled_from([1e-2, 1e-3, 1e-5]))
 def test_epsilon_is_just_above_the_closed_form(noise: float, rounds: int, delta: float) -> None:
     """So many Gaussian releases are one, of as many times less noise squared: Balle and Wang's delta is exact there."""

@@ -17,6 +17,7 @@ def study(**changes: object) -> Study:
     return base.replace(**changes)
 
 
+@pytest.mark.slow
 def test_a_private_plan() -> None:
     plan = plan_site(study(), 200)
     assert (plan.unit, plan.declared_size, plan.sample_rate, plan.steps_per_round, plan.rounds) == ("patient", 200, 0.16, 7, 5)

@@ -63,6 +63,7 @@ def tables(draw: st.DrawFn) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @given(tables())
 def test_toml_reads_back_equal(tmp_path: Path, table: dict[str, object]) -> None:
     written = Study.from_table(table)
@@ -72,6 +73,7 @@ def test_toml_reads_back_equal(tmp_path: Path, table: dict[str, object]) -> None
     assert read == written and read.fingerprint() == written.fingerprint() and read.to_toml() == written.to_toml()
 
 
+@pytest.mark.slow
 @given(tables(), tables())
 def test_fingerprints_agree_exactly_when_contents_do(one: dict[str, object], other: dict[str, object]) -> None:
     first, second = Study.from_table(one), Study.from_table(other)

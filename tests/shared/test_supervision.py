@@ -174,6 +174,7 @@ def test_a_start_that_fails_later_does_not_end_the_supervisor(rig: Rig) -> None:
     assert rig.poll_until_exit(supervisor)["status"] == 3
 
 
+@pytest.mark.slow
 def test_stop_ends_all_and_what_they_started(rig: Rig) -> None:
     supervisor = rig.supervise(rig.child(PARENT), rig.child(STUBBORN, name="b"), rig.child(SLEEPER, name="c"))
     _until(lambda: (rig.folder / "grandchild").exists() and (rig.folder / "grandchild").read_text().endswith("\n"))
@@ -294,6 +295,7 @@ def test_a_log_that_is_a_link_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path / "a.log")
 
 
+@pytest.mark.slow
 def test_run_until_polls_until_it_is_told_to_stop(tmp_path: Path) -> None:
     stop = threading.Event()
     asked = []
@@ -332,6 +334,7 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[
 Start = Callable[..., tuple[subprocess.Popen[str], list[int]]]
 
 
+@pytest.mark.slow
 def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path, supervised: Start) -> None:
     process, pids = supervised(SLEEPER, STUBBORN)
     _until(lambda: (tmp_path / "1.log").read_text() == "armed\n")
@@ -346,6 +349,7 @@ def test_children_end_with_a_supervisor_that_is_killed(tmp_path: Path, supervise
     assert again is not None and again.pid != process.pid
 
 
+@pytest.mark.slow
 def test_two_instances_are_refused_and_the_first_goes_on(tmp_path: Path, supervised: Start) -> None:
     process, pids = supervised(SLEEPER)
     with pytest.raises(AlreadyRunningError, match=f"found process {process.pid}, since 20"), single_instance(tmp_path):
@@ -376,6 +380,7 @@ def test_the_folder_is_free_again_after_an_error_in_the_block(tmp_path: Path) ->
     assert not (tmp_path / "new" / INSTANCE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"started_ticks": 1}, {"pid": 0}, {"extra": 1}, {"pid": "1"}])
 def test_a_process_that_the_file_does_not_name_exactly_is_never_signalled(tmp_path: Path, change: dict[str, object]) -> None:
     """The lock is held, but the file is another's: a number that was given to a new process, or damage."""

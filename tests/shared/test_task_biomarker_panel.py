@@ -234,6 +234,7 @@ def test_a_marker_in_another_unit_is_refused_by_name_however_many_others_fit(tmp
         load_panel(tmp_path / "a.csv", {}, name="biomarker-panel", panel=panel)
 
 
+@pytest.mark.slow
 def test_one_long_cell_takes_no_memory_and_is_no_number(tmp_path: Path) -> None:
     panel = shipped_panel()
     frame = pd.DataFrame([[f"{(marker.low + marker.high) / 2:.1f}" for marker in panel]] * 40, columns=[marker.name for marker in panel])

@@ -169,6 +169,7 @@ def test_the_model_may_be_trained_privately() -> None:
     assert dataclasses.replace(TASK).fingerprint() == TASK.fingerprint()
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn() -> None:
     cohort = synthetic_cohort(100, 5)
     torch.manual_seed(0)

@@ -302,6 +302,7 @@ def test_the_loss_is_the_papers_equation_for_each_record_alone() -> None:
 # Synthetic patients and model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_synthetic_tissue_is_seeded_has_dark_tumour_cells_and_differs_by_site() -> None:
     cohort, again = synthetic_cohort(200, 3), synthetic_cohort(200, 3)
     assert np.array_equal(cohort.inputs[0], again.inputs[0]) and np.array_equal(cohort.labels, again.labels) and cohort.synthetic
@@ -323,6 +324,7 @@ def test_darkness_alone_does_not_tell_tumour_cells_from_others() -> None:
     assert (finish_metrics(METRICS, {"detections": detection_sums(darkness, cohort)})["f1"] or 0) < 0.6
 
 
+@pytest.mark.slow
 def test_the_model_may_be_trained_privately_and_in_blocks() -> None:
     probe_model(TASK, Study.load(STUDY))
     assert StackedModel(TASK.model(), 3).flat.shape[0] == 3

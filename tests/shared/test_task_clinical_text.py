@@ -131,6 +131,7 @@ def test_macro_f1_of_the_confusion_matrix() -> None:
     assert finish_metrics(TASK.metrics, {statistic.name: statistic.summarise(perfect, cohort)}) == {"accuracy": 1.0, "macro_f1": 1.0}
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_corpus() -> None:
     cohort = load_cohort(DATA, {})

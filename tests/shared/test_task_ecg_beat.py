@@ -138,6 +138,7 @@ def test_a_folder_is_read_and_a_record_is_a_patient(tmp_path: Path) -> None:
     assert cohort.notes == {"records_dropped": 0, "records_of_another_lead": 0, "beats_without_signal": 0, "beats_above_most_beats": 0}
 
 
+@pytest.mark.slow
 def test_a_table_says_whose_records_they_are(tmp_path: Path) -> None:
     cohort = load_cohort(ward(tmp_path, patients=PATIENTS + "\n".join(rows())), {})
     assert cohort.patient_ids == tuple(f"p{index}" for index in range(12)) and np.bincount(cohort.patient_of_record).tolist() == [16] * 12
@@ -188,6 +189,7 @@ def test_a_table_of_other_bytes_or_permissions_is_refused(tmp_path: Path, monkey
         load_cohort(tmp_path, {})
 
 
+@pytest.mark.slow
 def test_bad_records_are_skipped_up_to_the_tolerance(tmp_path: Path) -> None:
     ward(tmp_path)
     (tmp_path / "r03.atr").unlink()
@@ -328,6 +330,7 @@ def test_the_loss_is_of_each_beat_alone() -> None:
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_may_be_trained_privately_and_in_blocks() -> None:
     assert sum(parameter.numel() for parameter in BeatModel().parameters()) == 1950
     probe_model(TASK, Study.load(STUDY))

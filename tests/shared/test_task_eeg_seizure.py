@@ -304,6 +304,7 @@ def test_synthetic_windows_are_seeded_and_sites_differ() -> None:
         synthetic_cohort(0, 1)
 
 
+@pytest.mark.slow
 def test_seizures_are_in_the_rhythm_and_not_in_the_amplitude_alone() -> None:
     parts = []
     for seed, count in ((1, 400), (2, 300)):

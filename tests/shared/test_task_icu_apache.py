@@ -275,6 +275,7 @@ def test_the_task_and_its_model() -> None:
         assert outputs.shape == (60, 1) and each.loss(outputs, torch.from_numpy(cohort.labels)).shape == (60,)
 
 
+@pytest.mark.slow
 def test_synthetic_patients_carry_signal_and_sites_differ() -> None:
     """AUROC of the points alone over 4,000: about 0.78, standard error 0.01; below 0.7 in fewer than one of 1e9 draws."""
     cohort = synthetic_cohort(4000, 5)

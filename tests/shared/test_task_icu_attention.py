@@ -193,6 +193,7 @@ def test_synthetic_stays_carry_signal() -> None:
     assert np.array_equal(synthetic_cohort(30, 1).inputs[0], synthetic_cohort(30, 1).inputs[0])
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_demo() -> None:
     cohort = load_cohort(DATA, {})

@@ -17,6 +17,7 @@ STUDIES = Path(__file__).resolve().parents[2] / "studies"
 NAMES = ("icu-mortality", "shared.tasks.icu_mortality:icu_mortality_gru")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_in_blocks_and_with_privacy(name: str) -> None:
     task = resolve_task(name)

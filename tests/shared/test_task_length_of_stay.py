@@ -60,6 +60,7 @@ def test_predictions_are_days_in_the_declared_range() -> None:
     assert np.allclose(days.numpy(), [USUAL_DAYS, 1, MOST_DAYS], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_trains_in_blocks_and_with_privacy() -> None:
     task = resolve_task("length-of-stay")
     assert check_alike(task).held > 0

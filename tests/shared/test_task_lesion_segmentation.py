@@ -202,6 +202,7 @@ def test_synthetic_lesions_are_seeded_brighter_than_their_ground_and_differ_by_s
         synthetic_cohort(0, 1)
 
 
+@pytest.mark.slow
 def test_the_model_may_be_trained_privately_and_in_blocks() -> None:
     probe_model(TASK, Study.load(STUDY))
     assert StackedModel(TASK.model(), 3).flat.shape[0] == 3

@@ -97,6 +97,7 @@ def test_what_the_scan_does_not_show_is_air_and_counted(tmp_path: Path) -> None:
     assert cohort.notes["cubes_beyond_the_scan"] == 1 and cohort.num_patients == 1 and cohort.labels.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_patients_come_from_the_files_or_the_list(tmp_path: Path) -> None:
     for uid, patient in (("1.1", "P1"), ("1.2", "P2"), ("1.3", "P1")):
         scan(tmp_path / uid, phantom(), uid=uid, PatientID=patient)
@@ -127,6 +128,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "match"),
     [
@@ -144,6 +146,7 @@ def test_one_bad_record_is_skipped_and_counted(scans: Path, row: str, match: str
     assert "1.1-" not in str(caught.value) and "P1" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_lists_that_are_not_as_declared(tmp_path: Path) -> None:
     scan(tmp_path, phantom())
     row = "1.1,3,32,-17,1"
@@ -182,6 +185,7 @@ def test_a_file_that_may_not_be_read_is_no_bad_record(tmp_path: Path, monkeypatc
 # Synthetic patients and model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_synthetic_phantoms_are_seeded_and_differ_by_site() -> None:
     cohort, again = synthetic_cohort(400, 3), synthetic_cohort(400, 3)
     assert np.array_equal(cohort.inputs[0], again.inputs[0]) and np.array_equal(cohort.labels, again.labels) and cohort.synthetic
@@ -199,6 +203,7 @@ def test_synthetic_phantoms_are_seeded_and_differ_by_site() -> None:
         synthetic_cohort(0, 1)
 
 
+@pytest.mark.slow
 def test_malignancy_can_be_seen_and_by_no_single_number() -> None:
     train, test = synthetic_cohort(300, 1), synthetic_cohort(200, 2)
     radius = np.linalg.norm(_grid(), axis=0)

@@ -148,6 +148,7 @@ def test_nobody_tested() -> None:
 # Model and samples --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_trains_in_blocks_and_with_privacy() -> None:
     task = resolve_task("molecule-generator")
     assert check_alike(task).held > 0
@@ -186,6 +187,7 @@ def test_samples_are_the_parameters_and_the_seeds(trained: Parameters) -> None:
         sample_molecules({**trained, "head.bias": np.full(NUM_SYMBOLS, np.nan, dtype=np.float32)}, 5, 1)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_probabilities() -> None:
     """Of carbon, oxygen, or nothing as the only symbols, by a bias alone; chi-square, false alarms in 1e-6 of all seeds."""
     parameters = {name: np.zeros_like(value) for name, value in get_parameters(MoleculeModel()).items()}

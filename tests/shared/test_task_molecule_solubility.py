@@ -61,6 +61,7 @@ def test_predictions_are_logs_in_the_declared_range() -> None:
     assert float(task.predict(best[None])) == pytest.approx(-5.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_synthetic_compounds() -> None:
     cohort = synthetic_cohort(200, 3)
     assert cohort.num_patients == 200 and cohort.synthetic and set(cohort.attributes["site"]) == {f"synthetic-{n}" for n in (1, 2, 3, 4)}

@@ -225,6 +225,7 @@ def test_a_bad_row_is_skipped_up_to_the_tolerance(tmp_path: Path, changes: dict[
     assert "Doe" not in str(caught.value) and "fast" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_panels_that_are_sparse_doubled_or_out_of_bounds(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     panel_csv(folder, [f"p{index}" for index in range(22)], lambda place: "8" if place > len(PANEL) // 2 else "NA")
@@ -292,6 +293,7 @@ def test_other_bounds_are_another_task() -> None:
 # eICU ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_demo() -> None:
     cohort = multimodal_eicu.load_cohort(DATA, {})

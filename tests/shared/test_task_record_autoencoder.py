@@ -286,6 +286,7 @@ def test_missing_data_and_permission(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_cohort(tmp_path, {})
 
 
+@pytest.mark.slow
 @needs_data
 def test_the_real_regions() -> None:
     cohort = load_cohort(DATA, {})

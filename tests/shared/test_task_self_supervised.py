@@ -149,6 +149,7 @@ def test_data_and_options_are_those_of_icu_mortality(tmp_path: Path) -> None:
         load_cohort(tmp_path, {"hours": 3})
 
 
+@pytest.mark.slow
 def test_it_trains_in_blocks_and_with_privacy() -> None:
     assert check_alike(TASK).held > 0  # raises where it cannot be stacked
     probe_model(TASK, Study.load(STUDY))

@@ -203,6 +203,7 @@ def test_bad_annotations_are_refused(tmp_path: Path, content: bytes, error: type
         marks_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_whatever_is_in_the_files_the_errors_are_ours(tmp_path: Path) -> None:
     write_record(tmp_path)
     good = {ending: (tmp_path / f"r.{ending}").read_bytes() for ending in ("hea", "dat", "atr")}

@@ -43,6 +43,7 @@ def test_shares_of_noise_ask_for_more_than_half(runner) -> None:
     assert describe_sums(study, 8).endswith("a sum is of at least 7 of the 8 sites asked (threshold 3 is raised to it)")
 
 
+@pytest.mark.slow
 def test_a_run_says_it_before_its_first_round_and_only_where_there_are_sums(runner, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="simulations"):
         runner.run(runner.study(secure_aggregation={"threshold": 3}, federation={"sites": 4}, rounds={"count": 1}))

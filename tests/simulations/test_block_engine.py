@@ -39,6 +39,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Execution], Fin
     return functools.cache(lambda how: runner.run(five_sites(runner), execution=how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [{}, {"unit": "none"}, {"evaluation_epsilon": 2.0}], ids=["private", "none", "noised evaluation"])
 def test_a_run_in_blocks_comes_to_what_a_run_site_by_site_comes_to(runner, usual, privacy: dict[str, object]) -> None:
     runs = {how: runner.run(five_sites(runner, privacy=privacy), execution=how) if privacy else usual(how) for how in ("blocks", "sequential")}
@@ -167,6 +168,7 @@ def test_a_killed_runs_journal_is_read_back(runner, usual, monkeypatch: pytest.M
         Journal(ledgers)
 
 
+@pytest.mark.slow
 def test_one_site_that_breaks_a_block_fails_alone(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its block is trained one after another, and only that site fails."""
 
@@ -209,6 +211,7 @@ def test_what_cannot_be_in_blocks_is_told_and_refused_where_it_was_asked_for(run
     assert choose(usual, "auto", processes=3).num_workers == 3 and choose(usual, "auto", processes=1).num_workers == 0
 
 
+@pytest.mark.slow
 def test_what_a_task_refines_is_refined_in_blocks_as_site_by_site(runner) -> None:
     study = runner.study(
         task="shared.tasks.biomarker_panel:biomarker_panel_elastic_net", federation={"sites": 3, "num_patients": 150, "partition": "iid"}
@@ -220,6 +223,7 @@ def test_what_a_task_refines_is_refined_in_blocks_as_site_by_site(runner) -> Non
         np.testing.assert_allclose(models[0][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [{}, {"unit": "none"}], ids=["private", "none"])
 def test_a_run_whose_blocks_another_device_trains_comes_to_what_the_cpu_comes_to(runner, privacy: dict[str, object]) -> None:
     with other_device() as device:
@@ -233,6 +237,7 @@ def test_a_run_whose_blocks_another_device_trains_comes_to_what_the_cpu_comes_to
     assert there.result.privacy == here.result.privacy
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_or_would_not_train_is_refused(runner) -> None:
     usual = prepare(five_sites(runner), None)
     for name in ("cuda:77", "no device", "meta"):

@@ -70,6 +70,7 @@ def test_numbers_of_the_prototype(noise_multiplier: float | None, least: float, 
     assert not found.exceeds
 
 
+@pytest.mark.slow
 def test_an_audit_is_its_seed() -> None:
     first, again, other = (audit(study(**TIGHT), canaries=500, seed=seed) for seed in (1, 1, 2))
     assert first == again
@@ -86,6 +87,7 @@ def test_an_honest_study_alarms_once_in_twenty_at_most() -> None:
 # The study's own path ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_claim_and_the_plan_are_the_runs_own(runner: Runner) -> None:
     """Three sites: what the audit holds its bound against is what a plain run of the study says it spent at that site."""
     asked = runner.study()
@@ -136,6 +138,7 @@ def test_in_evaluation_the_model_is_the_tasks_own() -> None:
     assert torch.equal(model(inputs, torch.arange(4)), model.patients(inputs))
 
 
+@pytest.mark.slow
 def test_the_scores_are_the_mechanisms() -> None:
     """Nobody in: noise of the plan's standard deviation, by chi-square. Everybody in, and in every batch: one clipping norm a step beside it."""
     setting = setting_of(**TIGHT)

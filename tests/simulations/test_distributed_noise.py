@@ -48,6 +48,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, float, fl
     return seen
 
 
+@pytest.mark.slow
 def test_the_model_moves_by_the_noised_mean_gradient_exactly(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(monkeypatch)
     run = runner.run(study_of(runner, rounds={"count": 1, "require": 3}))
@@ -78,6 +79,7 @@ def test_the_sum_has_the_noise_that_is_promised(runner, monkeypatch: pytest.Monk
     assert 0.8 * expected < noise.std() * math.sqrt(6 / 5) < 1.25 * expected + signal * 0.001
 
 
+@pytest.mark.slow
 def test_sites_may_be_missing_up_to_the_number_that_the_study_declares(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = {"site-2"}
     intercept(
@@ -110,6 +112,7 @@ def test_sites_refuse_less_noise_than_their_plans_need_and_sums_of_fewer_shares(
             assert not ledger.charges(), "it is refused before anything is trained"
 
 
+@pytest.mark.slow
 def test_a_refused_request_takes_nothing_from_a_share(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked between two stages to begin among a thousand sites, a site refuses; its share stays that of the sum that it masks for."""
     real, seen, refused = SecureUpdates.answer, watched(monkeypatch), list[str]()
@@ -152,6 +155,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(runner) -> None:
     assert resumed.model() == whole.model() and resumed.comparable == whole.comparable
 
 
+@pytest.mark.slow
 def test_both_epsilons_are_kept(runner) -> None:
     run = runner.run(study_of(runner))
     told = run.claim.distributed_noise

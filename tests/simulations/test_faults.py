@@ -141,6 +141,7 @@ def test_every_bad_site_is_named_with_its_reason_and_the_model_is_that_of_the_ot
         assert all(np.array_equal(value, model(made.without)[name]) for name, value in model(made.run).items())
 
 
+@pytest.mark.slow
 def test_the_report_names_them_too(tried: Callable[[str], Tried]) -> None:
     made = tried("fedavg")
     page = write_report(made.run.folder.path).read_text()
@@ -180,6 +181,7 @@ def test_blocks_and_single_sites_come_to_the_same(runner: Runner) -> None:
     assert runs[0].result.privacy == runs[1].result.privacy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps_before_the_end"), [("late", True), ("silent", False)])
 def test_who_is_late_has_been_charged_and_who_is_silent_has_not(runner: Runner, kind: str, steps_before_the_end: bool) -> None:
     run = runner.run(runner.study(faults={"sites": ["site-1"], "kind": kind}))
@@ -188,6 +190,7 @@ def test_who_is_late_has_been_charged_and_who_is_silent_has_not(runner: Runner, 
     assert (run.result.privacy.sites["site-1"].steps > 0) == steps_before_the_end, "the closing evaluation tells what was spent"
 
 
+@pytest.mark.slow
 def test_a_fault_may_begin_late_and_come_in_some_rounds_alone(runner: Runner) -> None:
     plain = runner.study(privacy={"unit": "none"}, rounds={"count": 8}, training={"local_steps": 1})
     late = runner.run(plain.replace(faults={"sites": 1, "kind": "empty", "from_round": 6}))
@@ -199,6 +202,7 @@ def test_a_fault_may_begin_late_and_come_in_some_rounds_alone(runner: Runner) ->
     assert first == again and first != other and 0 < sum("failed" in statuses for statuses in first) < 8
 
 
+@pytest.mark.slow
 def test_what_stays_within_bounds_counts_until_the_study_bounds_it(runner: Runner) -> None:
     plain = runner.study(privacy={"unit": "none"}, strategy={"weights": "equal"})
     for kind, bound, status in (("sign-flipped", None, "ok"), ("scaled", None, "ok"), ("scaled", 3.0, "failed")):

@@ -83,6 +83,7 @@ def test_fedbuff_is_algorithm_1(runner: Runner, size: int, rate: float) -> None:
     assert_close(final(run), w)
 
 
+@pytest.mark.slow
 def test_a_buffer_of_all_sites_is_fedavg_with_equal_weights(runner: Runner) -> None:
     waiting = runner.run(plain_study(runner, name="fedavg", weights="equal").replace(federation={"slowness": 1.0}))
     run = runner.run(buffered(runner, buffer_size=4, count=4))
@@ -122,6 +123,7 @@ def test_statistics_of_an_older_model_are_not_added_to_those_of_the_newest(runne
 # Speed ------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_with_one_site_twenty_times_slower_nobody_waits_for_it(runner: Runner, twenty_times_slower: None) -> None:
     changes = {"rounds": {"count": 25}, "training": {"local_steps": 1}}
     run = runner.run(buffered(runner).replace(strategy={"buffer_size": 3}, **changes))
@@ -167,6 +169,7 @@ def private(runner: Runner) -> Study:
     )
 
 
+@pytest.mark.slow
 def test_no_site_is_charged_for_more_than_its_plan_and_slow_ones_for_less(runner: Runner, private: Study) -> None:
     run = runner.run(private)
     steps = dict[str, int]()
@@ -182,6 +185,7 @@ def test_no_site_is_charged_for_more_than_its_plan_and_slow_ones_for_less(runner
     assert min(steps.values()) < max(steps.values())
 
 
+@pytest.mark.slow
 def test_a_run_repeats_itself(runner: Runner, private: Study) -> None:
     runs = [runner.run(private) for _ in range(2)]
     assert runs[0].model() == runs[1].model() and runs[0].lines == runs[1].lines and runs[0].comparable == runs[1].comparable
@@ -212,6 +216,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(runner: Runner, priva
     assert resumed.lines == whole.lines and resumed.comparable == whole.comparable
 
 
+@pytest.mark.slow
 def test_nothing_at_work_crosses_a_fold(runner: Runner, private: Study) -> None:
     run = runner.run(private.replace(evaluation={"folds": 2}, rounds={"count": 3}))
     records = run.folder.rounds()
@@ -228,6 +233,7 @@ def statuses(run: Finished, name: str) -> list[str]:
     return [site.status for record in run.folder.rounds() for site in record.sites if site.name == name]
 
 
+@pytest.mark.slow
 def test_a_bad_update_is_judged_by_what_its_site_was_asked(runner: Runner, twenty_times_slower: None) -> None:
     """The slow site's answer names the round in which it was asked, and counts; a liar's names another, and does not."""
     study = buffered(runner, count=22).replace(strategy={"buffer_size": 3}, training={"local_steps": 1})
@@ -239,6 +245,7 @@ def test_a_bad_update_is_judged_by_what_its_site_was_asked(runner: Runner, twent
         assert all(np.isfinite(value).all() for value in final(run).values())
 
 
+@pytest.mark.slow
 def test_an_update_that_is_too_old_is_dropped_by_name(runner: Runner, twenty_times_slower: None) -> None:
     study = buffered(runner, count=22).replace(strategy={"buffer_size": 3, "largest_staleness": 18}, training={"local_steps": 1})
     found = [site for record in runner.run(study).folder.rounds() for site in record.sites if site.name == SLOW and site.status == "failed"]

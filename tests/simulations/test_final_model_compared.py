@@ -97,6 +97,7 @@ def test_the_p_value_is_the_share_of_all_exchanges() -> None:
     assert found.p_value == pytest.approx(np.mean([value >= abs(signs.sum()) for value in every]), abs=0.015)  # standard error 0.003
 
 
+@pytest.mark.slow
 def test_without_a_difference_the_test_rejects_as_often_as_it_says() -> None:
     """300 draws at level 0.1: more than 46 rejections (binomial, p < 1e-3) would be a broken test."""
     rng = np.random.default_rng(5)
@@ -120,6 +121,7 @@ def test_a_model_that_is_better_on_the_same_patients_is_found(task: Task, cohort
     assert paired_test(task, one_class, good, bad, resamples=resamples, seed=1) is None
 
 
+@pytest.mark.slow
 def test_a_run_with_baselines_tests_every_site(runner, usual) -> None:
     run = runner.run(runner.study(), baselines=True)
     gains = run.result.per_site_gains

@@ -102,6 +102,7 @@ def test_many_records_and_sites_hide_each_other(study: Study) -> None:
     assert len(crowd[0].originals) == 16
 
 
+@pytest.mark.slow
 def test_a_study_without_privacy_is_held_against_epsilon_3(study: Study) -> None:
     plain = Victim.of(study.replace(privacy={"unit": "none"}), None)
     private = Victim.of(study, None)
@@ -211,6 +212,7 @@ def test_pictures_are_grey_or_rgb_in_the_unit_range() -> None:
     assert all(picture.min() >= 0 and picture.max() <= 1 for picture in as_pictures(images, -1, 3))
 
 
+@pytest.mark.slow
 def test_a_flat_guess_has_a_picture(study: Study) -> None:
     attack = InversionAttack(protection="none", seed=0, num_records=1, psnr=1.0, ssim=0.0, originals=[[[0.5]]], reconstructions=[[[0.5]]])
     assert inversion_picture([attack]).startswith(b"\x89PNG")

@@ -102,6 +102,7 @@ def test_shadow_models_tell_a_member_from_an_easy_patient(noise: MakeStudy) -> N
     assert again[1].auroc < lira.auroc
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_result_and_another_other_shadows(noise: MakeStudy) -> None:
     study, data = noise(60, easy=0.5, rounds={"count": 1}, training={"local_epochs": 2})
     first, again, other = (attack_membership(study, data, num_shadows=2, seed=seed) for seed in (3, 3, 4))
@@ -229,6 +230,7 @@ def test_the_best_test_against_a_gaussian_mechanism_stays_below_the_bound() -> N
     assert gap.min() < 1e-6, "the bound is tight for this delta"
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png_of_some_size(noise: MakeStudy) -> None:
     curve = roc_of(np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.5]))
     attack = MembershipAttack(

@@ -27,6 +27,7 @@ def bound_that_half_keep(runner, monkeypatch: pytest.MonkeyPatch) -> float:
     return float(np.median(norms[:6]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", ["blocks", "sequential"])
 def test_whose_update_is_too_long_hears_of_it_and_nobody_else(
     runner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, execution: str

@@ -51,6 +51,7 @@ def federations(draw: st.DrawFn) -> Federation:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(federation=federations(), num_patients=st.integers(5, 250), num_classes=st.integers(1, 5), seed=st.integers(0, 2**63 - 1))
 def test_every_partition_is_whole_holds_its_minima_or_says_what_would_work(
@@ -200,6 +201,7 @@ def test_shares_are_never_nan_and_add_up_to_one(exponent: float, num_sites: int,
     assert shares.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_many_sites_are_divided_quickly_enough_to_be_a_unit_test() -> None:
     labels = labels_of(20_000, 2, 0)
     partition = partition_cohort(cohort_of(labels), Federation(sites=1000, partition="dirichlet", alpha=0.1), seed=1)

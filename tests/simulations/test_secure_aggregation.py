@@ -71,6 +71,7 @@ def kind_of(stage: str) -> str:
 # The same models -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
     [{"name": "fedavg"}, {"name": "fedavg", "weights": "equal"}, {"name": "fedprox"}, {"name": "fedadam"}, {"name": "scaffold"}, {"name": "fedper"}, {"name": "ditto"}],
@@ -90,6 +91,7 @@ def test_a_secure_run_comes_to_the_model_of_one_in_the_clear(runner, strategy: d
     }
 
 
+@pytest.mark.slow
 def test_without_privacy_the_sum_alone_is_learnt_too_and_two_runs_are_the_same_bits(runner) -> None:
     study = study_of(runner, privacy={"unit": "none"})
     runs = [runner.run(study) for _ in range(2)]
@@ -128,6 +130,7 @@ def test_no_update_crosses_the_wire_in_the_clear(runner, monkeypatch: pytest.Mon
 # Drop-outs -----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_site_that_drops_out_at_any_stage_is_left_out_or_not_missed(runner, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     study = study_of(runner, privacy={"unit": "none"}, rounds={"count": 1, "require": 3})
@@ -182,6 +185,7 @@ def test_below_the_threshold_the_round_fails_by_name_and_nothing_is_learnt(runne
     assert run.result.outcome == "failed" and run.result.rounds_completed == 0 and not (run.folder.path / "checkpoint" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_sum_that_fails_is_begun_anew_where_the_study_waits_and_is_charged_once(runner, monkeypatch: pytest.MonkeyPatch) -> None:
 
     study = study_of(runner, rounds={"count": 1, "require": 3, "on_missing": "wait"})
@@ -202,6 +206,7 @@ def test_a_sum_that_fails_is_begun_anew_where_the_study_waits_and_is_charged_onc
             assert len(ledger.charges()) == 1
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_after_its_sum_was_unmasked_goes_on(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_of(runner)
     whole, real, written = runner.run(study), RunFolder.write_checkpoint, list[int]()
@@ -275,6 +280,7 @@ def test_a_site_gives_no_update_in_the_clear_at_another_weight_or_in_another_sum
     assert all('"kind":"refused"' in told for told in clear + heavier)
 
 
+@pytest.mark.slow
 def test_the_keys_of_a_site_may_not_change_while_a_run_lasts(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     real, rounds = SecureUpdates.answer, list[int]()
 
@@ -348,6 +354,7 @@ def test_an_update_beyond_the_study_bound_is_not_masked(runner) -> None:
         runner.run(study)
 
 
+@pytest.mark.slow
 def test_the_claim_says_what_the_coordinator_sees_and_what_it_rests_on(runner) -> None:
     claim = runner.run(study_of(runner)).claim
     [told] = [text for text in claim.covered + claim.assumed + claim.not_covered if "secure aggregation" in text.lower()]

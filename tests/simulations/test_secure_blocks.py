@@ -111,6 +111,7 @@ def test_blocks_under_masks_come_to_the_model_of_blocks_in_the_clear(runner, usu
     assert usual("private", "blocks").result.privacy == clear.result.privacy
 
 
+@pytest.mark.slow
 def test_every_site_masks_its_own_update_and_none_crosses_in_the_clear(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """And two runs are the same bits."""
     real, masked, sent = Site.mask, list[str](), list[Message]()
@@ -174,6 +175,7 @@ def test_a_site_that_drops_out_at_any_stage_leaves_what_it_leaves_one_after_anot
     assert found == {f"site-{number}": expected if number == 2 else "ok" for number in range(1, 6)}
 
 
+@pytest.mark.slow
 def test_who_is_too_slow_for_the_deadline_is_missing_and_the_others_go_on(runner) -> None:
     """Of eight sites, as slow as the seed says; on the virtual clock, so nobody waits."""
     study = study_of(
@@ -196,6 +198,7 @@ def test_below_the_threshold_the_round_fails_by_name_and_nothing_is_learnt(runne
     assert run.result.outcome == "failed" and run.result.rounds_completed == 0 and not (run.folder.path / "checkpoint" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_sum_that_fails_is_begun_anew_where_the_study_waits_and_is_charged_once(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_of(runner, rounds={"count": 1, "require": 3, "on_missing": "wait"})
     whole = runner.run(study, execution="blocks")
@@ -205,6 +208,7 @@ def test_a_sum_that_fails_is_begun_anew_where_the_study_waits_and_is_charged_onc
     assert all(len(found) == 1 for found in charges(run).values())
 
 
+@pytest.mark.slow
 def test_a_site_that_refuses_is_out_before_it_is_charged_and_one_whose_update_may_not_leave_after(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     check, mask = Site.check_sum, Site.mask
 

@@ -57,6 +57,7 @@ def test_blocks_and_one_after_another_come_to_the_same(runner) -> None:
     assert [line["site_level_epsilon"] for line in blocks.lines] == [line["site_level_epsilon"] for line in single.lines]
 
 
+@pytest.mark.slow
 def test_beside_the_patients_promise_nothing_of_that_changes(runner, usual) -> None:
     beside = {"site_epsilon": 8.0, "max_site_norm": 0.5}
     run = runner.run(runner.study(strategy=EQUAL, privacy=beside))
@@ -92,6 +93,7 @@ def test_alone_it_says_on_every_page_that_patients_have_no_promise(runner) -> No
     assert describe(prepare(runner.study(strategy=EQUAL, privacy=SITE), None)).endswith("epsilon 8 for each site at delta 0.001")
 
 
+@pytest.mark.slow
 def test_folds_compose_and_a_run_gone_on_with_is_the_same_to_the_bit(runner) -> None:
     study = runner.study(strategy=EQUAL, privacy=SITE, evaluation={"folds": 2})
     whole = runner.run(study)
@@ -198,6 +200,7 @@ def test_a_sum_begun_anew_without_who_was_lost_has_the_whole_denominator_too(run
     assert largest_difference(run, clear) < 5e-5
 
 
+@pytest.mark.slow
 def test_the_released_sum_has_the_noise_that_is_promised_and_the_whole_denominator(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Released minus decoded, over 6 rounds of 513 numbers: a mean or a variance off by 5.5 of its standard deviations comes less than once in 900,000."""
     real, noise = NoisedMean.release, list[np.ndarray]()
@@ -248,6 +251,7 @@ def test_noise_is_drawn_once_a_round_whatever_becomes_of_the_model(runner, monke
     assert len(released) == 1
 
 
+@pytest.mark.slow
 def test_the_claim_says_that_sites_clip_and_that_nobody_sees_whether_they_do(runner) -> None:
     alone, beside = (runner.run(under_masks(runner, privacy=privacy)) for privacy in (SITE, BESIDE))
     clear = runner.run(in_the_clear(under_masks(runner)))

@@ -211,6 +211,7 @@ def test_apfl_is_algorithm_1(runner, adaptive: bool) -> None:
     assert adaptive == (len({round(a, 6) for a in alphas.values()}) > 1)
 
 
+@pytest.mark.slow
 def test_fine_tuning_trains_the_final_model_for_each_site(runner) -> None:
     study = plain_study(runner, name="fine-tuning", fine_tuning_epochs=2)
     papers, run, shared = Papers(study), runner.run(study), runner.run(plain_study(runner, name="fedavg"))
@@ -235,6 +236,7 @@ def test_a_site_that_lies_about_its_loss_counts_for_no_more_than_the_largest() -
     assert mean(1e9) == mean(3.0) != mean(2.0)
 
 
+@pytest.mark.slow
 def test_the_noise_of_an_update_is_what_is_taken_off(runner) -> None:
     """Of 30 draws of 481 entries the mean square is off by a fifth less than once in a million; the gradient's own part is far smaller."""
     study = runner.study(strategy={"name": "q-fedavg"}, training={"local_steps": 3}, privacy={"epsilon": 0.3})
@@ -350,6 +352,7 @@ def test_corrected_sites_reach_a_lower_loss_than_averaged_ones_under_skew(runner
 # With privacy ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_step_is_charged_whichever_model_it_trains(runner, name: str) -> None:
     study = runner.study(strategy={"name": name}, training={"local_steps": 4} if name != "fine-tuning" else {})
@@ -371,6 +374,7 @@ def test_every_step_is_charged_whichever_model_it_trains(runner, name: str) -> N
         assert np.isfinite(found).all()
 
 
+@pytest.mark.slow
 def test_the_claim_names_what_else_was_released(runner) -> None:
     told = {
         name: " ".join(runner.run(runner.study(strategy={"name": name}, rounds={"count": 1})).claim.covered)
@@ -384,6 +388,7 @@ def test_the_claim_names_what_else_was_released(runner) -> None:
 # What stays, stays -------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedper", "fedrep"])
 def test_nothing_personal_crosses_the_wire(runner, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     real, seen = simulations.in_process.InProcessGrid._answer, list[set[str]]()

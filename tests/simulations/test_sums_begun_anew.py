@@ -55,6 +55,7 @@ def interrupted_after_unmasking(runner, study: Study, monkeypatch: pytest.Monkey
     return runner.latest().folder.path
 
 
+@pytest.mark.slow
 def test_a_sum_that_was_lost_while_it_was_signed_is_begun_anew_with_the_same_sites(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five sites one is lost while it trains, and three while they sign: the sum is of the four, now as then, though the fifth is back."""
     study, asked, records = (
@@ -88,6 +89,7 @@ def test_a_sum_that_was_lost_while_it_was_signed_is_begun_anew_with_the_same_sit
     assert (told.name, told.status) == ("site-5", "missing") and told.reason.startswith("E803 ")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sums_for_those_that_had_signed(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     study = study_without(runner)
     folder = interrupted_after_unmasking(runner, study, monkeypatch, out="site-5")
@@ -98,6 +100,7 @@ def test_a_resumed_run_sums_for_those_that_had_signed(runner, monkeypatch: pytes
     assert [site["name"] for site in run.lines[1]["sites"] if site["status"] == "ok"] == kept["sites"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["not enrolled", "lost in the round"])
 def test_who_is_missed_after_a_crash_is_named_and_the_remedy_told(runner, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     study = study_without(runner, rounds={"count": 2, "require": 3})
@@ -181,6 +184,7 @@ def hospitals(wards: Wards) -> Wards:
     return Wards(path=wards.path, study=wards.study.replace(secure_aggregation={}, rounds={"count": 1}))
 
 
+@pytest.mark.slow
 def test_where_one_hospital_refuses_the_others_are_told_to_close_the_plan(runner, hospitals: Wards) -> None:
     hospitals.write_policy("south", max_epsilon=0.5)
     with pytest.raises(PolicyRefusedError, match=r"got 2; south: E600 .*policy\.max_epsilon") as error:
@@ -197,6 +201,7 @@ def shown(caplog: pytest.LogCaptureFixture) -> dict[tuple[str, str], str]:
     return {(match[1], match[2]): match[3] for match in found if match is not None}
 
 
+@pytest.mark.slow
 def test_a_hospital_is_shown_with_whom_it_sums_and_may_demand_those_that_it_knows(runner, hospitals: Wards, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("east", "north", "south"):
         hospitals.write_policy(name, max_epsilon=30)  # for four runs

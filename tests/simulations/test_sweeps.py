@@ -101,6 +101,7 @@ def test_a_grid_that_says_nothing_or_twice_is_refused(grid: dict[str, object]) -
         Sweep.model_validate({"name": "tried", "study": BASE.to_table(), "grid": grid})
 
 
+@pytest.mark.slow
 def test_a_row_a_run_with_all_settings_and_what_was_spent(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     results = run_sweep(folder, processes=1)
@@ -136,6 +137,7 @@ def test_a_sweep_broken_off_anywhere_and_gone_on_with_has_the_same_table(tmp_pat
     assert (again.path / TABLE).read_bytes() == (whole.path / TABLE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_tried_again_and_the_others_go_on(tmp_path: Path) -> None:
     folder = begun(tmp_path, a_sweep(sites=[100_000, 2], seed=[1]))
     failed, fine = run_sweep(folder, processes=1)
@@ -181,6 +183,7 @@ class BrokenError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_on_a_patient_fails_its_cell_and_says_no_more_than_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare, calls = simulate.prepare, []
 
@@ -211,6 +214,7 @@ def test_a_sweep_file_that_was_changed_does_not_pass_for_the_old_one(tmp_path: P
         folder.check_data(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_run_one_sweep(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     with single_instance(folder.path), pytest.raises(AlreadyRunningError, match=f"process {os.getpid()}"):
@@ -235,6 +239,7 @@ def wards_sweep(wards: Wards, out: Path, **grid: object) -> SweepFolder:
     return SweepFolder.create(out, sweep, wards.study, wards.path)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_real_ledgers_begins_only_where_they_cover_all_of_it(wards: Wards, tmp_path: Path) -> None:
     """A limit of epsilon 3 has room for any cell alone, and for two of epsilon 0.5 together, but not for all three."""
     too_much = wards_sweep(wards, tmp_path / "runs", epsilon=[2.5, 2.4])
@@ -250,6 +255,7 @@ def test_a_sweep_over_real_ledgers_begins_only_where_they_cover_all_of_it(wards:
         check_ledgers(wards_sweep(wards, tmp_path / "runs", epsilon=[2.5]))
 
 
+@pytest.mark.slow
 def test_after_a_cross_validation_both_sides_of_a_ledger_count(wards: Wards, tmp_path: Path) -> None:
     """Then everybody is on both sides, so what the closing evaluations ask of test patients counts with training, as the ledger's filter counts it."""
     evaluated = wards.study.replace(privacy={"epsilon": 1.6, "evaluation_epsilon": 1.6})

@@ -95,6 +95,7 @@ def test_its_claim_begins_with_what_the_other_run_promised(runner, trained: Path
     assert again.epsilon == pytest.approx(before["federation"]["epsilon"] + claim["federation"]["epsilon"]) and again.unit == "patient"
 
 
+@pytest.mark.slow
 def test_a_start_without_a_promise_leaves_none_to_the_model(runner, trained: Path, tmp_path: Path) -> None:
     """Whoever was a patient of the first run is protected by nothing, and every paper of the second says so."""
     still = prepare(runner.study(training={"learning_rate": 1e-30}, privacy={"unit": "none"}), None)
@@ -162,6 +163,7 @@ def test_a_start_that_shares_a_bias_alone_is_refused_by_its_share(tmp_path: Path
         warm_start(other, 7, file)
 
 
+@pytest.mark.slow
 def test_one_that_was_broken_off_before_its_first_round_starts_there_again(runner, trained: Path) -> None:
     usual = prepare(runner.study(), None)
     whole = start_run(usual, runner.out, start_from=trained)

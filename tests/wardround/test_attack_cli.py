@@ -87,6 +87,7 @@ def test_a_run_on_other_patients_is_not_attacked(command: Command) -> None:
     assert not (run / "attacks.json").exists()
 
 
+@pytest.mark.slow
 def test_the_gate_fails_where_more_is_found_than_claimed(command: Command, study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = NoiseGrid.release
     monkeypatch.setattr(NoiseGrid, "release", lambda grid, total, noise, multiplier: release(grid, total, noise, multiplier / 4))

@@ -33,6 +33,7 @@ def test_simulate_prints_one_envelope_and_human_text_beside_it(command: Command)
     assert (run / "model" / "final.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_synthetic_patients_are_named_so(command: Command) -> None:
     outcome = command("simulate", "--task", "heart-disease", "--sites", "2", "--rounds", "1", "--epsilon", "none")
     assert outcome.code == 0
@@ -112,6 +113,7 @@ def test_own_table_without_a_line_of_python(command: Command, tmp_path: Path) ->
     assert metrics["federated"]["auroc"] > 0.8
 
 
+@pytest.mark.slow
 def test_privacy_plan_spent_and_epsilon_agree(command: Command, simulated: dict[str, object]) -> None:
     plan = command("privacy", "plan", "--patients", "100", "--patients", "40", "--epsilon", "2", "--rounds", "5", "--json").data["sites"]
     assert isinstance(plan, list)

@@ -71,6 +71,7 @@ def test_the_folder_of_all_kits_names_the_one_that_is_meant(command: Command, ki
     assert "give" not in command("coordinator", "status", kit.parent.parent / "elsewhere" / "deep" / "down").err
 
 
+@pytest.mark.slow
 def test_a_second_start_says_who_runs_and_nothing_else(command: Command, kit: Path) -> None:
     with single_instance(kit / STATE):
         outcome = command("coordinator", "start", kit)

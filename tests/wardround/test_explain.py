@@ -46,6 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulate(study, out=tmp_path_factory.mktemp("runs")).path
 
 
+@pytest.mark.slow
 def test_of_a_linear_model_they_are_weight_times_distance_from_the_baseline() -> None:
     task = resolve_task("heart-disease")
     trained, cohort = untrained(task), task.synthetic_cohort(30, 4)
@@ -259,6 +260,7 @@ def test_what_is_explained_rises_with_what_is_predicted(name: str) -> None:
     assert task.explained.words in page and (not task.predicted or task.predicted[0].replace("_", " ") in page)
 
 
+@pytest.mark.slow
 def test_the_error_of_what_was_hidden_is_explained_and_not_a_constant() -> None:
     task = resolve_task("self-supervised")
     found = attribute(untrained(task), task.synthetic_cohort(4, 6))
@@ -290,6 +292,7 @@ def test_labels_of_ticks_do_not_run_into_each_other() -> None:
         assert 0.0 in map(float, ticks) and 2 <= len(ticks) <= most, values
 
 
+@pytest.mark.slow
 def test_every_other_task_can_be_explained() -> None:
     for name in sorted({*task_names()} - {"deidentify-notes", "molecule-generator"}):
         require_explainable(untrained(resolve_task(name)))

@@ -49,6 +49,7 @@ def untrained(task: Task) -> Trained:
     return Trained(task=task, model=task.model().eval(), source=Path("final.safetensors"), study="s", study_hash="h", sha256="0" * 64)
 
 
+@pytest.mark.slow
 def test_onnx_agrees_and_says_what_it_is(command: Command, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
@@ -83,6 +84,7 @@ def test_onnx_agrees_and_says_what_it_is(command: Command, run: Path, tmp_path: 
     assert altered.code == 3 and not (tmp_path / "others.csv").exists()
 
 
+@pytest.mark.slow
 def test_torch_export_holds_no_example_and_no_source(run: Path, tmp_path: Path) -> None:
     done = export_model(run, "torch-export", out=tmp_path / "deep" / "model.pt2")
     assert done.largest_difference <= 1e-6 and set(done.latency_ms) == {"torch", "torch-export"}

@@ -28,6 +28,7 @@ def without_the_bad_site(out: Path) -> Path:
     return folder.path
 
 
+@pytest.mark.slow
 def test_a_site_that_sends_nan_costs_itself_its_rounds_and_nobody_anything(command: Command, tmp_path: Path) -> None:
     told = command("simulate", "faulty-site", "--json")
     assert told.code == 0 and f"{BAD}: failed: {REASON}" in " ".join(told.err.split())

@@ -81,6 +81,7 @@ def _fedbuff(
 AT_WORK = {("cleveland", number): ("at work", None) for number in (2, 3, 5, 8)} | {("hungary", 3): ("at work", None)}
 
 
+@pytest.mark.slow
 def test_sites_at_work_are_not_said_to_have_answered(tmp_path: Path) -> None:
     run = read_run(_fedbuff(tmp_path / "run", at_work=AT_WORK))
     [sites] = [item for item in key_numbers(run) if item.name == "Sites"]
@@ -110,6 +111,7 @@ def test_a_value_stands_at_the_model_that_it_is_of(tmp_path: Path) -> None:
     assert {at: value for at, value, _ in told.points}[2] == pytest.approx(seventh["metrics"]["auroc"])
 
 
+@pytest.mark.slow
 def test_the_terminal_says_whose_models_the_rows_are(command: Command, tmp_path: Path) -> None:
     table = {"name": "own", "task": "breast-cancer", "rounds": {"count": 1}, "strategy": {"name": "ditto"}, "privacy": {"unit": "none"}}
     (tmp_path / "own.toml").write_text(Study.from_table({**table, "federation": {"sites": 2}, "evaluation": {"bootstrap": 0}}).to_toml())

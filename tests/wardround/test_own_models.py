@@ -90,6 +90,7 @@ def test_predict_takes_it_and_says_whose_the_run_s_model_is(command: Command, tm
 SAID = "the own model of site site-2, left there by run {run}: it is made of that hospital's patients, and is the hospital's alone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "file"), [("onnx", "own.onnx"), ("torch-export", "own.pt2")])
 def test_whoever_uses_it_is_told_whose_it_is(command: Command, made: Path, tmp_path: Path, format: str, file: str) -> None:
     """From file to file: nothing of it is anybody else's to read, and nothing forgets whose it is."""

@@ -122,6 +122,7 @@ def test_new_patients_need_no_label(command: Command, folder: Path) -> None:
     assert command("predict", "run", "some.csv", "--task", "admissions.toml", "--out", "some-out.csv", "--json").data["num_records"] == 400
 
 
+@pytest.mark.slow
 def test_where_no_column_names_patients_the_file_s_rows_do(command: Command, folder: Path) -> None:
     schema = (folder / "admissions.toml").read_text().replace(f'patient = "{NAME}"\n', "").replace('site = "hospital"\n', "")
     (folder / "rows.toml").write_text(schema)
@@ -269,6 +270,7 @@ def scattered(path: Path, num_patients: int, *, per_patient: int = 3) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part_bytes", [1, 300, 5000, 2**22])
 def test_a_table_is_read_in_parts_and_the_parts_make_no_difference(trained_folder: Path, tmp_path: Path, part_bytes: int) -> None:
     """Parts of one row, of a few, and one of all: the same rows, and the same as the task's own loader gives; in the order of first records."""
@@ -457,6 +459,7 @@ def test_a_csv_with_most_columns_of_the_schema_gets_the_schemas_own_error(tmp_pa
         read_heart(path)
 
 
+@pytest.mark.slow
 def test_records_that_a_loader_leaves_out_are_named_and_refused(tmp_path: Path) -> None:
     panel, task = shipped_panel(), resolve_task("biomarker-panel")
     rng, middles = np.random.default_rng(3), np.array([(marker.low + marker.high) / 2 for marker in panel])

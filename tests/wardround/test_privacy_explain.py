@@ -43,6 +43,7 @@ def test_fresh_noise_protects(command: Command, tmp_path: Path) -> None:
     assert "A patient may be known to several hospitals, says the study" in said and "and forgotten" in said
 
 
+@pytest.mark.slow
 def test_without_privacy_nobody_is_protected(command: Command) -> None:
     run = command(*RUN, "--epsilon", "none").data["run_dir"]
     data = command("privacy", "explain", run, "--json").data

@@ -23,6 +23,7 @@ def cost(size: int, *, noise: float, rounds: int, batch_size: int, delta: float 
     return epsilon_of([PrivacyEvent(noise_multiplier=noise, sample_rate=sample_rate_of(batch_size, size), steps=steps)], delta)
 
 
+@pytest.mark.slow
 def test_the_noise_is_the_one_that_sites_solve() -> None:
     planned = asked(200, 50, epsilon=3.0)
     assert (planned.solved, planned.rounds, planned.batch_size) == ("noise", 30, 32)

@@ -69,6 +69,7 @@ def test_policies_and_ledgers_hold_until_the_budget_is_spent(command: Command, r
     assert len(spent[0]["studies"]) == 1 + codes.count(0)
 
 
+@pytest.mark.slow
 def test_the_folder_of_one_site_is_that_site(command: Command, rehearsal: Path) -> None:
     outcome = command("simulate", "study.toml", "--data", "sites/north", "--json")
     assert outcome.code == 0
@@ -76,6 +77,7 @@ def test_the_folder_of_one_site_is_that_site(command: Command, rehearsal: Path) 
     assert (rehearsal / "sites" / "north" / "state" / "ledgers" / "north.sqlite").is_file()
 
 
+@pytest.mark.slow
 def test_a_lost_key_is_not_made_anew_beside_a_ledger(command: Command, rehearsal: Path) -> None:
     assert command("simulate", "study.toml", "--data", "sites").code == 0
     key = rehearsal / "sites" / "north" / "state" / "patient-hash.key"
@@ -111,6 +113,7 @@ def test_a_number_as_label_learns_at_the_default_settings(command: Command, tmp_
         assert metrics["federated"]["r2"] > 0.6
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_as_it_is(command: Command) -> None:
     data = command("simulate", "--rounds", "1", "--sites", "2", "--json").data
     run = Path(str(data["run_dir"]))
@@ -155,6 +158,7 @@ def test_a_claim_that_says_less_than_was_charged_is_found(command: Command) -> N
     assert (outcome.code, outcome.data["code"]) == (1, "E105") and "site-1" in str(outcome.data["what"])
 
 
+@pytest.mark.slow
 def test_a_ledger_that_is_gone_is_missed_by_every_command(command: Command, rehearsal: Path) -> None:
     assert command("simulate", "study.toml", "--data", "sites").code == 0
     ledger = rehearsal / "sites" / "north" / "state" / "ledgers" / "north.sqlite"
@@ -170,6 +174,7 @@ def test_a_ledger_that_is_gone_is_missed_by_every_command(command: Command, rehe
     assert command("privacy", "spent", "sites/north/site.toml").code == 0
 
 
+@pytest.mark.slow
 def test_a_renamed_site_is_told_its_former_name_and_leaves_no_ledger(command: Command, rehearsal: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert command("simulate", "study.toml", "--data", "sites").code == 0
     path = rehearsal / "sites" / "north" / "site.toml"

@@ -326,6 +326,7 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     assert HOSTILE in outline(page).text
 
 
+@pytest.mark.slow
 def test_banners_say_what_protects_nobody(tmp_path: Path) -> None:
     page = page_of(build_run(tmp_path / "both", SAMPLES["usual"]))
     assert "SYNTHETIC patients" in page
@@ -378,6 +379,7 @@ def test_absent_sites_are_named_with_rounds_and_reason(tmp_path: Path) -> None:
     assert "20 times a site was not asked" in text
 
 
+@pytest.mark.slow
 def test_all_present_is_said(tmp_path: Path) -> None:
     assert "Every site that was asked gave an update in every round." in page_of(build_run(tmp_path / "run", SAMPLES["folds"]))
 

@@ -118,6 +118,7 @@ def test_page_is_self_contained_and_says_what_its_json_says(tmp_path: Path, name
         assert [text for text in texts(content) if flat(text) not in shown] == []
 
 
+@pytest.mark.slow
 def test_banners_stand_on_every_page(usual: Path) -> None:
     for reader in READERS:
         page, content = report_of(usual, reader)
@@ -125,6 +126,7 @@ def test_banners_stand_on_every_page(usual: Path) -> None:
         assert len(content["notices"]) == 2  # type: ignore[arg-type]  # a list
 
 
+@pytest.mark.slow
 def test_a_reader_asks_for_one_command(usual: Path, command: Command) -> None:
     outcome = command("report", str(usual), "--for", "ethics", "--json")
     assert outcome.code == 0
@@ -256,6 +258,7 @@ def test_what_can_be_guessed_is_what_the_extreme_mechanism_gives_away(epsilon: f
     assert 100 * (delta + (1 - delta) * keep * flagged) <= float(recognised(epsilon, delta)) + 1e-9
 
 
+@pytest.mark.slow
 def test_where_hospitals_share_patients_the_promise_is_of_all_of_them(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run", SAMPLES["usual"])
     alone = read_run(folder)
@@ -270,6 +273,7 @@ def test_where_hospitals_share_patients_the_promise_is_of_all_of_them(tmp_path: 
     assert f"at most {coin_guessed(worst, 1e-4)} times in 100" not in text
 
 
+@pytest.mark.slow
 def test_ethics_says_the_promise_of_every_site_and_every_tested_sentence(usual: Path) -> None:
     text = flat(outline(report_of(usual, "ethics")[0]).text)
     run = read_run(usual)
@@ -282,6 +286,7 @@ def test_ethics_says_the_promise_of_every_site_and_every_tested_sentence(usual: 
     assert run.study.purpose in text
 
 
+@pytest.mark.slow
 def test_ethics_of_real_noise_sets_no_condition(tmp_path: Path) -> None:
     text = outline(report_of(build_run(tmp_path / "run", DEPLOYED), "ethics")[0]).text
     assert "with fresh noise" not in text and "The promise:" in text
@@ -293,6 +298,7 @@ def test_ethics_without_privacy_promises_nothing(tmp_path: Path) -> None:
     assert "guesses the coin" not in text
 
 
+@pytest.mark.slow
 def test_ethics_says_what_was_measured_or_that_nothing_was(usual: Path) -> None:
     before = outline(report_of(usual, "ethics")[0]).text
     assert "No attack was carried out on this run" in before and "wardround attack" in before
@@ -306,6 +312,7 @@ def test_ethics_says_what_was_measured_or_that_nothing_was(usual: Path) -> None:
     assert "That is more than is promised: something is wrong" in outline(report_of(usual, "ethics")[0]).text
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_held_to_its_whole_plan(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run", SAMPLES["interrupted"])
     table = json.loads((folder / "result.json").read_text())
@@ -319,6 +326,7 @@ def test_a_run_that_stopped_early_is_held_to_its_whole_plan(tmp_path: Path) -> N
 # Attacks -------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attacks_stand_on_the_researchers_page_alone_where_there_are_any(usual: Path) -> None:
     assert 'id="attacks"' not in page_of(usual)
     add_attacks(usual, ATTACKS)
@@ -458,6 +466,7 @@ def test_an_altered_log_does_not_verify_and_an_altered_kit_is_refused(deployed: 
         write_report(deployed, "it-security")
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_deployed_run_says_where_the_rest_is(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run", DEPLOYED)
     table = json.loads((folder / "result.json").read_text())

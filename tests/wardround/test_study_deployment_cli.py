@@ -231,6 +231,7 @@ def controlled(kit: Path, *, lose: int = 0) -> Iterator[list[str]]:
         yield done
 
 
+@pytest.mark.slow
 def test_a_lost_answer_is_asked_for_again_and_makes_one_run(kit: Path) -> None:
     pauses: list[float] = []
     with controlled(kit, lose=TRIES - 1) as done:
@@ -243,12 +244,14 @@ def test_a_lost_answer_is_asked_for_again_and_makes_one_run(kit: Path) -> None:
     assert len(deployed_runs(kit)) == 2
 
 
+@pytest.mark.slow
 def test_when_no_answer_comes_the_token_is_told(kit: Path) -> None:
     with controlled(kit, lose=TRIES) as done, pytest.raises(ConnectionFailedError, match="HTTP 502") as failed:
         submit(kit, STUDY, TOKEN, pause=lambda seconds: None)
     assert len(done) == TRIES and f"--token {TOKEN}" in failed.value.remedy and len(deployed_runs(kit)) == 1
 
 
+@pytest.mark.slow
 def test_stop_and_resume_reach_the_run_by_a_beginning_of_its_name(command: Command, kit: Path) -> None:
     run = run_in(kit, state="running")
     with controlled(kit) as done:
@@ -364,6 +367,7 @@ def test_watching_a_finished_run_tells_every_round_with_the_metrics_of_its_own_m
     assert "round 2/2  2 of 2 sites  AUROC " in text and "study download" in text
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.floats(0, 1), max_size=6), statuses=st.lists(st.sampled_from(["ok", "missing", "not asked"]), min_size=2, max_size=3))
 def test_however_the_files_grow_the_same_is_told(tmp_path_factory: pytest.TempPathFactory, cuts: list[float], statuses: list[Status]) -> None:
     path = tmp_path_factory.mktemp("run") / "tiny-20260131T080000Z-abcd"
@@ -525,6 +529,7 @@ def test_the_line_of_a_round_is_that_of_the_design() -> None:
     assert [clock(seconds) for seconds in (0, 59.9, 60, 3599, 3661)] == ["0:00", "0:59", "1:00", "59:59", "1:01:01"]
 
 
+@pytest.mark.slow
 def test_looking_needs_no_torch(kit: Path) -> None:
     run_in(kit, state="stopped")
     code = (

@@ -57,6 +57,7 @@ def test_the_command_runs_resumes_and_prints_one_envelope(command: Command, file
     assert json.loads(again.out)["data"]["sweep_dir"] == data["sweep_dir"] and "6 of them done before" in again.err
 
 
+@pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_command_exits_1(command: Command, files: Path) -> None:
     (files / "sweep.toml").write_text(SWEEP.replace('epsilon = [1, 4, "none"]\nseed = [1, 2]', "sites = [9000, 2]"))
     outcome = command("sweep", str(files / "sweep.toml"), "--processes", "1")
@@ -113,6 +114,7 @@ def test_in_a_browser_the_report_asks_for_nothing_and_prints(done: SweepRun, tmp
             browser.close()
 
 
+@pytest.mark.slow
 def test_explain_says_what_the_sweep_would_cost_on_real_patients(command: Command, files: Path) -> None:
     outcome = command("privacy", "explain", str(files / "sweep.toml"), "--patients", "200", "--json")
     [site] = json.loads(outcome.out)["data"]["sites"]
@@ -129,6 +131,7 @@ def test_explain_says_what_the_sweep_would_cost_on_real_patients(command: Comman
     assert command("privacy", "explain", str(files / "sweep.toml")).code == 3
 
 
+@pytest.mark.slow
 def test_one_more_run_never_costs_less(files: Path) -> None:
     _, cells = cells_at(files / "sweep.toml")
     costs = [cost_of(cells[:count], 200) for count in range(1, 5)]

@@ -51,6 +51,7 @@ def said_everywhere(command: Command, run: Path) -> dict[str, str]:
     return {**told, "explain": words(command("privacy", "explain", run).out), "spent": words(command("privacy", "spent", run).out)}
 
 
+@pytest.mark.slow
 def test_two_epsilons_are_told_wherever_one_is(command: Command) -> None:
     run, shown = simulated(command)
     claim = PrivacyClaim.model_validate_json((run / "privacy.json").read_text())
@@ -128,6 +129,7 @@ def test_a_model_whose_updates_were_cut_off_says_so(command: Command) -> None:
     assert "clipped" not in shown and read_run(run).clipped is None
 
 
+@pytest.mark.slow
 def test_a_start_keeps_the_conditions_of_the_promise_before_it(command: Command) -> None:
     first, _ = simulated(command)
     claim = PrivacyClaim.model_validate_json((first / "privacy.json").read_text())
