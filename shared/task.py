@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,8 @@ BUILT_IN = {
     "survival-breast": "shared.tasks.survival_breast:survival_breast",
     "treatment-policy": "shared.tasks.treatment_policy:treatment_policy",
 }
+
+_OF_OURS = re.compile(r"shared\.tasks\.\w+:\w+", re.ASCII)
 
 LoadCohort = Callable[[Path | None, Mapping[str, object]], Cohort]
 Array = NDArray[np.generic]
@@ -172,6 +175,14 @@ def _built_in(name: str) -> Task:
 def task_names() -> list[str]:
     """Names of the built-in tasks and of installed entry points."""
     return sorted(BUILT_IN.keys() | _entry_points().keys())
+
+
+def is_installed(name: str) -> bool:
+    """Whether a task's code came with an installation: built in, an entry point, or a kind of one of ours ("shared.tasks.heart_disease:normalised").
+
+    Who only looks at a run or a model runs no other code: a folder can come from anywhere, and its files shall not say what is run.
+    """
+    return name in task_names() or _OF_OURS.fullmatch(name) is not None
 
 
 def _entry_points() -> dict[str, str]:

@@ -1,7 +1,6 @@
 """A trained model read back from a run's folder or from a .safetensors file: its task, the module with the weights in it, and what was promised."""
 
 import hashlib
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,9 @@ from shared.errors import ModelMismatchError, StorageError, UnknownTaskError, Wa
 from shared.files import storage_errors
 from shared.models import Parameters, set_parameters
 from shared.results import PrivacyClaim
-from shared.task import Task, architecture_hash, resolve_task, task_names
+from shared.task import Task, architecture_hash, is_installed, resolve_task, task_names
 from wardround.report.model_file import FINAL
 from wardround.report.run_files import RunFiles, read_run
-
-OUR_TASKS = re.compile(r"shared\.tasks\.\w+:\w+", re.ASCII)  # a kind of a task that came with this installation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,15 +119,12 @@ def _of_run(folder: Path, task: str | None) -> Trained:
 
 
 def task_of_run(named: str, given: str | None, folder: Path) -> Task:
-    """The task given, or the one that the study of the run in `folder` names, where that runs no code but what is installed here.
-
-    Built in, installed, a kind of one of ours ("shared.tasks.heart_disease:normalised"), or a schema file, which is no code. A run's folder can come from
-    anywhere, and whoever looks at its model has not asked for code that its files name.
+    """The task given, or the one that the study of the run in `folder` names, where that is installed (`shared.task.is_installed`) or a schema file.
 
     Raises:
         UnknownTaskError: it is other code, which is not imported; or it is not known here.
     """
-    if given is None and ":" in named and named not in task_names() and not named.endswith(".toml") and not OUR_TASKS.fullmatch(named):
+    if given is None and ":" in named and not named.endswith(".toml") and not is_installed(named):
         raise UnknownTaskError(
             f"{folder}: its study's task {named!r} is code that nothing but the run's own files names, so it was not run",
             f"if you know that code, say so: --task {shlex.quote(_one_line(named))}",

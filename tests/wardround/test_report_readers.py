@@ -527,6 +527,12 @@ def test_a_task_that_is_not_here_leaves_gaps_and_runs_no_code(tmp_path: Path, mo
     assert "neither installed here nor a schema file" in report_of(folder, "model-card")[0]
 
 
+def test_a_kind_of_a_task_of_ours_is_told_of(tmp_path: Path) -> None:
+    run = read_run(build_run(tmp_path / "run", MadeUp(task="shared.tasks.breast_cancer:normalised")))
+    facts = read_task_facts(run)
+    assert facts.why_absent == "" and facts.predictors[0].name == "mean radius" and "LayerNorm" in facts.model
+
+
 # Exports -------------------------------------------------------------------------------------------------------------------------
 
 

@@ -41,14 +41,11 @@ class TaskFacts:
 
 
 def read_task_facts(run: RunFiles) -> TaskFacts:
-    """Of a built-in or installed task, or of a schema file that is there; of none whose model is another than the run's.
-
-    A task that is named by module and factory is not imported: to look at a run shall not run code that only the run's files name.
-    """
-    from shared.task import architecture_hash, resolve_task, task_names
+    """Of an installed task (see `shared.task.is_installed`), or of a schema file that is there; of none whose model is another than the run's."""
+    from shared.task import architecture_hash, is_installed, resolve_task
 
     name = run.study.task
-    if not (name in task_names() or (name.endswith(".toml") and Path(name).is_file())):
+    if not (is_installed(name) or (name.endswith(".toml") and Path(name).is_file())):
         return TaskFacts(why_absent=f"the task {name!r} is neither installed here nor a schema file that is here")
     try:
         task = resolve_task(name)
