@@ -3,7 +3,7 @@
 python benchmarks/deployment.py --data DIR --out DIR [--json]
 
 DIR holds processed.<hospital>.data of heart disease. Ten rounds of the shipped study at epsilon 3; then, in a federation of its own, six rounds of
-a model of 100,000 parameters on four columns of the same patients, to see what a round costs beyond training with a larger message; then half a minute in which nobody has anything to do.
+a model of 100,000 parameters on four columns of the same patients, to see what a round costs beyond training with a larger message; then a minute in which nobody has anything to do.
 `accuracy` is over the hospitals' own test patients, who are drawn by each hospital's secret key: it differs from one federation to the next.
 """
 
@@ -164,7 +164,7 @@ def cpu_seconds(pid: int) -> float:
         with suppress(OSError):  # it has ended since
             fields[int(path.parent.name)] = path.read_text().rpartition(")")[2].split()
     children = [child for child, found in fields.items() if int(found[1]) == pid]
-    own = fields[pid]
+    own = fields.get(pid, ["0"] * 13)
     return (int(own[11]) + int(own[12])) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
 
 

@@ -52,6 +52,7 @@ class _Asking:
     """Sites that were asked together and one after another are waited for: who has not answered, and the steps of asking and looking."""
 
     began: int  # time.monotonic_ns()
+    until: float  # time.monotonic()
     unanswered: dict[int, Message]
     steps: Iterator[Message | None]
 
@@ -130,7 +131,7 @@ class SealedGrid(Grid):
         """Ask these sites; see `server.arrivals`. For how long one has been at work already, it knows itself."""
         unanswered = {message.metadata.dst_node_id: message for message in messages}
         steps = self._steps(unanswered, seconds, self._check_stopped)
-        self._askings.append(_Asking(began=time.monotonic_ns(), unanswered=unanswered, steps=steps))
+        self._askings.append(_Asking(began=time.monotonic_ns(), until=time.monotonic() + seconds, unanswered=unanswered, steps=steps))
 
     def arrivals(self) -> Iterator[Message]:
         """The answers as they come, until no question is open.
@@ -148,9 +149,10 @@ class SealedGrid(Grid):
                 idle = idle and step == [None]
                 if step and step[0] is not None:
                     yield step.pop()  # type: ignore[misc]  # no None: as in the mailbox, nothing of a reply is kept here
-            last = last if idle else time.monotonic()
-            if idle:
-                _pause(last)
+            if not idle:
+                last = time.monotonic()
+            else:
+                _pause(last, until=min(asking.until for asking in self._askings))
 
     def at_work(self) -> dict[int, AtWork]:
         """The open questions, by node."""
@@ -168,9 +170,10 @@ class SealedGrid(Grid):
     def _exchange(self, messages: Iterable[Message], seconds: float, check: Callable[[], None]) -> Iterator[Message]:
         """The replies, with a pause wherever there is none."""
         steps, last = self._steps({message.metadata.dst_node_id: message for message in messages}, seconds, check), time.monotonic()
+        until = last + seconds
         for step in steps:
             if step is None:
-                _pause(last)
+                _pause(last, until=until)
                 continue
             last, found = time.monotonic(), [step]
             del step
@@ -300,8 +303,11 @@ class SealedGrid(Grid):
             raise StudyStoppedError("the study was stopped", "go on with 'wardround study resume RUN'")
 
 
-def _pause(since: float) -> None:
-    time.sleep(next_pause(time.monotonic() - since, shortest=POLL_SECONDS, longest=LONGEST_POLL_SECONDS))
+def _pause(since: float, *, until: float) -> None:
+    """Until the next look; the last one is `POLL_SECONDS` before the deadline `until`, for what came in time counts."""
+    now = time.monotonic()
+    pause = next_pause(now - since, shortest=POLL_SECONDS, longest=LONGEST_POLL_SECONDS)
+    time.sleep(max(POLL_SECONDS, min(pause, until - POLL_SECONDS - now)))
 
 
 def _went_astray(reply: object) -> bool:

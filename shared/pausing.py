@@ -6,7 +6,6 @@ SHARE = 0.1
 def next_pause(waited: float, *, shortest: float, longest: float) -> float:
     """Seconds until the next look, `SHARE` of the `waited` ones, between `shortest` and `longest`.
 
-    Who waits for seconds is answered at once, and who waits for minutes asks rarely: hundreds of sites that wait for the slowest one of a
-    round cost the coordinator little.
+    Who waits for seconds is answered at once, and who waits for minutes asks rarely.
     """
     return min(max(shortest, SHARE * waited), longest)

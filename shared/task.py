@@ -1,5 +1,6 @@
 """The task: the clinical problem as one frozen object, and how a name becomes one."""
 
+import copy
 import functools
 import hashlib
 import importlib
@@ -133,11 +134,11 @@ class Task:
         return self._fingerprints[0]
 
     def trial_patients(self) -> Cohort:
-        """`NUM_TRIAL_PATIENTS` synthetic patients, the same every time, on which a model is tried before it trains. Nobody writes to them."""
+        """`NUM_TRIAL_PATIENTS` synthetic patients, the same every time, whatever a model that is tried on them does to them."""
         if not self._trial:
             cohort = self.synthetic_cohort(NUM_TRIAL_PATIENTS, 0)
             self._trial.append(cohort.select(np.arange(cohort.num_patients) < NUM_TRIAL_PATIENTS))  # a task may make whole sites at a time
-        return self._trial[0]
+        return copy.deepcopy(self._trial[0])
 
 
 def architecture_hash(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -476,3 +477,20 @@ def test_a_reply_may_be_as_large_as_its_question_lets_expect(make_rig: Callable[
     assert not any(replies[name].has_error() for name in ("south", "west"))
     sizes = {sum(len(message.content["envelope"][key]) for key in ("text", "arrays")) for message in seen}
     assert allowed == {REPLY_MULTIPLE * max(sizes) + REPLY_BYTES}
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 12.0, 60.0])
+def test_the_last_look_is_just_before_the_deadline_however_long_was_waited(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """What came in time counts: a long pause does not reach over the deadline."""
+    clock, pauses = [0.0], []
+
+    def sleep(pause: float) -> None:
+        pauses.append(pause)
+        clock[0] += pause
+
+    monkeypatch.setattr(server.sealed_grid, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    while clock[0] < seconds:
+        looked = clock[0]
+        server.sealed_grid._pause(0.0, until=seconds)
+    assert seconds - looked <= 1.01 * server.sealed_grid.POLL_SECONDS
+    assert min(pauses) >= server.sealed_grid.POLL_SECONDS and max(pauses) <= server.sealed_grid.LONGEST_POLL_SECONDS

@@ -267,3 +267,14 @@ def test_predictions_do_not_depend_on_the_batch_size() -> None:
     inputs = (np.random.default_rng(0).normal(size=(25, 4)).astype(np.float32),)
     torch.testing.assert_close(predict_in_batches(model, inputs, batch_size=7), predict_in_batches(model, inputs))
     assert predict_in_batches(model, inputs).shape == (25, 2) and not model.training
+
+
+def test_what_is_made_once_stays_as_it_was_whoever_writes_to_it() -> None:
+    task = resolve_task("breast-cancer")
+    for make in (task.trial_patients, lambda: task.load_cohort(None, {})):
+        first = make()
+        before = [values.copy() for values in (*first.inputs, first.labels)]
+        for values in (*first.inputs, first.labels):
+            values[...] = 0  # as a model may do in place
+        again = make()
+        assert all(np.array_equal(old, new) for old, new in zip(before, (*again.inputs, again.labels), strict=True))
